@@ -1,0 +1,537 @@
+"""The anatomy of a backbone: which module plays which role, so that a method asks for roles and never for paths.
+
+``dissect(model)`` returns an `Anatomy`: blocks in order, and for every role a `Site`, a place where a graft can stand.
+A family of models is described by one small function, registered under its class's name (``"module:Class"``, matched
+along the class's MRO, so that nothing here imports a model library)::
+
+    @family("my_package.models:MyEncoder")
+    def my_encoder(model):
+        return Description(
+            stem={"embed": "embedding", "norm": "final_norm"},
+            blocks=[
+                BlockDescription(
+                    path=f"layers.{i}", dim=model.width, heads=(8, 8, model.width // 8),
+                    roles={"q": "attn.q", "k": "attn.k", "v": "attn.v", "o": "attn.out", "attend": "attn",
+                           "mlp.up": "mlp.0", "mlp.down": "mlp.2", "attention": "attn", "mlp": "mlp",
+                           "norm1": "norm1", "norm2": "norm2"},
+                )
+                for i in range(len(model.layers))
+            ],
+        )
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from core.errors import ScionError, listed, nearest
+
+ROLES: dict[str, str] = {
+    "q": "query projection", "k": "key projection", "v": "value projection", "o": "attention's output projection",
+    "qkv": "the fused projection of queries, keys and values, as one linear map (only where they are fused)",
+    "mlp.up": "first linear map of the MLP, before the activation", "mlp.gate": "gate of a gated MLP",
+    "mlp.down": "last linear map of the MLP",
+    "attend": "the attention call itself: queries, keys and values split into heads",
+    "attention": "output of the attention sublayer, before the residual is added",
+    "mlp": "output of the MLP sublayer, before the residual is added",
+    "block": "a whole block, input and output",
+    "norm1": "the block's norm at attention", "norm2": "the block's norm at the MLP",
+    "norm": "norms outside blocks: the final norm, the embedding's norm",
+    "embed": "output of the embedding", "patch_embed": "projection of the patches",
+    "downsample": "projection between two stages", "pool": "pooler", "head": "task head", "lm_head": "language-model head",
+}
+"""Every role, with what stands there. A site in a block is named ``<block>.<role>``, any other ``<role>``."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The output rows of a fused weight that belong to one role: contiguous (``start``, ``stop``) or any ``index``."""
+
+    start: int = 0
+    stop: int = 0
+    index: tuple[int, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.index) if self.index is not None else self.stop - self.start
+
+    def take(self, tensor: Tensor, dim: int = 0) -> Tensor:
+        """These rows of ``tensor`` along ``dim``; a view where they are contiguous."""
+        if self.index is None:
+            return tensor.narrow(dim, self.start, self.stop - self.start)
+        return tensor.index_select(dim, torch.tensor(self.index, device=tensor.device))
+
+    def put(self, tensor: Tensor, rows: Tensor, dim: int = 0) -> Tensor:
+        """``tensor`` with these rows replaced, as a new tensor."""
+        if self.index is None:
+            return tensor.slice_scatter(rows, dim, self.start, self.stop)
+        return tensor.index_copy(dim, torch.tensor(self.index, device=tensor.device), rows)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Heads of the queries, heads of the keys and values (fewer under grouped queries), and a head's width."""
+
+    query: int
+    key: int
+    width: int
+
+
+@dataclass(eq=False)
+class Site:
+    """A named place in a backbone: a role, the module that plays it, and how its tensors are laid out."""
+
+    name: str
+    role: str
+    path: str
+    module: nn.Module
+    block: int | None = None
+    rows: Rows | None = None
+    heads: Heads | None = None
+    width: int = 0
+    """Channels of the hidden state that leaves the site; they are its last axis."""
+    parameter: str = "weight"
+    """Which of the module's parameters the verb ``weight`` sees."""
+    while_active: dict[str, Any] = field(default_factory=dict)
+    """Attributes of the module that must have these values while a graft is active here."""
+
+    @property
+    def kind(self) -> str:
+        """``linear`` (weight [out, in]), ``conv1d`` (transformers' [in, out]), ``conv`` (convolution), or ``module``."""
+        if self.role == "parameter":
+            return "module"
+        if isinstance(self.module, nn.Linear):
+            return "linear"
+        if isinstance(self.module, nn.modules.conv._ConvNd) and not self.module.transposed:
+            return "conv"
+        if "transformers.pytorch_utils:Conv1D" in _class_names(self.module):
+            return "conv1d"
+        return "module"
+
+    @property
+    def out_features(self) -> int:
+        """Rows of the weight that belong to the site."""
+        return len(self.rows) if self.rows is not None else self.full_weight.shape[self._out_axis]
+
+    @property
+    def in_features(self) -> int:
+        """Numbers that one output row reads: for a convolution (in / groups) x kernel."""
+        return self.full_weight.numel() // self.full_weight.shape[self._out_axis]
+
+    @property
+    def full_weight(self) -> nn.Parameter:
+        """The module's own parameter, whole, in the module's layout."""
+        return getattr(self.module, self.parameter)
+
+    @property
+    def weight_name(self) -> str:
+        """The parameter's name in the root's state dict."""
+        return f"{self.path}.{self.parameter}" if self.path else self.parameter
+
+    @property
+    def _out_axis(self) -> int:
+        return 1 if self.kind == "conv1d" else 0
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The site's part of the bias [out]."""
+        bias = getattr(self.module, "bias", None)
+        return bias if bias is None or self.rows is None else self.rows.take(bias)
+
+    @property
+    def channel_axis(self) -> int:
+        """Axis of the channels in the site's output: 1 behind a convolution, else the last."""
+        return 1 if self.kind == "conv" else -1
+
+    def take(self, y: Tensor) -> Tensor:
+        """The site's channels of its module's output."""
+        return y if self.rows is None else self.rows.take(y, self.channel_axis)
+
+    def put(self, y: Tensor, part: Tensor) -> Tensor:
+        """Its module's output with the site's channels replaced, as a new tensor of the same type."""
+        part = part.to(y.dtype)
+        return part if self.rows is None else self.rows.put(y, part, self.channel_axis)
+
+    def per_channel(self, vector: Tensor) -> Tensor:
+        """A vector [out] shaped so that it broadcasts over the site's output."""
+        return vector if self.kind != "conv" else vector.view(-1, *[1] * (self.full_weight.dim() - 2))
+
+    def low_rank(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        """``up @ down`` applied to the site's input as its own weight would be, without forming the product.
+
+        Args:
+            x: the site's input, in the type of ``down``.
+            down: [rank, in].
+            up: [out, rank].
+        """
+        if self.kind != "conv":
+            return F.linear(F.linear(x, down), up)
+        conv: Any = self.module
+        run = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[self.full_weight.dim() - 2]
+        kernel = self.full_weight.shape[1:]
+        if conv.groups > 1:  # each group sees other channels: the product is the weight itself
+            return run(x, (up @ down).view(-1, *kernel), None, conv.stride, conv.padding, conv.dilation, conv.groups)
+        hidden = run(x, down.view(-1, *kernel), None, conv.stride, conv.padding, conv.dilation)
+        return run(hidden, up.view(*up.shape, *[1] * len(kernel[1:])))
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """The site's part of ``weight`` (the module's layout) as a matrix [out, in]."""
+        if self.kind == "module":
+            return weight
+        weight = weight.t() if self.kind == "conv1d" else weight.flatten(1)
+        return weight if self.rows is None else self.rows.take(weight)
+
+    def unmatrix(self, matrix: Tensor, weight: Tensor) -> Tensor:
+        """``weight`` (the module's layout) with the site's part replaced by ``matrix`` [out, in], as a new tensor."""
+        if self.kind == "module":
+            return matrix
+        if self.rows is not None:
+            whole = weight.t() if self.kind == "conv1d" else weight.flatten(1)
+            matrix = self.rows.put(whole.to(matrix.dtype), matrix)
+        return matrix.t() if self.kind == "conv1d" else matrix.view_as(weight)
+
+
+@dataclass(eq=False)
+class Block:
+    """One block: its module, width, sites by role, and where it stands."""
+
+    index: int
+    path: str
+    module: nn.Module
+    dim: int
+    stage: str
+    pre_norm: bool
+    sites: dict[str, Site]
+
+
+@dataclass(eq=False)
+class Anatomy:
+    """What a method may know about a backbone."""
+
+    root: nn.Module
+    family: str
+    blocks: list[Block]
+    stem: dict[str, list[Site]]
+    """Sites outside the blocks, by role; a role may be played more than once (``downsample``, ``norm``)."""
+
+    @property
+    def roles(self) -> dict[str, int]:
+        """Each role that this backbone has, with the number of its sites."""
+        counts: dict[str, int] = {}
+        for site in self.all_sites():
+            counts[site.role] = counts.get(site.role, 0) + 1
+        return counts
+
+    def all_sites(self) -> Iterator[Site]:
+        """Every site, stem first, then block by block."""
+        for sites in self.stem.values():
+            yield from sites
+        for block in self.blocks:
+            yield from block.sites.values()
+
+    def sites(self, roles: str | Iterable[str], layers: Sequence[int] | None = None, asker: str = "") -> list[Site]:
+        """The sites of the given roles, in the order of the blocks.
+
+        Args:
+            roles: one role or several; each must exist.
+            layers: block indices to keep (negative counts from the end); None keeps all. Sites outside blocks are
+                kept either way.
+            asker: who asks, for the message.
+
+        Raises:
+            ScionError: a role or a block that does not exist; the message lists what does.
+        """
+        wanted = [roles] if isinstance(roles, str) else list(roles)
+        known = self.roles
+        who = f"{asker}: " if asker else ""
+        if not wanted:
+            raise ScionError(f"{who}targets is empty; {self.family} has the roles {listed(known, 40)}")
+        for role in wanted:
+            if role not in known:
+                raise ScionError(f"{who}target {role!r} matches nothing in {self.family}{nearest(role, known)}; "
+                                 f"its roles are {listed(known, 40)}")
+        keep = self.layer_indices(layers, asker)
+        found = [site for role in wanted for site in self.stem.get(role, [])]
+        for block in self.blocks:
+            if block.index in keep:
+                found += [block.sites[role] for role in wanted if role in block.sites]
+        if not found:
+            raise ScionError(f"{who}targets {wanted} match nothing in the layers {sorted(keep)} of {self.family}")
+        return found
+
+    def layer_indices(self, layers: Sequence[int] | None, asker: str = "") -> set[int]:
+        """Block indices, negative ones counted from the end; None means all."""
+        total = len(self.blocks)
+        if layers is None:
+            return set(range(total))
+        for layer in layers:
+            if not -total <= layer < total:
+                raise ScionError(f"{asker + ': ' if asker else ''}layer {layer} does not exist; {self.family} has the "
+                                 f"layers 0 to {total - 1}")
+        return {layer % total for layer in layers}
+
+    def head_names(self) -> set[str]:
+        """Names of the parameters of the task head; a language model's head is not among them."""
+        return {name for site in self.stem.get("head", []) for name in _parameter_names(site)}
+
+    def norm_names(self) -> set[str]:
+        """Names of all parameters of norms."""
+        return {name for site in self.all_sites() if site.role in ("norm", "norm1", "norm2")
+                for name in _parameter_names(site)}
+
+
+def _parameter_names(site: Site) -> list[str]:
+    prefix = f"{site.path}." if site.path else ""
+    return [prefix + name for name, _ in site.module.named_parameters()]
+
+
+# ------------------------------------------------------------------------------------------------- descriptions
+
+Where = str | tuple[str, Rows]
+"""A module's path, or a path with the rows of its weight that are meant."""
+
+
+@dataclass
+class BlockDescription:
+    """One block as a family describes it; the paths in ``roles`` are relative to ``path``.
+
+    Args:
+        path: the block's module.
+        dim: width of its hidden state.
+        heads: (query heads, key/value heads, head width).
+        roles: role -> path, or (path, Rows) for a part of a fused weight. ``block`` is added.
+        stage: name of the stage or stack, where there are several.
+        pre_norm: whether the norms stand before the sublayers.
+        while_active: role -> attributes that its module must have while a graft is active there.
+    """
+
+    path: str
+    dim: int
+    heads: tuple[int, int, int]
+    roles: dict[str, Where]
+    stage: str = ""
+    pre_norm: bool = True
+    while_active: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass
+class Description:
+    """A whole backbone: its blocks, and the roles outside them (a role may have several paths)."""
+
+    blocks: list[BlockDescription]
+    stem: dict[str, str | list[str]] = field(default_factory=dict)
+
+
+Describer = Callable[[Any], Description]
+FAMILIES: dict[str, Describer] = {}
+
+
+def family(*class_names: str) -> Callable[[Describer], Describer]:
+    """Register a description for classes named ``"module:Class"``; subclasses are covered by their MRO."""
+
+    def register(function: Describer) -> Describer:
+        for name in class_names:
+            FAMILIES[name] = function
+        return function
+
+    return register
+
+
+def _class_names(module: nn.Module) -> list[str]:
+    return [f"{cls.__module__}:{cls.__qualname__}" for cls in type(module).__mro__]
+
+
+def _describer(module: nn.Module) -> tuple[str, Describer] | None:
+    for name in _class_names(module):
+        if name in FAMILIES:
+            return name.rpartition(":")[2], FAMILIES[name]
+    return None
+
+
+def _find(model: nn.Module) -> tuple[str, nn.Module]:
+    """The described module nearest to the root: the model itself, or the one inside a wrapper."""
+    level = [("", model)]
+    while level:
+        found = [(path, module) for path, module in level if _describer(module)]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise ScionError(f"{type(model).__name__} holds several backbones ({listed(path for path, _ in found)}): "
+                             "give attach one of them, or name it with on=...")
+        level = [(f"{path}.{name}".lstrip("."), child) for path, module in level
+                 for name, child in module.named_children() if name != "peft"]
+    known = sorted({name.rpartition(":")[2] for name in FAMILIES})
+    raise ScionError(f"the anatomy of {type(model).__name__} is unknown (known: {listed(known, 40)}); describe it in a "
+                     f"few lines with @core.anatomy.family({_class_names(model)[0]!r})")
+
+
+_LM_HEADS = ("lm_head", "cls", "embed_out")
+
+
+def dissect(model: nn.Module) -> Anatomy:
+    """The anatomy of ``model``: a described backbone, or a module that wraps exactly one.
+
+    Raises:
+        ScionError: no description fits the model or anything inside it.
+    """
+    path, backbone = _find(model)
+    name, describer = _describer(backbone) or ("", None)
+    assert describer is not None
+    description = describer(backbone)
+
+    def join(*parts: str) -> str:
+        return ".".join(part for part in parts if part)
+
+    def site(site_name: str, role: str, *where: str, rows: Rows | None = None, **rest: Any) -> Site:
+        full = join(*where)
+        return Site(name=site_name, role=role, path=full, module=model.get_submodule(full), rows=rows, **rest)
+
+    stem: dict[str, list[Site]] = {}
+    for role, places in description.stem.items():
+        places = [places] if isinstance(places, str) else places
+        stem[role] = [site(role if len(places) == 1 else f"{role}.{i}", role, path, place)
+                      for i, place in enumerate(places)]
+    if path:  # what stands beside the backbone in a wrapper is its head
+        beside = [(child_name, child) for child_name, child in model.named_children()
+                  if child_name not in ("peft", path.partition(".")[0]) and any(True for _ in child.parameters())]
+        for child_name, child in beside:
+            role = "lm_head" if child_name in _LM_HEADS else "head"
+            stem.setdefault(role, []).append(Site(name=child_name, role=role, path=child_name, module=child))
+
+    blocks = []
+    for index, block in enumerate(description.blocks):
+        heads = Heads(*block.heads)
+        sites = {"block": site(f"{index}.block", "block", path, block.path, block=index, width=block.dim)}
+        for role, where in block.roles.items():
+            place, rows = where if isinstance(where, tuple) else (where, None)
+            sites[role] = site(f"{index}.{role}", role, path, block.path, place, rows=rows, block=index, heads=heads,
+                               width=block.dim, while_active=block.while_active.get(role, {}))
+        blocks.append(Block(index=index, path=join(path, block.path), module=sites["block"].module, dim=block.dim,
+                            stage=block.stage, pre_norm=block.pre_norm, sites=sites))
+    return Anatomy(root=model, family=name, blocks=blocks, stem={role: found for role, found in stem.items() if found})
+
+
+def parameter_site(model: nn.Module, name: str) -> Site:
+    """A site that is one named parameter of any module, for methods that treat all parameters alike."""
+    path, _, leaf = name.rpartition(".")
+    return Site(name=name, role="parameter", path=path, module=model.get_submodule(path), parameter=leaf)
+
+
+def linear_sites(anatomy: Anatomy) -> dict[str, Site]:
+    """Sites with a weight that is a linear map, by name."""
+    return {site.name: site for site in anatomy.all_sites() if site.kind != "module"}
+
+
+def renamed(site: Site, **changes: Any) -> Site:
+    """A copy of a site with other fields."""
+    return replace(site, **changes)
+
+
+# ------------------------------------------------------------------------------------------------- families
+
+
+def _thirds(path: str, width: int) -> dict[str, Where]:
+    """A fused projection: whole as ``qkv``, and q, k, v as its contiguous thirds."""
+    return {"qkv": path} | {role: (path, Rows(i * width, (i + 1) * width)) for i, role in enumerate(("q", "k", "v"))}
+
+
+@family("timm.models.vision_transformer:VisionTransformer")
+def timm_vit(model: Any) -> Description:
+    blocks = []
+    for i, block in enumerate(model.blocks):
+        attention = block.attn
+        roles: dict[str, Where] = {
+            **_thirds("attn.qkv", attention.attn_dim), "o": "attn.proj", "mlp.up": "mlp.fc1", "mlp.down": "mlp.fc2",
+            "attend": "attn", "attention": "attn", "mlp": "mlp", "norm1": "norm1", "norm2": "norm2",
+        }
+        blocks.append(BlockDescription(
+            path=f"blocks.{i}", dim=attention.qkv.in_features, roles=roles,
+            heads=(attention.num_heads, attention.num_heads, attention.head_dim),
+            while_active={"attend": {"fused_attn": True}},
+        ))
+    norms = [name for name in ("norm_pre", "norm", "fc_norm") if any(True for _ in getattr(model, name).parameters())]
+    return Description(blocks, {"patch_embed": "patch_embed.proj", "embed": "norm_pre", "norm": norms,
+                                **_head(model, "head")})
+
+
+@family("timm.models.swin_transformer:SwinTransformer")
+def timm_swin(model: Any) -> Description:
+    blocks, downsamples, norms = [], [], ["patch_embed.norm"]
+    for s, stage in enumerate(model.layers):
+        if hasattr(stage.downsample, "reduction"):
+            downsamples.append(f"layers.{s}.downsample.reduction")
+            norms.append(f"layers.{s}.downsample.norm")
+        for b, block in enumerate(stage.blocks):
+            attention = block.attn
+            width = attention.qkv.out_features // 3
+            roles: dict[str, Where] = {
+                **_thirds("attn.qkv", width), "o": "attn.proj", "mlp.up": "mlp.fc1", "mlp.down": "mlp.fc2",
+                "attend": "attn", "attention": "attn", "mlp": "mlp", "norm1": "norm1", "norm2": "norm2",
+            }
+            blocks.append(BlockDescription(
+                path=f"layers.{s}.blocks.{b}", dim=attention.dim, roles=roles, stage=f"stage{s}",
+                heads=(attention.num_heads, attention.num_heads, width // attention.num_heads),
+                while_active={"attend": {"fused_attn": True}},
+            ))
+    norms = [name for name in [*norms, "norm"] if any(True for _ in model.get_submodule(name).parameters())]
+    return Description(blocks, {"patch_embed": "patch_embed.proj", "embed": "patch_embed", "downsample": downsamples,
+                                "norm": norms, **_head(model, "head")})
+
+
+def _head(model: nn.Module, path: str) -> dict[str, str | list[str]]:
+    return {"head": path} if any(True for _ in model.get_submodule(path).parameters()) else {}
+
+
+@family("transformers.models.audio_spectrogram_transformer.modeling_audio_spectrogram_transformer:ASTModel")
+def ast(model: Any) -> Description:
+    roles: dict[str, Where] = {
+        "q": "attention.q_proj", "k": "attention.k_proj", "v": "attention.v_proj", "o": "attention.o_proj",
+        "mlp.up": "mlp.fc1", "mlp.down": "mlp.fc2", "attend": "attention", "attention": "attention", "mlp": "mlp",
+        "norm1": "layernorm_before", "norm2": "layernorm_after",
+    }
+    return Description(
+        _transformers_blocks(model, "layers", roles),
+        {"patch_embed": "embeddings.patch_embeddings.projection", "embed": "embeddings", "norm": "layernorm"},
+    )
+
+
+@family("transformers.models.bert.modeling_bert:BertModel")
+def bert(model: Any) -> Description:
+    roles: dict[str, Where] = {
+        "q": "attention.self.query", "k": "attention.self.key", "v": "attention.self.value",
+        "o": "attention.output.dense", "mlp.up": "intermediate.dense", "mlp.down": "output.dense",
+        "attend": "attention.self", "attention": "attention.output.dropout", "mlp": "output.dropout",
+        "norm1": "attention.output.LayerNorm", "norm2": "output.LayerNorm",
+    }
+    stem: dict[str, str | list[str]] = {"embed": "embeddings", "norm": "embeddings.LayerNorm"}
+    if model.pooler is not None:
+        stem["pool"] = "pooler.dense"
+    return Description(_transformers_blocks(model, "encoder.layer", roles, pre_norm=False), stem)
+
+
+@family("transformers.models.llama.modeling_llama:LlamaModel")
+def llama(model: Any) -> Description:
+    roles: dict[str, Where] = {
+        "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
+        "mlp.up": "mlp.up_proj", "mlp.gate": "mlp.gate_proj", "mlp.down": "mlp.down_proj",
+        "attend": "self_attn", "attention": "self_attn", "mlp": "mlp",
+        "norm1": "input_layernorm", "norm2": "post_attention_layernorm",
+    }
+    return Description(_transformers_blocks(model, "layers", roles), {"embed": "embed_tokens", "norm": "norm"})
+
+
+def _transformers_blocks(model: Any, layers: str, roles: dict[str, Where], pre_norm: bool = True
+                         ) -> list[BlockDescription]:
+    config = model.config
+    if config._attn_implementation != "sdpa":  # the verb `attend` rewrites scaled_dot_product_attention
+        roles = {role: where for role, where in roles.items() if role != "attend"}
+    query = config.num_attention_heads
+    heads = (query, getattr(config, "num_key_value_heads", None) or query,
+             getattr(config, "head_dim", None) or config.hidden_size // query)
+    return [BlockDescription(path=f"{layers}.{i}", dim=config.hidden_size, heads=heads, roles=roles, pre_norm=pre_norm)
+            for i in range(len(model.get_submodule(layers)))]

@@ -1,0 +1,285 @@
+"""Methods on disk: adapter folders, checkpoints that hold only what was trained, and the base's fingerprint.
+
+An adapter is a folder with ``adapter.safetensors`` (the tensors) and ``adapter.json`` (how to make the methods again, and
+which base they belong to). Nothing in it is executed: a method is looked up by name in the registry.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from core.anatomy import dissect
+from core.errors import ScionError, listed
+from core.method import Home, PEFTMethod, decode_extra_state, home_in, methods_on
+
+FORMAT = 1
+TENSORS, RECORD = "adapter.safetensors", "adapter.json"
+SAMPLES = 64
+"""Values of each tensor that enter the fingerprint."""
+
+
+def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> str:
+    """16 hexadecimal digits of a model's tensors: names, shapes and a sample of the values.
+
+    Values enter rounded to bfloat16, so a half-precision copy of a model has the fingerprint of its original. A task
+    head (``without``) and anything under ``peft`` do not count. On the meta device there are no values to read.
+    """
+    skip = set(without)
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if name in skip or name.startswith("peft.") or name.endswith("_extra_state"):
+            continue
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        if not tensor.is_meta:
+            flat = tensor.detach().flatten()
+            sample = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES]
+            digest.update(sample.to(torch.float32).to(torch.bfloat16).float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------------------------------- adapter folders
+
+
+def save_adapter(methods: list[PEFTMethod], folder: str | Path, extra: dict[str, Tensor] | None = None) -> Path:
+    """Write the methods of one model (and ``extra`` tensors, a head say) into ``folder``.
+
+    Both files are written beside their place and renamed, the record last.
+    """
+    from safetensors.torch import save_file
+
+    if not methods:
+        raise ScionError("there is no method to save: attach one first")
+    root = methods[0]._need_root()
+    home = getattr(root, "peft", None)
+    if not isinstance(home, Home) or not all(method.attached for method in methods):
+        raise ScionError(f"{methods[0].name} is merged: unmerge it before saving, or save the model itself")
+    tensors: dict[str, Tensor] = {}
+    for method in methods:
+        tensors.update(method.tensors())
+    parameters = dict(root.named_parameters())
+    tensors.update({name: parameters[name].detach() for name in home.heads if parameters[name].requires_grad})
+    tensors.update(extra or {})
+    record = {
+        "format": FORMAT,
+        "methods": [method.spec() for method in methods],
+        "base": {"class": dissect(root).family, "fingerprint": home.fingerprint},
+        "versions": versions(),
+    }
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    packed = {name: tensor.contiguous().cpu().clone() for name, tensor in tensors.items()}
+    write_atomically(target / TENSORS, lambda path: save_file(packed, path, metadata={"format": "pt"}))
+    write_atomically(target / RECORD, lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
+    return target
+
+
+def load_adapter(source: str | Path, model: nn.Module, base: Literal["same", "any"] = "same") -> Any:
+    """Attach the methods saved in ``source`` to ``model`` and load their tensors.
+
+    Args:
+        source: an adapter folder, a run folder, or a Lightning checkpoint.
+        model: the same backbone that the methods were saved from, plain.
+        base: ``any`` carries them to other weights of the same shape, with a warning.
+
+    Returns:
+        The method, or the list of methods where several were saved.
+
+    Raises:
+        ScionError: a damaged file, another base, missing, extra or misshapen tensors; the model is untouched then.
+    """
+    record, tensors = read_adapter(source)
+    methods = restore(record, tensors, model, base, str(source))
+    return methods[0] if len(methods) == 1 else methods
+
+
+def read_adapter(source: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The record and the tensors in an adapter folder, a run folder or a Lightning checkpoint."""
+    path = Path(source)
+    if path.is_file():
+        return _read_checkpoint(path)
+    if (path / "adapter" / RECORD).is_file():
+        path = path / "adapter"
+    if not (path / RECORD).is_file():
+        raise ScionError(f"{source}: no {RECORD} here; give an adapter folder, a run folder or a .ckpt file")
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        record = json.loads((path / RECORD).read_text())
+        assert isinstance(record["methods"], list) and record["base"]["fingerprint"]
+    except (ValueError, KeyError, TypeError, AssertionError):
+        raise ScionError(f"{path / RECORD}: damaged, or not an adapter's record") from None
+    if record.get("format") != FORMAT:
+        raise ScionError(f"{path / RECORD}: format {record.get('format')} is unknown; this version reads {FORMAT}")
+    try:
+        return record, load_file(path / TENSORS)
+    except (SafetensorError, OSError) as error:
+        reason = "missing" if isinstance(error, FileNotFoundError) else "damaged or cut short"
+        raise ScionError(f"{path / TENSORS}: {reason}; copy the adapter again") from None
+
+
+def _read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    except Exception as error:
+        raise ScionError(f"{path}: not a readable checkpoint ({type(error).__name__})") from None
+    # <path of the root>peft.<method>._extra_state holds each method's record
+    records = [(name, decode_extra_state(tensor)) for name, tensor in state.items()
+               if name.endswith("._extra_state") and "peft." in name]
+    if not records:
+        raise ScionError(f"{path}: this checkpoint holds no PEFT method")
+    prefix = records[0][0].rpartition("peft.")[0]
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in state.items()
+               if name.startswith(prefix) and not name.endswith("_extra_state")}
+    outside = {f"{OUTSIDE}{name}": tensor for name, tensor in state.items() if not name.startswith(prefix)}
+    return ({"format": FORMAT, "methods": [record for _, record in records],
+             "base": {"class": "", "fingerprint": records[0][1]["base"]}}, {**tensors, **outside})
+
+
+OUTSIDE = "outside."
+"""Prefix of tensors that belong to the LightningModule around the backbone (a task's head)."""
+
+
+def restore(record: dict[str, Any], tensors: dict[str, Tensor], model: nn.Module, base: str = "same", where: str = ""
+            ) -> list[PEFTMethod]:
+    """Make the methods of ``record``, attach them to ``model`` and load ``tensors`` strictly."""
+    from core import peft
+
+    anatomy = dissect(model)
+    print_now = fingerprint(model, without=anatomy.head_names())
+    expected = record["base"]["fingerprint"]
+    if print_now != expected:
+        _refuse_other_shapes(tensors, model, where)
+        if base == "same":
+            raise ScionError(f"{where}: the adapter belongs to another base (fingerprint {expected}, here {print_now}); "
+                             "load it onto the backbone it was trained on, or pass base='any' to carry it over")
+        import warnings
+
+        warnings.warn(f"{where}: carried from base {expected} to {print_now}", stacklevel=3)
+    methods = [peft.make(spec["class"], {**spec["config"], "name": spec["name"]}) for spec in record["methods"]]
+    done: list[PEFTMethod] = []
+    try:
+        for method, spec in zip(methods, record["methods"], strict=True):
+            method.attach(model)
+            done.append(method)
+            method.restructure(spec.get("structure", {}))
+        load_tensors(methods, tensors, where)
+    except Exception:
+        for method in reversed(done):
+            method.remove()
+        raise
+    return methods
+
+
+def load_tensors(methods: list[PEFTMethod], tensors: dict[str, Tensor], where: str = "") -> None:
+    """Copy saved tensors into attached methods; missing, extra and misshapen ones are refused before any is written."""
+    root = methods[0]._need_root()
+    home: Home = root.peft  # type: ignore[assignment]
+    parameters = dict(root.named_parameters())
+    into = {name: tensor for method in methods for name, tensor in method.tensors().items()}
+    into.update({name: parameters[name].detach() for name in home.heads if name in tensors})
+    given = {name: tensor for name, tensor in tensors.items() if not name.startswith(OUTSIDE)}
+    missing, extra = sorted(set(into) - set(given)), sorted(set(given) - set(into))
+    if missing:
+        raise ScionError(f"{where}: tensors are missing: {listed(missing, 4)}")
+    if extra:
+        raise ScionError(f"{where}: tensors that no method here has: {listed(extra, 4)}")
+    for name, tensor in into.items():
+        if tensor.shape != given[name].shape:
+            raise ScionError(f"{where}: {name} is {list(given[name].shape)} in the file, {list(tensor.shape)} here")
+    with torch.no_grad():
+        for name, tensor in into.items():
+            tensor.copy_(given[name])
+
+
+def _refuse_other_shapes(tensors: dict[str, Tensor], model: nn.Module, where: str) -> None:
+    parameters = dict(model.named_parameters())
+    for name, tensor in tensors.items():
+        if not name.startswith(("peft.", OUTSIDE)) and name in parameters and parameters[name].shape != tensor.shape:
+            raise ScionError(f"{where}: the adapter belongs to another architecture: {name} is {list(tensor.shape)} in "
+                             f"the file, {list(parameters[name].shape)} here")
+
+
+# ------------------------------------------------------------------------------------------------- checkpoints
+
+
+def keep_only_owned(module: nn.Module) -> None:
+    """Let the state dict of a LightningModule leave out its frozen backbone, and its strict loading forgive exactly
+    that. Both hooks are plain functions, so they copy and pickle with the module; a second call changes nothing."""
+    if _leave_out_base not in module._state_dict_hooks.values():
+        module._register_state_dict_hook(_leave_out_base)
+        module.register_load_state_dict_post_hook(_forgive_base)
+
+
+def base_names(module: nn.Module) -> set[str]:
+    """Names, in ``module``'s state dict, of the frozen base tensors that no method owns."""
+    found = home_in(module)
+    if found is None:
+        return set()
+    path, root = found
+    home: Home = root.peft  # type: ignore[assignment]
+    owned = home.owned()
+    prefix = f"{path}." if path else ""
+    return {prefix + name for name in nn.Module.state_dict(root)
+            if name not in owned and not name.startswith("peft.")}
+
+
+def _leave_out_base(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for name in base_names(module):
+        state.pop(prefix + name, None)
+
+
+def _forgive_base(module: nn.Module, incompatible: Any) -> None:
+    forgiven = base_names(module)
+    incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if name not in forgiven]
+
+
+# ------------------------------------------------------------------------------------------------- files
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
+    """Call ``write`` with a temporary name beside ``path``, flush the file to disk, then rename it into place."""
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    try:
+        write(Path(temporary))
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def versions() -> dict[str, str]:
+    """Versions of what results depend on."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for package in ("scion-peft", "torch", "lightning", "transformers", "timm", "torchaudio"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def adapter_bytes(folder: str | Path) -> int:
+    """Size of an adapter's two files."""
+    return sum((Path(folder) / name).stat().st_size for name in (TENSORS, RECORD))
+
+
+__all__ = ["fingerprint", "keep_only_owned", "load_adapter", "methods_on", "save_adapter", "write_atomically"]

@@ -1,0 +1,2 @@
+"""Placeholder for compositions."""
+__all__: list[str] = []

@@ -1,0 +1,157 @@
+"""What every datamodule shares: its public face, and loaders whose order survives an interruption exactly.
+
+Lightning's checkpoints hold neither random states nor a position in the data. Here the order of an epoch is a function
+of (seed, epoch) alone and a loader knows how many batches of it were handed out, so a resumed run sees the batches that
+the unbroken run would have seen. Random augmentation must be a function of (seed, epoch, index) in the same way: a
+dataset that augments defines ``set_epoch``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+Source = Literal["auto", "real", "mini"]
+
+
+class EpochSampler(Sampler[int]):
+    """Indices of one epoch, shuffled by (seed, epoch); the first ``skip`` are left out once, after a resume.
+
+    Lightning calls ``set_epoch`` at each epoch's start. Under several processes Lightning wraps it, and each process
+    reads its own share.
+    """
+
+    def __init__(self, size: int, shuffle: bool, seed: int) -> None:
+        self.size, self.shuffle, self.seed = size, shuffle, seed
+        self.epoch = self.skip = 0
+        self.listeners: list[Callable[[int], None]] = []
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+        for listener in self.listeners:
+            listener(epoch)
+
+    def __iter__(self) -> Iterator[int]:
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(seed_of(self.seed, "epoch", self.epoch))
+            order = torch.randperm(self.size, generator=generator).tolist()
+        else:
+            order = list(range(self.size))
+        skip, self.skip = self.skip, 0
+        return iter(order[skip:])
+
+    def __len__(self) -> int:
+        return self.size
+
+
+class EpochLoader(DataLoader):
+    """A DataLoader that Lightning saves and restores in mid-epoch: ``state_dict`` is the number of batches handed out."""
+
+    given = 0
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        start = self.sampler.skip // (self.batch_size or 1) if isinstance(self.sampler, EpochSampler) else 0
+        self.given = start
+        for batch in super().__iter__():
+            self.given += 1
+            yield batch
+        self.given = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"given": self.given % max(len(self), 1)}  # a finished epoch starts the next one at its beginning
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        if isinstance(self.sampler, EpochSampler):
+            self.sampler.skip = state["given"] * (self.batch_size or 1)
+
+
+def seed_of(*parts: object) -> int:
+    """A 63-bit seed from any names and numbers, the same on every machine and in every process."""
+    import hashlib
+
+    digest = hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+class DataModule(LightningDataModule, ABC):
+    """A benchmark, or its mini.
+
+    A subclass defines ``load``, which sets ``train_set``, ``validation_set`` (None where the protocol has none),
+    ``test_set`` and ``classes``, and ``read`` and ``example``. An item is ``(input, target)``.
+
+    Args:
+        root: folder of the data in its published layout; None looks into the cache.
+        source: ``real`` demands the benchmark, ``mini`` the generated stand-in; ``auto`` takes the benchmark where it
+            can be had and otherwise the mini, with a warning.
+        batch_size: samples a step, in each process.
+        num_workers: loader processes; results do not depend on it.
+        seed: of order and augmentation. None takes the run's ``seed_everything``.
+    """
+
+    classes: list[str]
+    """Class names; a target is a position in this list."""
+    origin: dict[str, str]
+    """``{"source": "real" | "mini", "name": ...}``: what the numbers were measured on."""
+    skipped: list[str]
+    """Files left out, each with the reason."""
+    multilabel: bool = False
+
+    train_set: Dataset
+    validation_set: Dataset | None
+    test_set: Dataset
+
+    def __init__(self, root: str | None = None, source: Source = "auto", batch_size: int = 32, num_workers: int = 0,
+                 seed: int | None = None) -> None:
+        super().__init__()
+        self.root = Path(root) if root is not None else None
+        self.source: Source = source
+        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self.skipped = []
+        self._loaded = False
+
+    @abstractmethod
+    def load(self) -> None:
+        """Read the benchmark (or make the mini) and set the datasets, ``classes`` and ``origin``."""
+
+    @abstractmethod
+    def example(self, batch_size: int = 1) -> Tensor:
+        """Inputs of the shape that a batch has, made without reading a file: for counting costs."""
+
+    @abstractmethod
+    def read(self, file: str | Path) -> Tensor:
+        """One file as one input, prepared as the test set's are. Bad files raise ``ScionError`` with their name."""
+
+    def collate_train(self) -> Callable[[list[Any]], Any] | None:
+        """The function that makes a training batch (mixup belongs here); None stacks the samples."""
+        return None
+
+    def setup(self, stage: str | None = None) -> None:
+        if not self._loaded:
+            self.load()
+            self._loaded = True
+
+    def loader(self, dataset: Dataset, train: bool) -> EpochLoader:
+        """A loader in the house's order: shuffled by (seed, epoch) for training, in file order otherwise."""
+        seed = self.seed or 0
+        sampler = EpochSampler(len(dataset), shuffle=train, seed=seed)  # type: ignore[arg-type]
+        if train and hasattr(dataset, "set_epoch"):
+            sampler.listeners.append(dataset.set_epoch)  # type: ignore[attr-defined]
+        return EpochLoader(dataset, batch_size=self.batch_size, sampler=sampler, num_workers=self.num_workers,
+                           collate_fn=self.collate_train() if train else None,
+                           generator=torch.Generator().manual_seed(seed))
+
+    def train_dataloader(self) -> EpochLoader:
+        return self.loader(self.train_set, train=True)
+
+    def val_dataloader(self) -> EpochLoader | list:
+        return self.loader(self.validation_set, train=False) if self.validation_set is not None else []
+
+    def test_dataloader(self) -> EpochLoader:
+        return self.loader(self.test_set, train=False)

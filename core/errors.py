@@ -1,0 +1,24 @@
+"""The one exception for bad input: a single line that says what is wrong and what would be right."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ScionError(ValueError):
+    """Bad input. The command prints the message as one line and exits with code 2."""
+
+
+def nearest(word: str, known: Iterable[str], n: int = 3) -> str:
+    """``" (did you mean 'a' or 'b'?)"`` for the names most like ``word``, or an empty string."""
+    names = {str(name).lower(): str(name) for name in known}
+    close = [names[hit] for hit in difflib.get_close_matches(word.lower(), list(names), n=n, cutoff=0.5)]
+    return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
+
+
+def listed(names: Iterable[object], most: int = 12) -> str:
+    """A comma-separated list for a message, cut after ``most`` names."""
+    words = [str(name) for name in names]
+    more = len(words) - most
+    return ", ".join(words[:most]) + (f", ... and {more} more" if more > 0 else "")

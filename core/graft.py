@@ -1,0 +1,376 @@
+"""The graft: the one mechanism by which anything is inserted into a backbone, switched, and removed.
+
+A graft is an ``nn.Module`` at a site that does one or more of four things there::
+
+    before(x)                                     a new input of the site
+    weight(W)                                     an effective weight, W and the result as matrices [out, in]
+    after(x, y)                                   a new output, from the site's input and output
+    attend(q, k, v, mask, x, attention)           attention's output; ``attention(q, k, v, mask)`` is the base call
+
+All grafts of a module are carried by one `Carrier`, which owns the module's hooks and runs the grafts in their order of
+attachment. ``before`` and ``after`` are plain hooks. ``weight`` and ``attend`` rewrite calls inside the module's forward:
+a `TorchFunctionMode`, entered by the last pre-hook and left by the first forward hook, puts the effective tensor where
+the frozen parameter would go, or hands the attention call over. The backbone's class, ``forward``, parameters and
+state-dict keys stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
+
+from core.anatomy import Site, dissect
+from core.errors import ScionError
+
+Attention = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
+VERBS = ("before", "weight", "after", "attend")
+
+
+class Graft(nn.Module):
+    """Base of all grafts; a subclass defines any of the four verbs, and ``merged`` where it can be written into W."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        self.site = site
+        self.active = True
+        """Whether it takes part in the forward."""
+        self.batch: Tensor | None = None
+        """Rows of the batch that it serves, as indices; None is all of them."""
+        self.route: Tensor | None = None
+        """The whole route, one entry a sample, of which ``batch`` is a part."""
+        self.variant = 0
+        """The entry in ``route`` that means this graft."""
+
+    def before(self, x: Tensor) -> Tensor:
+        """x [..., in] -> a new input of the same shape."""
+        raise NotImplementedError
+
+    def weight(self, weight: Tensor) -> Tensor:
+        """W [out, in] -> the effective weight [out, in]."""
+        raise NotImplementedError
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        """Input x [..., in] and output y [..., out] of the site -> a new output [..., out]."""
+        raise NotImplementedError
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, x: Tensor, attention: Attention) -> Tensor:
+        """q [batch, heads, queries, width], k and v [batch, key heads, keys, width], mask or None, the module's input x
+        -> attention's output [batch, heads, queries, width]."""
+        raise NotImplementedError
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """W [out, in] with this graft written into it. Grafts with ``weight`` have it for free."""
+        if type(self).weight is Graft.weight:
+            raise ScionError(f"{type(self).__name__} cannot be merged: what it does is no linear map of the weight")
+        return self.weight(weight)
+
+    @property
+    def verbs(self) -> tuple[str, ...]:
+        """Which of the four verbs this class defines."""
+        return tuple(verb for verb in VERBS if getattr(type(self), verb) is not getattr(Graft, verb))
+
+
+# ------------------------------------------------------------------------------------------------- hidden states
+
+
+def hidden_in(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """The hidden state among a module's arguments: the first positional one, or ``hidden_states``."""
+    return args[0] if args else kwargs["hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))]
+
+
+def _with_hidden_in(args: tuple, kwargs: dict[str, Any], x: Tensor) -> tuple[tuple, dict[str, Any]]:
+    if args:
+        return (x, *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs)): x}
+
+
+def hidden_out(output: Any) -> Tensor:
+    """The hidden state in a module's output: itself, or the first of a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _with_hidden_out(output: Any, y: Tensor) -> Any:
+    return (y, *output[1:]) if isinstance(output, tuple) else y
+
+
+def _expand(rows: Tensor, total: int, route: Tensor | None) -> Tensor:
+    """Indices of samples -> indices along an axis on which each sample stands ``total / samples`` times (windows,
+    beams), sample by sample."""
+    samples = total if route is None else route.numel()
+    times = total // samples
+    if times * samples != total:
+        raise ScionError(f"routing: {samples} samples are routed, but {total} rows arrive, which is no multiple")
+    return rows if times == 1 else (rows[:, None] * times + torch.arange(times, device=rows.device)).flatten()
+
+
+# ------------------------------------------------------------------------------------------------- rewriting calls
+
+
+class _Rewrite(TorchFunctionMode):
+    """Rewrites calls made during one forward of one module."""
+
+    def __init__(self, effective: list[Effective], attend: list[Graft], x: Tensor) -> None:
+        super().__init__()
+        self.effective, self.attend, self.x = effective, attend, x
+        self.hits = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if self.attend and func is F.scaled_dot_product_attention:
+            self.hits += 1
+            return _attend(self.attend, self.x, *args, **kwargs)
+        met = [e for e in self.effective if any(a is e.frozen for a in (*args, *kwargs.values()))]
+        if not met:
+            return func(*args, **kwargs)
+        self.hits += 1
+        out = func(*_put(args, met), **_put_named(kwargs, met))
+        for variant in dict.fromkeys(v for e in met for v in e.routed):  # these samples see tensors of their own
+            rows = next(e.routed[variant][0] for e in met if variant in e.routed)
+            if not isinstance(args[0], Tensor) or any(args[0] is e.frozen for e in met):
+                raise ScionError("routing by sample needs a call whose first argument is the batch")
+            part = func(args[0][rows], *_put(args[1:], met, variant), **_put_named(kwargs, met, variant))
+            out = out.index_copy(0, rows, part)
+        return out
+
+
+@dataclass
+class Effective:
+    """A frozen parameter, the tensor that stands in for it, and for routed samples {variant: (rows, tensor)}."""
+
+    frozen: Tensor
+    tensor: Tensor
+    routed: dict[int, tuple[Tensor, Tensor]]
+
+    def of(self, variant: int | None) -> Tensor:
+        tensor = self.routed[variant][1] if variant is not None and variant in self.routed else self.tensor
+        return tensor.to(self.frozen.dtype)
+
+
+def _put(args: tuple, met: list[Effective], variant: int | None = None) -> list[Any]:
+    return [next((e.of(variant) for e in met if a is e.frozen), a) for a in args]
+
+
+def _put_named(kwargs: dict[str, Any], met: list[Effective], variant: int | None = None) -> dict[str, Any]:
+    return dict(zip(kwargs, _put(tuple(kwargs.values()), met, variant), strict=True))
+
+
+def _attend(grafts: list[Graft], x: Tensor, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
+            dropout_p: float = 0.0, is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False
+            ) -> Tensor:
+    if is_causal and attn_mask is None:
+        # A graft may add keys: causality must be in the mask, where it can be extended.
+        attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+
+    def base(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, False, scale=scale, enable_gqa=enable_gqa)
+
+    def grafted(graft: Graft, inner: Attention) -> Attention:
+        def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+            if graft.batch is None:
+                return graft.attend(q, k, v, mask, x, inner)
+            rows = _expand(graft.batch, q.shape[0], graft.route)
+            part_of_mask = mask[rows] if mask is not None and mask.dim() == 4 and mask.shape[0] > 1 else mask
+            part = graft.attend(q[rows], k[rows], v[rows], part_of_mask, x, inner)
+            return inner(q, k, v, mask).index_copy(0, rows, part)
+
+        return call
+
+    call: Attention = base
+    for graft in grafts:
+        call = grafted(graft, call)
+    return call(query, key, value, attn_mask)
+
+
+def route_rows(grafts: list[Graft], route: Tensor | None, variant: int = 0) -> None:
+    """Let ``grafts`` serve only the samples whose entry in ``route`` [batch] is ``variant``; None routes nothing."""
+    for graft in grafts:
+        graft.batch = None if route is None else (route == variant).nonzero().flatten()
+        graft.route, graft.variant = route, variant
+
+
+# ------------------------------------------------------------------------------------------------- the carrier
+
+
+class Carrier:
+    """All grafts of one module, and the module's only hooks of ours. It copies and pickles with the module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.grafts: list[Graft] = []
+        self.open: list[_Rewrite] = []
+        self.handles = [
+            module.register_forward_pre_hook(self._enter, with_kwargs=True),
+            module.register_forward_hook(self._leave, with_kwargs=True, always_call=True, prepend=True),
+            module.register_forward_hook(self._after, with_kwargs=True),
+        ]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Carrier | None:
+        """The carrier on ``module``, found by its hooks: nothing is stored on the module itself."""
+        for hook in module._forward_pre_hooks.values():
+            owner = getattr(hook, "__self__", None)
+            if isinstance(owner, Carrier):
+                return owner
+        return None
+
+    def add(self, graft: Graft) -> None:
+        self.grafts.append(graft)
+        self.refresh()
+
+    def drop(self, graft: Graft) -> None:
+        self.grafts = [other for other in self.grafts if other is not graft]
+        self.refresh()
+        if not self.grafts:
+            for handle in self.handles:
+                handle.remove()
+
+    def refresh(self) -> None:
+        """Give the module the attributes that its active grafts need (and its own back when there are none)."""
+        wanted: dict[str, Any] = {}
+        for graft in self.grafts:
+            if graft.active:
+                wanted.update(graft.site.while_active)
+        own = self._own if hasattr(self, "_own") else {}
+        for name, value in own.items():
+            if name not in wanted:
+                setattr(self.module, name, value)
+        for name, value in wanted.items():
+            own.setdefault(name, getattr(self.module, name))
+            setattr(self.module, name, value)
+        self._own = {name: value for name, value in own.items() if name in wanted}
+
+    def _live(self, verb: str) -> list[Graft]:
+        return [graft for graft in self.grafts if graft.active and verb in graft.verbs]
+
+    def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        if self.open:
+            self._purge()
+        before = self._live("before")
+        if before:
+            x = hidden_in(args, kwargs)
+            for graft in before:
+                x = self._on_rows(graft, graft.before, x)
+            args, kwargs = _with_hidden_in(args, kwargs, x)
+        weights, attend = self._live("weight"), self._live("attend")
+        if weights or attend:
+            x = hidden_in(args, kwargs)
+            mode = _Rewrite(self._effective(weights, x), attend, x)
+            mode.__enter__()
+            self.open.append(mode)
+        return args, kwargs
+
+    def _effective(self, grafts: list[Graft], x: Tensor) -> list[Effective]:
+        """What stands in for each parameter that these grafts change."""
+        table: list[Effective] = []
+        for name in dict.fromkeys(graft.site.parameter for graft in grafts):
+            frozen = getattr(self.module, name)
+            mine = [graft for graft in grafts if graft.site.parameter == name]
+            entry = Effective(frozen, frozen, {})
+            for graft in mine:
+                if graft.batch is None:
+                    entry.tensor = apply_weight(graft, entry.tensor)
+            for graft in mine:
+                if graft.batch is not None and len(graft.batch):
+                    rows = _expand(graft.batch, x.shape[0], graft.route)
+                    entry.routed[graft.variant] = (rows, apply_weight(graft, entry.of(graft.variant)))
+            table.append(entry)
+        return table
+
+    def _leave(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        if self.open:
+            mode = self.open.pop()
+            mode.__exit__(None, None, None)
+            if mode.hits == 0 and output is not None:  # None: the forward itself raised
+                sites = ", ".join(graft.site.name for graft in self.grafts)
+                raise ScionError(f"{sites}: {type(module).__name__}.forward made no call that a graft could rewrite")
+
+    def _after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        after = self._live("after")
+        if not after:
+            return None
+        x, y = hidden_in(args, kwargs), hidden_out(output)
+        for graft in after:
+            y = self._on_rows(graft, graft.after, y, x)
+        return _with_hidden_out(output, y)
+
+    @staticmethod
+    def _on_rows(graft: Graft, verb: Callable[..., Tensor], y: Tensor, x: Tensor | None = None) -> Tensor:
+        """Run ``before`` or ``after`` on the rows that the graft serves."""
+        if graft.batch is None:
+            return verb(y) if x is None else verb(x, y)
+        rows = _expand(graft.batch, y.shape[0], graft.route)
+        if not len(rows):
+            return y
+        return y.index_copy(0, rows, verb(y[rows]) if x is None else verb(x[rows], y[rows]))
+
+    def _purge(self) -> None:
+        """Leave modes that an interrupt kept open: hooks with ``always_call`` do not run on KeyboardInterrupt, and a
+        leaked mode would go on rewriting calls."""
+        stack = []
+        while self.open:
+            leaked = self.open.pop()
+            while torch._C._len_torch_function_stack():
+                mode = torch._C._pop_torch_function_stack()
+                if mode is leaked:
+                    break
+                stack.append(mode)
+        for mode in reversed(stack):
+            torch._C._push_on_torch_function_stack(mode)
+
+
+def apply_weight(graft: Graft, weight: Tensor) -> Tensor:
+    """The whole parameter, in its module's layout, as the graft makes it."""
+    return graft.site.unmatrix(graft.weight(graft.site.matrix(weight)), weight)
+
+
+def connect(graft: Graft) -> None:
+    """Place the graft at its site, behind those that stand there."""
+    module = graft.site.module
+    (Carrier.of(module) or Carrier(module)).add(graft)
+
+
+def disconnect(graft: Graft) -> None:
+    """Take the graft from its site; the last one takes the hooks along."""
+    carrier = Carrier.of(graft.site.module)
+    if carrier is not None:
+        carrier.drop(graft)
+
+
+def refresh(graft: Graft) -> None:
+    """Tell the graft's carrier that its activity changed."""
+    carrier = Carrier.of(graft.site.module)
+    if carrier is not None:
+        carrier.refresh()
+
+
+# ------------------------------------------------------------------------------------------------- checkpointing
+
+
+class _Checkpointed:
+    """A block's forward under non-reentrant activation checkpointing; the block's hooks stay outside."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.block = block
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        forward = type(self.block).forward
+        if not torch.is_grad_enabled():
+            return forward(self.block, *args, **kwargs)
+        return checkpoint(forward, self.block, *args, use_reentrant=False, **kwargs)
+
+
+def checkpoint_activations(model: nn.Module, on: bool = True) -> None:
+    """Switch activation checkpointing of a backbone's blocks on or off. Only this switch keeps grafts exact: a
+    library's own may recompute a block without the state of its forward."""
+    for block in dissect(model).blocks:
+        if on:
+            block.module.__dict__["forward"] = _Checkpointed(block.module)
+        else:
+            block.module.__dict__.pop("forward", None)

@@ -1,0 +1,642 @@
+"""`PEFTMethod`: what all methods share. A method says where its grafts stand and what they are; the rest is here.
+
+A method is a Lightning callback::
+
+    Trainer(callbacks=[LoRA(rank=8)]).fit(module)        # any LightningModule that has .backbone or .model
+
+and works on any ``nn.Module`` with a known anatomy just as well::
+
+    method = LoRA(rank=8).attach(model)
+    optimizer = torch.optim.AdamW(method.trainable().values())
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from abc import ABC
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from lightning.pytorch import Callback
+from torch import Tensor, nn
+
+from core import graft as grafts
+from core.anatomy import Anatomy, Site, dissect
+from core.data import seed_of
+from core.errors import ScionError, listed, nearest
+from core.graft import Graft
+from core.spec import Recorded, plain
+
+if TYPE_CHECKING:
+    import lightning.pytorch as L
+
+GRADIENT_STEPS = 3
+"""Backward passes within which every trained tensor must have had a gradient (zero-initialised chains need two)."""
+
+
+class PEFTMethod(Recorded, Callback, ABC):
+    """Base of all methods. Class attributes declare what a method is; the tests and the command read them.
+
+    Args:
+        layers: indices of the blocks to adapt (negative ones count from the end); None is all.
+        norms: norm roles whose weights are trained as well (``("norm2", "norm")``); counted apart.
+        name: the method's name on the model, in state-dict keys and files; by default its class's name.
+        on: path of the backbone in a LightningModule; by default ``backbone`` or ``model``.
+        trainable: False keeps the method in the forward but frozen.
+        seed: of the method's random values, together with its name and each site's.
+        head: whether a task head inside the backbone is trained (a language model's head never is).
+        backbone_mode: ``eval`` keeps frozen parts without dropout, drop-path and batch statistics; ``train`` does not;
+            None takes the method's own.
+    """
+
+    identity_at_start: ClassVar[bool] = True
+    """Attaching leaves the output as it is."""
+    mergeable: ClassVar[bool] = False
+    """``merge`` can write the method into the weights."""
+    moves_base: ClassVar[bool] = False
+    """Trains the backbone's own tensors."""
+    needs: ClassVar[tuple[str, ...]] = ()
+    """Roles without which a backbone cannot have this method."""
+    inference_cost: ClassVar[str] = "none once merged"
+    recommended: ClassVar[dict[str, float]] = {"lr": 1e-3, "weight_decay": 0.0}
+    """Learning rate and weight decay from the paper, taken by ``lr: auto``."""
+    stages: ClassVar[tuple[str, ...]] = ()
+    """Names of the runs that the method needs one after the other; empty means one."""
+    mode: ClassVar[Literal["eval", "train"]] = "eval"
+    """Default of ``backbone_mode``."""
+
+    def __init__(
+        self,
+        *,
+        layers: Sequence[int] | None = None,
+        norms: Sequence[str] = (),
+        name: str | None = None,
+        on: str | None = None,
+        trainable: bool = True,
+        seed: int = 0,
+        head: Literal["train", "frozen"] = "train",
+        backbone_mode: Literal["eval", "train"] | None = None,
+    ) -> None:
+        if name is not None and (not name or "." in name):
+            raise ScionError(f"{type(self).__name__}: name {name!r} must be a word without dots")
+        self.layers = None if layers is None else list(layers)
+        self.norms = tuple(norms)
+        self.name = name or type(self).__name__
+        self.on, self.is_trained, self.seed, self.head = on, trainable, seed, head
+        self.backbone_mode: str = backbone_mode or self.mode
+        self.root: nn.Module | None = None
+        self.module: MethodModule = MethodModule(self)
+        self.start: dict[str, Tensor] = {}  # start values of the base tensors that this method moves
+        self._merged: dict[str, tuple[Tensor, Tensor]] | None = None  # name -> (before, after)
+        self._waiting: dict[str, Tensor] | None = None  # tensors not yet seen with a gradient
+        self._backwards = 0
+
+    # --------------------------------------------------------------------------------- what a method defines
+
+    targets: Sequence[str] = ()
+
+    def sites(self, anatomy: Anatomy) -> list[Site]:
+        """Where grafts stand; by default ``targets`` in ``layers``."""
+        return anatomy.sites(self.targets, self.layers, self.name) if self.targets else []
+
+    def build(self, site: Site) -> Graft:
+        """The graft for a site. Called with the random state seeded by (seed, name, site); use ``nn.init`` freely."""
+        raise NotImplementedError
+
+    def shared(self, module: MethodModule, sites: list[Site]) -> None:
+        """Register tensors that many grafts share on ``module``, before ``build`` is called."""
+
+    def moved(self, anatomy: Anatomy) -> list[str]:
+        """Names of the backbone's own parameters that the method trains."""
+        return []
+
+    def check(self, anatomy: Anatomy) -> None:
+        """Refuse, before anything changes, a backbone that this method cannot have."""
+
+    def structure(self) -> dict[str, Any]:
+        """What, beside the constructor's arguments, rebuilds the method's tensors (phases, grown ranks): JSON."""
+        return {}
+
+    def restructure(self, structure: dict[str, Any]) -> None:
+        """Bring an attached method into a saved ``structure``, before its tensors are loaded."""
+
+    def idle(self) -> set[str]:
+        """Names of trained tensors that may go without a gradient."""
+        return set()
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Groups for the optimizer; tensors with fewer than two axes are not decayed. Keys beside ``params`` override
+        the run's optimizer settings; ``lr_factor`` multiplies its learning rate."""
+        tensors = list(self.trainable().values())
+        decayed, plain_ = [t for t in tensors if t.dim() > 1], [t for t in tensors if t.dim() < 2]
+        return [group for group in ({"params": decayed}, {"params": plain_, "weight_decay": 0.0}) if group["params"]]
+
+    def loss_terms(self, module: Any, batch: Any, outputs: Any) -> Tensor | None:
+        """A term to add to the task's loss in FineTuner, or None."""
+        return None
+
+    # --------------------------------------------------------------------------------- attaching
+
+    @property
+    def attached(self) -> bool:
+        """Whether the method stands on a model now."""
+        return self.root is not None and self._merged is None
+
+    @property
+    def grafts(self) -> list[Graft]:
+        """The method's grafts, in the order of their sites."""
+        return [module for module in self.module.children() if isinstance(module, Graft)]
+
+    def attach(self, model: nn.Module) -> PEFTMethod:
+        """Freeze ``model`` (the first method does), place the grafts, and return the method.
+
+        Raises:
+            ScionError: unknown anatomy, targets that match nothing, values that do not fit; nothing has changed then.
+        """
+        if self.root is not None:
+            if self.root is model:
+                return self
+            raise ScionError(f"{self.name} is attached to another model already: make a new {type(self).__name__}")
+        if isinstance(model, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) or not hasattr(model, "forward"):
+            raise ScionError(f"{self.name}: a bare {type(model).__name__} runs its children in a row and has no place "
+                             "for `peft`: wrap it in a module that calls it")
+        home = getattr(model, "peft", None)
+        if home is not None and not isinstance(home, Home):
+            raise ScionError(f"{self.name}: {type(model).__name__} has an attribute `peft` of its own")
+        if home is not None and self.name in home.methods:
+            raise ScionError(f"{self.name}: a method of that name is attached already; give this one a name of its own "
+                             "(name=...)")
+        if any(isinstance(child, Home) and child is not home for child in model.modules()):
+            raise ScionError(f"{self.name}: a module inside {type(model).__name__} has methods attached already; attach "
+                             "to the same module")
+        anatomy = dissect(model)
+        for role in self.needs:
+            if role not in anatomy.roles:
+                raise ScionError(f"{self.name} needs the role {role!r}, which {anatomy.family} does not have "
+                                 f"(it has {listed(anatomy.roles, 40)})")
+        self.check(anatomy)
+        sites = self.sites(anatomy)
+        norms = self._norm_names(anatomy)
+        moved = list(dict.fromkeys([*self.moved(anatomy), *norms]))
+        parameters = dict(model.named_parameters())
+        module = MethodModule(self)
+        with seeded(self.seed, self.name):
+            self.shared(module, sites)
+        for site in sites:
+            module.add_module(key_of(site.name), self._build(site, anatomy))
+
+        if home is None:
+            home = Home(model, anatomy, self.head)
+            model.add_module("peft", home)
+        self.root, self.module, self.norm_names = model, module, norms
+        self.start = {name: parameters[name].detach().to("cpu", copy=True) if not parameters[name].is_meta
+                      else parameters[name].detach() for name in moved}
+        home.add(self)
+        self._connect()
+        for name in moved:
+            parameters[name].requires_grad_(self.is_trained)
+        if not self.is_trained:
+            module.requires_grad_(False)
+        model.train(model.training)
+        return self
+
+    def _build(self, site: Site, anatomy: Anatomy) -> Graft:
+        with seeded(self.seed, self.name, site.name):
+            graft = self.build(site)
+        # Sites without weights (a dropout, an identity) take device and type from their block.
+        around = site.module if site.block is None else anatomy.blocks[site.block].module
+        tensor = next(site.module.parameters(), None)
+        tensor = next(around.parameters(), next(anatomy.root.parameters())) if tensor is None else tensor
+        half = tensor.dtype in (torch.float16, torch.bfloat16)
+        return graft.to(device=tensor.device, dtype=torch.float32 if half else tensor.dtype)
+
+    def _norm_names(self, anatomy: Anatomy) -> list[str]:
+        if not self.norms:
+            return []
+        unknown = [role for role in self.norms if role not in ("norm", "norm1", "norm2")]
+        if unknown:
+            raise ScionError(f"{self.name}: norms {unknown[0]!r} is not 'norm', 'norm1' or 'norm2'")
+        prefix = [(site.path, site.module) for site in anatomy.sites(self.norms, self.layers, self.name)]
+        return [f"{path}.{name}" for path, module in prefix for name, _ in module.named_parameters()]
+
+    def _connect(self) -> None:
+        for graft in self.grafts:
+            grafts.connect(graft)
+
+    def _disconnect(self) -> None:
+        for graft in self.grafts:
+            grafts.disconnect(graft)
+
+    def remove(self) -> None:
+        """Take the method away without a trace: hooks and tensors are gone, moved base tensors are back at their
+        start values, and the last method leaves the model as it was before the first."""
+        root = self._need_root()
+        if self._merged is None:
+            self._disconnect()
+            with torch.no_grad():
+                parameters = dict(root.named_parameters())
+                for name, value in self.start.items():
+                    parameters[name].copy_(value)
+            self._leave_home(root)
+        self.root, self._merged = None, None
+
+    def _leave_home(self, root: nn.Module) -> None:
+        home: Home = root.peft  # type: ignore[assignment]
+        home.drop(self)
+        parameters = dict(root.named_parameters())
+        for name in self.start:
+            parameters[name].requires_grad_(False)
+        if not home.methods:
+            home.leave(root)
+
+    def _need_root(self) -> nn.Module:
+        if self.root is None:
+            raise ScionError(f"{self.name} is not attached to a model yet: call attach(model) first")
+        return self.root
+
+    # --------------------------------------------------------------------------------- what it holds
+
+    def trainable(self) -> dict[str, Tensor]:
+        """``{name in the root: tensor}`` of all that this method trains."""
+        root = self._need_root()
+        if not self.is_trained or self._merged is not None:
+            return {}
+        own = {f"{self.prefix}{name}": tensor for name, tensor in self.module.named_parameters()
+               if tensor.requires_grad}
+        parameters = dict(root.named_parameters())
+        return {**{name: parameters[name] for name in self.start}, **own}
+
+    @property
+    def prefix(self) -> str:
+        """Start of the names of the method's tensors in the root's state dict."""
+        return f"peft.{key_of(self.name)}."
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that must be stored to rebuild the method on its base: its own tensors and the base tensors it moved."""
+        parameters = dict(self._need_root().named_parameters())
+        own = {f"{self.prefix}{name}": tensor.detach() for name, tensor in self.module.state_dict().items()
+               if not name.endswith("_extra_state")}
+        return {**{name: parameters[name].detach() for name in self.start}, **own}
+
+    def counts(self) -> dict[str, int]:
+        """Trained parameters by owner: ``method``, ``norms`` (the option), ``head`` (inside the model), and ``stored``,
+        the numbers that the method's file holds."""
+        root = self._need_root()
+        norms = set(self.norm_names)
+        trained = {name: tensor.numel() for name, tensor in self.trainable().items()}
+        heads = dissect(root).head_names() if self.head == "train" else set()
+        return {
+            "method": sum(count for name, count in trained.items() if name not in norms),
+            "norms": sum(count for name, count in trained.items() if name in norms),
+            "head": sum(p.numel() for name, p in root.named_parameters() if name in heads and name not in trained),
+            "stored": sum(tensor.numel() for tensor in self.tensors().values()),
+        }
+
+    # --------------------------------------------------------------------------------- switching
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The model without this method: its grafts are off and base tensors that it moved are at their start."""
+        root = self._need_root()
+        states = [graft.active for graft in self.grafts]
+        parameters = dict(root.named_parameters())
+        base = {**self.start, **{name: before for name, (before, _) in (self._merged or {}).items()}}
+        moved = {name: parameters[name] for name in base}
+        values = {name: tensor.data for name, tensor in moved.items()}
+        try:
+            self._activate([False] * len(states))
+            for name, tensor in moved.items():  # other storage, not other values: a backward under way stays valid
+                tensor.data = base[name].to(tensor.device, tensor.dtype)
+            yield
+        finally:
+            for name, tensor in moved.items():
+                tensor.data = values[name]
+            self._activate(states)
+
+    def _activate(self, states: Sequence[bool]) -> None:
+        for graft, state in zip(self.grafts, states, strict=True):
+            if graft.active != state:
+                graft.active = state
+                grafts.refresh(graft)
+
+    @contextlib.contextmanager
+    def route(self, variant: str | Tensor | Sequence[int]) -> Iterator[None]:
+        """Select one of several named variants, or route each row of a batch to its own (see `core.compose.Route`)."""
+        raise ScionError(f"{self.name} has one variant only: several are made by Route(methods=[...])")
+        yield
+
+    # --------------------------------------------------------------------------------- merging
+
+    def merge(self) -> None:
+        """Write the method into the weights and take it off; the model is then a plain backbone.
+
+        Raises:
+            ScionError: the method cannot be merged, a weight is tied to another, or values are not finite; nothing has
+                changed then.
+        """
+        root = self._need_root()
+        if self._merged is not None:
+            import warnings
+
+            warnings.warn(f"{self.name} is merged already", stacklevel=2)
+            return
+        if not self.mergeable:
+            raise ScionError(f"{self.name} cannot be merged into the weights: {self.inference_cost}")
+        parameters = dict(root.named_parameters())
+        shared = {name for name, _ in root.named_parameters(remove_duplicate=False)} - set(parameters)
+        merged: dict[str, tuple[Tensor, Tensor]] = {}
+        with torch.no_grad():
+            for graft in self.grafts:
+                site = graft.site
+                name = site.weight_name
+                if name in shared or any(root.get_parameter(other) is parameters[name] for other in shared):
+                    raise ScionError(f"{self.name}: {name} is tied to another tensor, which merging would change too")
+                before, now = merged.get(name, (parameters[name].detach().clone(), parameters[name].detach()))
+                wide = now.float() if now.dtype in (torch.float16, torch.bfloat16) else now
+                now = site.unmatrix(graft.merged(site.matrix(wide)), wide)
+                if not bool(torch.isfinite(now).all()):
+                    raise ScionError(f"{self.name}: merging would write values that are not finite into {name}")
+                merged[name] = (before, now)
+            for name in self.start:
+                if not bool(torch.isfinite(parameters[name]).all()):
+                    raise ScionError(f"{self.name}: {name} holds values that are not finite")
+            for name, (before, now) in merged.items():
+                merged[name] = (before, now.to(before.dtype))
+                parameters[name].copy_(merged[name][1])
+        self._disconnect()
+        self._merged = merged
+        self._leave_home(root)
+
+    def unmerge(self) -> None:
+        """Restore the weights bit for bit and put the method back.
+
+        Raises:
+            ScionError: the weights have changed since, by a later merge or by training.
+        """
+        root = self._need_root()
+        if self._merged is None:
+            raise ScionError(f"{self.name} is not merged")
+        parameters = dict(root.named_parameters())
+        for name, (_, after) in self._merged.items():
+            if not torch.equal(parameters[name].detach(), after):
+                raise ScionError(f"{self.name}: {name} has changed since it was merged; unmerge what came later first")
+        with torch.no_grad():
+            for name, (before, _) in self._merged.items():
+                parameters[name].copy_(before)
+        home = getattr(root, "peft", None)
+        if home is None:
+            home = Home(root, dissect(root), self.head)
+            root.add_module("peft", home)
+        self._merged = None
+        home.add(self)
+        self._connect()
+        for name in self.start:
+            parameters[name].requires_grad_(self.is_trained)
+        root.train(root.training)
+
+    # --------------------------------------------------------------------------------- files
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``adapter.safetensors`` and ``adapter.json`` into ``folder``; `core.load_adapter` reads them."""
+        from core.artifact import save_adapter
+
+        return save_adapter([self], folder)
+
+    def spec(self) -> dict[str, Any]:
+        """How to make this method again, as JSON: the class's name in the registry, its arguments, its structure."""
+        return {"class": type(self).__name__, "name": self.name,
+                "config": {key: plain(value) for key, value in self.config.items()}, "structure": self.structure()}
+
+    # --------------------------------------------------------------------------------- as a callback
+
+    @property
+    def state_key(self) -> str:
+        return f"{type(self).__name__}:{self.name}"
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Graft once, before weights are restored and before the optimizer is made."""
+        from core.artifact import keep_only_owned
+
+        if self.root is None:
+            root = self._find_root(pl_module)
+            if root is None:
+                self._wait_for_configure_model(pl_module)
+            else:
+                self.attach(root)
+        keep_only_owned(pl_module)
+
+    def _find_root(self, pl_module: nn.Module) -> nn.Module | None:
+        if self.on is not None:
+            try:
+                return pl_module.get_submodule(self.on)
+            except AttributeError:
+                names = [name for name, _ in pl_module.named_modules() if name]
+                raise ScionError(f"{self.name}: on={self.on!r} names no module of {type(pl_module).__name__}"
+                                 f"{nearest(self.on, names)}") from None
+        for name in ("backbone", "model"):
+            root = getattr(pl_module, name, None)
+            if isinstance(root, nn.Module):
+                return root
+        if is_overridden(pl_module, "configure_model") and not getattr(pl_module, "_scion_configured", False):
+            return None
+        raise ScionError(f"{self.name}: {type(pl_module).__name__} has neither .backbone nor .model; name the backbone "
+                         f"with on=... (its children are {listed(name for name, _ in pl_module.named_children())})")
+
+    def _wait_for_configure_model(self, pl_module: Any) -> None:
+        """The backbone is only made in ``configure_model``: graft at the end of that."""
+        original = pl_module.configure_model
+
+        def configure_model() -> None:
+            original()
+            if self.root is None:
+                pl_module.__dict__.pop("configure_model", None)
+                pl_module._scion_configured = True
+                root = self._find_root(pl_module)
+                assert root is not None
+                self.attach(root)
+                del pl_module._scion_configured
+
+        pl_module.__dict__["configure_model"] = configure_model
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.attached:
+            self._waiting = {name: t for name, t in self.trainable().items() if name not in self.idle()}
+            self._backwards = 0
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Within the first backward passes every trained tensor must get a gradient, else the run stops."""
+        if not self._waiting:
+            return
+        self._backwards += 1
+        self._waiting = {name: t for name, t in self._waiting.items()
+                         if t.grad is None or (name not in self.start and not bool(t.grad.any()))}
+        if self._waiting and self._backwards >= GRADIENT_STEPS * trainer.accumulate_grad_batches:
+            names = listed(self._waiting, 4)
+            raise ScionError(f"{self.name}: no gradient reaches {names}: the module that holds it is never called, or "
+                             "what follows does not depend on it")
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["random_states"] = random_states()
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._random_states = checkpoint.get("random_states")
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        states, self._random_states = getattr(self, "_random_states", None), None
+        if states is not None:
+            restore_random_states(states)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Lightning hangs its logging functions, and with them the Trainer, on every callback.
+        return {key: value for key, value in self.__dict__.items() if key not in ("log", "log_dict")}
+
+
+class MethodModule(nn.Module):
+    """All tensors that one method adds: shared ones directly, each graft under its site's name."""
+
+    def __init__(self, method: PEFTMethod) -> None:
+        super().__init__()
+        self.method = method
+
+    def get_extra_state(self) -> Tensor:
+        home = getattr(self.method.root, "peft", None)
+        record = {**self.method.spec(), "base": home.fingerprint if isinstance(home, Home) else ""}
+        return torch.frombuffer(bytearray(json.dumps(record).encode()), dtype=torch.uint8).clone()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        saved = decode_extra_state(state)
+        home: Home = self.method.root.peft  # type: ignore[union-attr, assignment]
+        if saved["class"] != type(self.method).__name__:
+            raise ScionError(f"the checkpoint holds {saved['class']} where {type(self.method).__name__} is attached")
+        if saved["base"] != home.fingerprint:
+            raise ScionError(f"{self.method.name} was trained on another base ({saved['base']}) than this one "
+                             f"({home.fingerprint}): build the same backbone with the same weights")
+
+
+def decode_extra_state(state: Tensor) -> dict[str, Any]:
+    """The JSON record in a method's ``_extra_state``: spec and base fingerprint."""
+    return json.loads(bytes(state.cpu().tolist()).decode())
+
+
+class Home(nn.Module):
+    """The one subtree ``peft`` on the module given to ``attach``: every method's tensors, and the base's state."""
+
+    def __init__(self, root: nn.Module, anatomy: Anatomy, head: str) -> None:
+        super().__init__()
+        from core.artifact import fingerprint
+
+        self.methods: dict[str, PEFTMethod] = {}
+        self._root = [root]  # in a list, so that the root is not registered as a child
+        heads = anatomy.head_names()
+        self.heads = sorted(heads)
+        self.fingerprint = fingerprint(root, without=heads)
+        self.flags = {name: p.requires_grad for name, p in root.named_parameters()}
+        for name, parameter in root.named_parameters():
+            parameter.requires_grad_(name in heads and head == "train")
+
+    def add(self, method: PEFTMethod) -> None:
+        self.methods[method.name] = method
+        self.add_module(key_of(method.name), method.module)
+
+    def drop(self, method: PEFTMethod) -> None:
+        del self.methods[method.name]
+        delattr(self, key_of(method.name))
+
+    def leave(self, root: nn.Module) -> None:
+        """Remove the subtree and give the parameters their flags back."""
+        training = root.training
+        del root.peft
+        for name, parameter in root.named_parameters():
+            parameter.requires_grad_(self.flags.get(name, parameter.requires_grad))
+        root.train(training)
+
+    def owned(self) -> set[str]:
+        """Names (in the root) of base tensors that a run must save: what methods move, and a trained head."""
+        root = self._root[0]
+        trained_head = {name for name, p in root.named_parameters() if name in self.heads and p.requires_grad}
+        return {name for method in self.methods.values() for name in method.start} | trained_head
+
+    def train(self, mode: bool = True) -> Home:
+        """The root calls this last of its children: put its frozen parts back into eval mode."""
+        super().train(mode)
+        if mode and all(method.backbone_mode == "eval" for method in self.methods.values()):
+            root = self._root[0]
+            heads = {name.rpartition(".")[0] for name in self.heads}
+            for name, child in root.named_modules():
+                if name and name.split(".")[0] != "peft" and name not in heads:
+                    child.training = False
+        return self
+
+
+# ------------------------------------------------------------------------------------------------- helpers
+
+
+def methods_on(model: nn.Module) -> list[PEFTMethod]:
+    """The methods attached to ``model`` or to a module inside it, in order."""
+    return [method for module in model.modules() if isinstance(module, Home) for method in module.methods.values()]
+
+
+def home_in(model: nn.Module) -> tuple[str, nn.Module] | None:
+    """(path, module) of the module inside ``model`` that methods are attached to."""
+    for name, module in model.named_modules():
+        if isinstance(module._modules.get("peft"), Home):
+            return name, module
+    return None
+
+
+def key_of(name: str) -> str:
+    """A name as a key of nn.Module children: no dots, no clash with the module's own attributes."""
+    key = name.replace(".", "-")
+    return f"{key}_" if hasattr(nn.Module, key) or key in ("training", "methods", "method", "heads", "flags") else key
+
+
+@contextlib.contextmanager
+def seeded(*parts: object) -> Iterator[None]:
+    """The global random state seeded by the given names, and back as it was afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed_of(*parts))
+        yield
+
+
+def random_states() -> dict[str, Any]:
+    """The states of Python's, NumPy's and torch's generators, loadable with ``weights_only=True``."""
+    import random
+
+    import numpy
+
+    kind, keys, *rest = numpy.random.get_state()
+    states: dict[str, Any] = {"torch": torch.get_rng_state(), "python": _listed(random.getstate()),
+                              "numpy": [kind, torch.from_numpy(keys.astype("int64")), *rest]}  # type: ignore[union-attr]
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
+
+
+def restore_random_states(states: dict[str, Any]) -> None:
+    """Undo of `random_states`."""
+    import random
+
+    import numpy
+
+    torch.set_rng_state(states["torch"].cpu())
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = states["numpy"]
+    numpy.random.set_state((kind, keys.cpu().numpy().astype("uint32"), *rest))
+    if "cuda" in states and torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
+
+
+def _listed(value: Any) -> Any:
+    return [_listed(v) for v in value] if isinstance(value, tuple) else value
+
+
+def is_overridden(module: Any, hook: str) -> bool:
+    """Whether a LightningModule defines ``hook`` itself."""
+    import lightning.pytorch as L
+
+    return getattr(type(module), hook, None) is not getattr(L.LightningModule, hook)
+

@@ -1,0 +1,1 @@
+"""Which existing parameters may move."""

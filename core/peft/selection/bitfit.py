@@ -1,0 +1,53 @@
+"""BitFit: train the biases (Ben Zaken et al. 2021, arXiv:2106.10199)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from core.anatomy import Anatomy
+from core.errors import ScionError
+from core.method import PEFTMethod
+
+
+class BitFit(PEFTMethod):
+    """Trains the backbone's biases and nothing else.
+
+    Equation: y = W x + (b + db), for every bias b of the backbone
+    Trains: all biases; ViT-B/16 and BERT-base: 102,912
+    Merges: the weights are the base's own
+    Source: Ben Zaken et al. 2021, arXiv:2106.10199, section 3; learning rate of Cappellazzo et al. 2024 (PETL-AST)
+
+    Args:
+        targets: roles whose biases are trained; None is every bias outside a task head.
+        exclude: roles whose biases stay frozen (``("patch_embed",)`` gives the PETL-AST count).
+    """
+
+    mergeable = True
+    moves_base = True
+    inference_cost = "none"
+    recommended = {"lr": 5e-3, "weight_decay": 0.0}
+
+    def __init__(self, targets: Sequence[str] | None = None, exclude: Sequence[str] = (), **common: Any) -> None:
+        super().__init__(**common)
+        self.roles, self.exclude = None if targets is None else tuple(targets), tuple(exclude)
+
+    def moved(self, anatomy: Anatomy) -> list[str]:
+        left_out = {site.path for site in anatomy.sites(self.exclude, None, self.name)} if self.exclude else set()
+        if self.roles is None:
+            keep = anatomy.layer_indices(self.layers, self.name)
+            other = tuple(f"{block.path}." for block in anatomy.blocks if block.index not in keep)
+            names = [name for name, _ in anatomy.root.named_parameters()
+                     if name.rpartition(".")[2] == "bias" and name not in anatomy.head_names()
+                     and not name.startswith((*other, "peft."))]
+        else:
+            sites = anatomy.sites(self.roles, self.layers, self.name)
+            for site in sites:
+                if site.rows is not None:
+                    raise ScionError(f"{self.name}: {site.name} shares its bias with others in a fused projection; "
+                                     "take 'qkv'")
+            names = [f"{site.path}.bias" for site in sites if getattr(site.module, "bias", None) is not None]
+        names = [name for name in names if name.rpartition(".")[0] not in left_out]
+        if not names:
+            raise ScionError(f"{self.name}: {anatomy.family} has no bias at {self.roles or 'any of its modules'}")
+        return names

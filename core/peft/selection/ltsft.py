@@ -1,0 +1,135 @@
+"""LT-SFT: lottery-ticket sparse fine-tuning (Ansell et al. 2022, arXiv:2110.07560)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from core import graft as grafts
+from core.anatomy import Anatomy, parameter_site
+from core.errors import ScionError
+from core.graft import Graft
+from core.method import PEFTMethod, key_of
+from core.peft.selection.full import all_parameters
+
+
+class SparseGraft(Graft):
+    """theta + scatter(index, values): one parameter of the backbone, changed at k flat positions."""
+
+    index: Tensor
+
+    def __init__(self, site: Any, index: Tensor) -> None:
+        super().__init__(site)
+        self.register_buffer("index", index.to(torch.int32))  # [k]
+        self.values = nn.Parameter(torch.zeros(index.numel()))  # [k]
+
+    def weight(self, weight: Tensor) -> Tensor:
+        return weight.flatten().index_add(0, self.index, self.values.to(weight.dtype)).view_as(weight)
+
+
+class LTSFT(PEFTMethod):
+    """Trains everything, keeps the positions that moved most, rewinds, and trains those alone.
+
+    Equation: I = positions of the K largest |theta_dense - theta_0|; theta = theta_0 + phi, phi = 0 outside I.
+        Regularised in either stage by l1 mean |theta - theta_0|
+    Trains: all in the dense stage, K in the sparse one (plus K positions to store)
+    Merges: theta_0 + phi
+    Source: Ansell et al. 2022, arXiv:2110.07560, section 3; Litschko et al. 2022 for rankers. Two stages: the command
+        runs both; elsewhere fit, call ``advance()``, and fit again with a new optimizer
+
+    Args:
+        density: share of the backbone's parameters to keep, in (0, 1].
+        count: alternative to ``density``: how many to keep.
+        l1_dense: weight of the regulariser in the dense stage.
+        l1_sparse: weight of the regulariser in the sparse stage.
+        exclude: roles that stay frozen (``("norm1", "norm2", "norm")`` in the paper's language masks).
+    """
+
+    mergeable = True
+    moves_base = True
+    inference_cost = "none once merged"
+    recommended = {"lr": 5e-5, "weight_decay": 0.0}
+    stages = ("dense", "sparse")
+    mode = "train"
+
+    def __init__(self, density: float | None = None, count: int | None = None, l1_dense: float = 0.0,
+                 l1_sparse: float = 0.0, exclude: Sequence[str] = (), **common: Any) -> None:
+        super().__init__(**common)
+        if density is not None and count is not None:
+            raise ScionError(f"LTSFT: give density ({density}) or count ({count}), not both")
+        if density is not None and not 0 < density <= 1:
+            raise ScionError(f"LTSFT: density {density} must lie in (0, 1]")
+        if count is not None and count < 1:
+            raise ScionError(f"LTSFT: count {count} must be at least 1")
+        self.density, self.count = 0.05 if density is None and count is None else density, count
+        self.l1 = {"dense": l1_dense, "sparse": l1_sparse}
+        self.exclude = tuple(exclude)
+        self.stage = "dense"
+
+    def moved(self, anatomy: Anatomy) -> list[str]:
+        return all_parameters(anatomy, self.layers, self.exclude, self.name)
+
+    def check(self, anatomy: Anatomy) -> None:
+        self.stage = "dense"
+        parameters = dict(anatomy.root.named_parameters())
+        self.total = sum(parameters[name].numel() for name in self.moved(anatomy))
+        if self.count is not None and self.count > self.total:
+            raise ScionError(f"LTSFT: count {self.count} is more than the {self.total} parameters there are to choose from")
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """From the dense stage to the sparse one: select, rewind to the start, and leave K values to train."""
+        root = self._need_root()
+        if self.stage == "sparse":
+            raise ScionError("LTSFT: the sparse stage is the last one")
+        parameters = dict(root.named_parameters())
+        moves = [(parameters[name].detach() - start.to(parameters[name].device)).abs().flatten().float()
+                 for name, start in self.start.items()]
+        keep = self.count if self.count is not None else max(1, round((self.density or 0) * self.total))
+        best = torch.cat(moves).topk(keep).indices.sort().values
+        positions: dict[str, Tensor] = {}
+        offset = 0
+        for name, move in zip(self.start, moves, strict=True):
+            mine = best[(best >= offset) & (best < offset + move.numel())] - offset
+            if mine.numel():
+                positions[name] = mine
+            offset += move.numel()
+        self._become_sparse(positions)
+
+    def _become_sparse(self, positions: dict[str, Tensor]) -> None:
+        root = self._need_root()
+        parameters = dict(root.named_parameters())
+        for name, start in self.start.items():
+            parameters[name].data.copy_(start)
+            parameters[name].requires_grad_(False)
+        self.start = {}
+        for name, index in positions.items():
+            base = parameters[name]
+            graft = SparseGraft(parameter_site(root, name), index)
+            graft.to(device=base.device, dtype=torch.float32 if base.dtype in (torch.float16, torch.bfloat16) else base.dtype)
+            graft.requires_grad_(self.is_trained)
+            self.module.add_module(key_of(name), graft)
+            grafts.connect(graft)
+        self.stage = "sparse"
+
+    def loss_terms(self, module: Any, batch: Any, outputs: Any) -> Tensor | None:
+        factor = self.l1[self.stage]
+        if not factor:
+            return None
+        if self.stage == "sparse":
+            moves = [graft.values.abs().sum() for graft in self.grafts if isinstance(graft, SparseGraft)]
+        else:
+            parameters = dict(self._need_root().named_parameters())
+            moves = [(parameters[name] - start.to(parameters[name].device)).abs().sum() for name, start in self.start.items()]
+        return factor * torch.stack(moves).sum() / self.total
+
+    def structure(self) -> dict[str, Any]:
+        counts = {g.site.name: g.values.numel() for g in self.grafts if isinstance(g, SparseGraft)}
+        return {"stage": self.stage, "counts": counts}
+
+    def restructure(self, structure: dict[str, Any]) -> None:
+        if structure.get("stage") == "sparse" and self.stage == "dense":
+            self._become_sparse({name: torch.zeros(k, dtype=torch.int32) for name, k in structure["counts"].items()})

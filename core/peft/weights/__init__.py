@@ -1,0 +1,1 @@
+"""Low-rank and other re-parameterisations of a weight."""

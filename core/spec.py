@@ -1,0 +1,62 @@
+"""Objects that remember how they were made: their ``repr`` rebuilds them, and so does their JSON."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+
+class Recorded:
+    """Remembers the arguments of its construction in ``config``, defaults included."""
+
+    config: dict[str, Any]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        self = super().__new__(cls)
+        try:
+            bound = signature(cls).bind_partial(*args, **kwargs)
+        except TypeError:  # __init__ reports it better
+            return self
+        bound.apply_defaults()
+        rest = next((p.name for p in signature(cls).parameters.values() if p.kind is p.VAR_KEYWORD), None)
+        config = dict(bound.arguments)
+        config.update(config.pop(rest, {}) if rest else {})
+        self.config = config
+        return self
+
+    @property
+    def changed(self) -> dict[str, Any]:
+        """The arguments that differ from their defaults."""
+        defaults = {p.name: p.default for p in signature(type(self)).parameters.values()}
+        return {key: value for key, value in self.config.items()
+                if key not in defaults or defaults[key] is inspect.Parameter.empty or defaults[key] != value}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{key}={value!r}' for key, value in self.changed.items())})"
+
+
+def signature(cls: type) -> inspect.Signature:
+    """The signature of ``cls.__init__`` without ``self``, ``**common`` resolved to the base class's own arguments."""
+    own = list(inspect.signature(cls.__init__).parameters.values())[1:]
+    if not any(p.kind is p.VAR_KEYWORD for p in own):
+        return inspect.Signature(own)
+    kept = [p for p in own if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    names = {p.name for p in kept}
+    for base in cls.__mro__[1:]:
+        if "__init__" in vars(base) and base is not object:
+            inherited = [p.replace(kind=p.KEYWORD_ONLY) for p in signature(base).parameters.values() if p.name not in names]
+            return inspect.Signature([*kept, *inherited])
+    return inspect.Signature(kept)
+
+
+def plain(value: Any) -> Any:
+    """``value`` as JSON can hold it: tuples become lists, recorded objects ``{"class": ..., **config}``."""
+    if isinstance(value, Recorded):
+        return {"class": type(value).__name__, **{key: plain(v) for key, v in value.config.items()}}
+    if isinstance(value, dict):
+        return {str(key): plain(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(v) for v in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return str(value)
