@@ -49,8 +49,10 @@ def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> str:
 # ------------------------------------------------------------------------------------------------- adapter folders
 
 
-def save_adapter(methods: list[PEFTMethod], folder: str | Path, extra: dict[str, Tensor] | None = None) -> Path:
-    """Write the methods of one model (and ``extra`` tensors, a head say) into ``folder``.
+def save_adapter(methods: list[PEFTMethod], folder: str | Path, extra: dict[str, Tensor] | None = None,
+                 model: dict[str, Any] | None = None) -> Path:
+    """Write the methods of one model (and ``extra`` tensors, a head say, with what rebuilds the ``model``) into
+    ``folder``.
 
     Both files are written beside their place and renamed, the record last.
     """
@@ -73,6 +75,7 @@ def save_adapter(methods: list[PEFTMethod], folder: str | Path, extra: dict[str,
         "methods": [method.spec() for method in methods],
         "base": {"class": dissect(root).family, "fingerprint": home.fingerprint},
         "versions": versions(),
+        **({"model": model} if model else {}),
     }
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
@@ -132,11 +135,16 @@ def _read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
     except Exception as error:
         raise ScionError(f"{path}: not a readable checkpoint ({type(error).__name__})") from None
+    return split_checkpoint(state, str(path))
+
+
+def split_checkpoint(state: dict[str, Any], where: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The record and the tensors in the state dict of a checkpoint, whatever module the backbone sits in."""
     # <path of the root>peft.<method>._extra_state holds each method's record
     records = [(name, decode_extra_state(tensor)) for name, tensor in state.items()
                if name.endswith("._extra_state") and "peft." in name]
     if not records:
-        raise ScionError(f"{path}: this checkpoint holds no PEFT method")
+        raise ScionError(f"{where}: this checkpoint holds no PEFT method")
     prefix = records[0][0].rpartition("peft.")[0]
     tensors = {name.removeprefix(prefix): tensor for name, tensor in state.items()
                if name.startswith(prefix) and not name.endswith("_extra_state")}

@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from core.spec import Recorded
 
-class Backbone(nn.Module, ABC):
+
+class Backbone(nn.Module, Recorded, ABC):
     """A library's model in ``self.model``, unchanged, and a ``forward`` that returns one feature vector a sample.
 
     Args:

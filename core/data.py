@@ -18,6 +18,8 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from core.spec import Recorded
+
 Source = Literal["auto", "real", "mini"]
 
 
@@ -80,7 +82,7 @@ def seed_of(*parts: object) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-class DataModule(LightningDataModule, ABC):
+class DataModule(Recorded, LightningDataModule, ABC):
     """A benchmark, or its mini.
 
     A subclass defines ``load``, which sets ``train_set``, ``validation_set`` (None where the protocol has none),

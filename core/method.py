@@ -230,6 +230,18 @@ class PEFTMethod(Recorded, Callback, ABC):
         for graft in self.grafts:
             grafts.disconnect(graft)
 
+    def freeze(self) -> None:
+        """Keep the method in the forward, but train it no longer."""
+        self.is_trained = False
+        parameters = dict(self._need_root().named_parameters())
+        for name in self.start:
+            parameters[name].requires_grad_(False)
+        self.module.requires_grad_(False)
+
+    def advance(self) -> None:
+        """Carry a method that has several ``stages`` on into its next one."""
+        raise ScionError(f"{self.name} has one stage only")
+
     def remove(self) -> None:
         """Take the method away without a trace: hooks and tensors are gone, moved base tensors are back at their
         start values, and the last method leaves the model as it was before the first."""

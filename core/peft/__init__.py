@@ -21,24 +21,68 @@ if TYPE_CHECKING:
 
 
 @functools.cache
-def registry() -> dict[str, str]:
-    """Method name -> the module that defines it."""
+def _sources() -> dict[str, tuple[str, ast.ClassDef]]:
+    """Every public class in the folder: name -> (module, source)."""
     here = Path(__file__).parent
-    bases: dict[str, set[str]] = {}
-    homes: dict[str, str] = {}
+    found = {}
     for file in sorted(here.rglob("[!_]*.py")):
         module = ".".join((__name__, *file.relative_to(here).with_suffix("").parts))
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-                bases[node.name] = {base.id for base in node.bases if isinstance(base, ast.Name)}
-                homes[node.name] = module
+                found[node.name] = (module, node)
+    return found
+
+
+def _bases(node: ast.ClassDef) -> set[str]:
+    return {base.id for base in node.bases if isinstance(base, ast.Name)}
+
+
+@functools.cache
+def registry() -> dict[str, str]:
+    """Method name -> the module that defines it."""
     methods = {"PEFTMethod"}
-    while more := {name for name, parents in bases.items() if parents & methods} - methods:
+    while more := {name for name, (_, node) in _sources().items() if _bases(node) & methods} - methods:
         methods |= more
-    found = {name: homes[name] for name in methods if name in homes}
+    found = {name: _sources()[name][0] for name in methods if name in _sources()}
     for point in entry_points(group="scion.methods"):
         found.setdefault(point.name, point.value.partition(":")[0])
     return dict(sorted(found.items()))
+
+
+def options(name: str) -> list[str]:
+    """Names of a method's arguments, read from the source where it lies in this folder.
+
+    Raises:
+        ScionError: no method has that name; the message gives the nearest ones.
+    """
+    if name not in registry():
+        return [*_signature(method_class(name)).parameters]
+    if name not in _sources():
+        return [*_signature(method_class(name)).parameters]
+    found: list[str] = []
+    node: ast.ClassDef | None = _sources()[name][1]
+    while node is not None:
+        init = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
+        if init is not None:
+            found += [a.arg for a in [*init.args.args[1:], *init.args.kwonlyargs] if a.arg not in found]
+            if init.args.kwarg is None:
+                return found
+        node = next((_sources()[base][1] for base in _bases(node) if base in _sources()), None)
+    return [*found, *(option for option in _common() if option not in found)]
+
+
+def _common() -> list[str]:
+    source = Path(__file__).parent.parent / "method.py"
+    base = next(node for node in ast.parse(source.read_text(encoding="utf-8")).body
+                if isinstance(node, ast.ClassDef) and node.name == "PEFTMethod")
+    init = next(n for n in base.body if isinstance(n, ast.FunctionDef) and n.name == "__init__")
+    return [argument.arg for argument in init.args.kwonlyargs]
+
+
+def _signature(cls: type) -> Any:
+    from core.spec import signature
+
+    return signature(cls)
 
 
 def method_class(name: str) -> type[PEFTMethod]:
@@ -47,11 +91,11 @@ def method_class(name: str) -> type[PEFTMethod]:
     Raises:
         ScionError: no method has that name; the message gives the nearest ones.
     """
-    from core import compose
-
     module = registry().get(name)
     if module is not None:
         return getattr(importlib.import_module(module), name)
+    from core import compose
+
     if name in compose.__all__:
         return getattr(compose, name)
     raise ScionError(f"peft: no method is called {name!r}{nearest(name, registry())}; "
@@ -60,10 +104,8 @@ def method_class(name: str) -> type[PEFTMethod]:
 
 def make(name: str, config: dict[str, Any]) -> PEFTMethod:
     """A method from its name and arguments, as an adapter's record or a configuration gives them."""
-    from core.spec import signature
-
     cls = method_class(name)
-    known = signature(cls).parameters
+    known = _signature(cls).parameters
     for key in config:
         if key not in known:
             raise ScionError(f"peft: {name} has no option {key!r}{nearest(key, known)}; it has {listed(known, 40)}")

@@ -1,0 +1,116 @@
+"""The ``lightning`` command. Nothing heavy is imported before a subcommand needs it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+DESCRIPTION = """\
+Scion: graft small trainable parts onto large frozen models.
+
+  lightning run domains/audio/esc50.yaml                        adapt an audio model with LoRA
+  lightning run domains/audio/esc50.yaml --peft DoRA --peft.rank 16 --trainer.max_epochs 5
+  lightning run domains/audio/esc50.yaml --over peft=LoRA,BitFit --over seed_everything=0,1,2
+  lightning methods LoRA                                        what a method is and does
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The argument parser: ``run`` and ``describe`` take any ``--key value`` of the configuration besides."""
+    main = argparse.ArgumentParser("lightning", description=DESCRIPTION,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+    main.add_argument("--version", action="store_true", help="print Scion's version and exit")
+    commands = main.add_subparsers(dest="command", metavar="COMMAND")
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        return sub
+
+    overrides = ("Any key of the configuration can be set behind it: --peft LoRA --peft.rank 16, --data.root FOLDER, "
+                 "--peft+=BitFit; --over AXIS=A,B repeats the run over values.")
+    sub = command("run", "train, test and save what a configuration describes")
+    sub.epilog = overrides
+    sub.add_argument("config", help="a YAML file, on disk or in an installed domain")
+    sub.add_argument("--run_dir", help="folder of the run (default runs/<config>/<method>-seed<n>-<k>)")
+    sub.add_argument("--overwrite", action="store_true", help="start anew where the folder holds a run")
+    sub = command("describe", "count parameters, FLOPs and bytes before training")
+    sub.epilog = overrides
+    sub.add_argument("config", help="a YAML file, on disk or in an installed domain")
+    sub.add_argument("--json", action="store_true", help="print JSON")
+    sub = command("methods", "list the methods, or show one's card")
+    sub.add_argument("name", nargs="?", help="a method")
+    sub.add_argument("--json", action="store_true", help="print JSON")
+    sub = command("roles", "show which roles a backbone has, and which modules play them")
+    sub.add_argument("model", help="nano, a timm name, a transformers id or a folder")
+    sub = command("merge", "write a run's methods into its backbone and save that as a plain checkpoint")
+    sub.add_argument("run", help="a run folder")
+    sub.add_argument("out", help="a folder to make")
+    sub = command("predict", "label files with a finished run")
+    sub.add_argument("run", help="a run folder")
+    sub.add_argument("files", nargs="+", help="files to label")
+    sub.add_argument("--json", action="store_true", help="print JSON")
+    return main
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code: 0, 2 for bad input, 130 when interrupted."""
+    from core.errors import ScionError
+
+    main_parser = parser()
+    arguments, rest = main_parser.parse_known_args(argv)
+    if arguments.version:
+        from core import __version__
+
+        print(f"scion-peft {__version__}")
+        return 0
+    if arguments.command is None:
+        main_parser.print_help()
+        return 0
+    if rest and arguments.command not in ("run", "describe"):
+        main_parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        return _dispatch(arguments, rest)
+    except ScionError as error:
+        if arguments.debug:
+            raise
+        print(f"lightning {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command with the same --run_dir goes on from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+def _dispatch(arguments: argparse.Namespace, rest: list[str]) -> int:
+    if arguments.command == "run":
+        from core.config import points
+
+        found = points(arguments.config, rest)  # tells most mistakes before anything heavy is imported
+        _quick_imports()
+        from core.run import run
+
+        return run(found, arguments.run_dir, arguments.overwrite)
+    _quick_imports()
+    from core import commands
+
+    if arguments.command == "describe":
+        return commands.describe(arguments.config, rest, arguments.json) or 0
+    if arguments.command == "methods":
+        return commands.methods(arguments.name, arguments.json) or 0
+    if arguments.command == "roles":
+        return commands.roles(arguments.model) or 0
+    if arguments.command == "merge":
+        return commands.merge(arguments.run, arguments.out) or 0
+    return commands.predict(arguments.run, arguments.files, arguments.json) or 0
+
+
+def _quick_imports() -> None:
+    from core.imports import quick_lightning
+
+    with quick_lightning():
+        import lightning.pytorch  # noqa: F401
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,270 @@
+"""`FineTuner`, the LightningModule that hosts a backbone, a task and any methods; and the settings of its optimizer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import lightning.pytorch as L
+import torch
+from torch import Tensor, nn
+
+from core.artifact import keep_only_owned, read_adapter, restore
+from core.backbone import Backbone
+from core.errors import ScionError, nearest
+from core.graft import checkpoint_activations
+from core.method import PEFTMethod, home_in, methods_on
+from core.spec import plain
+from core.tasks.base import Task
+
+
+@dataclass
+class OptimizerSettings:
+    """The optimizer, by its name in ``torch.optim``.
+
+    Args:
+        name: ``AdamW``, ``SGD``, ...
+        lr: learning rate; ``auto`` takes the recommended one of each method.
+        weight_decay: on tensors with two axes or more; ``auto`` takes the recommended one of each method.
+        options: further arguments of the optimizer (``betas``, ``eps``, ``momentum``).
+    """
+
+    name: str = "AdamW"
+    lr: float | Literal["auto"] = "auto"
+    weight_decay: float | Literal["auto"] = "auto"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class ScheduleSettings:
+    """The learning rate over the run, step by step.
+
+    Args:
+        name: ``cosine`` or ``linear`` (down to ``final``), or ``constant``.
+        warmup: share of all steps (below 1), or their number, of linear warm-up.
+        final: the last learning rate as a share of the first.
+    """
+
+    name: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = 0.0
+    final: float = 0.0
+
+    def factor(self, step: int, total: int) -> float:
+        """What the learning rate is multiplied by at ``step`` of ``total``."""
+        warmup = self.warmup * total if self.warmup < 1 else self.warmup
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        if self.name == "constant":
+            return 1.0
+        done = min(1.0, (step - warmup) / max(1.0, total - warmup))
+        falling = (1 + math.cos(math.pi * done)) / 2 if self.name == "cosine" else 1 - done
+        return self.final + (1 - self.final) * falling
+
+
+class FineTuner(L.LightningModule):
+    """A backbone, a task on its features, and whatever methods are attached to the backbone.
+
+    Methods arrive as callbacks of the Trainer, or are attached by hand before training. ``load_from_checkpoint``
+    rebuilds them from the checkpoint, without a Trainer.
+
+    Args:
+        backbone: a `Backbone` (or what a checkpoint recorded of one).
+        task: a `Task`, built for the data's classes, or to be built from ``classes``.
+        classes: names of the classes, where the task is not built yet.
+        multilabel: whether a sample may have several labels.
+        optimizer: settings of the optimizer.
+        schedule: settings of the learning rate's schedule.
+        checkpointing: recompute activations in backward instead of keeping them.
+    """
+
+    def __init__(self, backbone: Backbone | dict[str, Any], task: Task | dict[str, Any],
+                 classes: Sequence[str] = (), multilabel: bool = False,
+                 optimizer: OptimizerSettings | dict[str, Any] | None = None,
+                 schedule: ScheduleSettings | dict[str, Any] | None = None, checkpointing: bool = False) -> None:
+        super().__init__()
+        self.backbone: Backbone = build(backbone) if isinstance(backbone, dict) else backbone
+        self.task: Task = build(task) if isinstance(task, dict) else task
+        if not hasattr(self.task, "head"):
+            if not classes:
+                raise ScionError("FineTuner: the task is not built; give classes=[...]")
+            self.task.build(self.backbone.dim, classes, multilabel)
+        self.optimizer = OptimizerSettings(**optimizer) if isinstance(optimizer, dict) else optimizer or OptimizerSettings()
+        self.schedule = ScheduleSettings(**schedule) if isinstance(schedule, dict) else schedule or ScheduleSettings()
+        self.checkpointing = checkpointing
+        if checkpointing:
+            checkpoint_activations(self.backbone)
+        keep_only_owned(self)
+        specs = {"backbone": spec(self.backbone), "task": spec(self.task)}
+        rest = {"classes": list(classes), "multilabel": multilabel, "optimizer": plain(asdict(self.optimizer)),
+                "schedule": plain(asdict(self.schedule)), "checkpointing": checkpointing}
+        self.save_hyperparameters({**{k: v for k, v in specs.items() if v}, **rest}, logger=False)
+
+    @property
+    def methods(self) -> list[PEFTMethod]:
+        """The methods attached to the backbone."""
+        return methods_on(self)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """inputs -> the task's outputs"""
+        return self.task(self.backbone(inputs))
+
+    def loss(self, batch: Any) -> Tensor:
+        """The task's loss of a batch plus what the methods add to it; logs nothing."""
+        return self._losses(batch)[1]
+
+    def _losses(self, batch: Any) -> tuple[Tensor, Tensor]:
+        inputs, targets = batch
+        outputs = self(inputs)
+        loss = self.task.loss(outputs, targets)
+        for method in self.methods:
+            term = method.loss_terms(self, batch, outputs)
+            loss = loss if term is None else loss + term
+        return outputs, loss
+
+    def _step(self, batch: Any, stage: str) -> Tensor:
+        outputs, loss = self._losses(batch)
+        targets = batch[1]
+        hard = targets.argmax(-1) if targets.is_floating_point() and not self.task.multilabel else targets
+        metrics = self.task.collection(stage)
+        metrics.update(outputs.detach(), hard.int() if hard.is_floating_point() else hard)
+        self.log(f"{stage}/loss", loss.detach(), on_step=False, on_epoch=True, batch_size=len(targets),
+                 prog_bar=stage == "train")
+        return loss
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        return self._step(batch, "train")
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        self._step(batch, "validation")
+
+    def test_step(self, batch: Any, index: int) -> None:
+        self._step(batch, "test")
+
+    def _log_metrics(self, stage: str) -> None:
+        metrics = self.task.collection(stage)
+        for name, value in metrics.compute().items():
+            if value.dim() == 0:
+                self.log(f"{stage}/{name}", value, prog_bar=name == self.task.selects[0])
+            else:
+                self.tables[f"{stage}/{name}"] = value.cpu()
+        metrics.reset()
+
+    tables: dict[str, Tensor]
+    """Metrics that are no single number (a confusion matrix), as last computed."""
+
+    def on_fit_start(self) -> None:
+        self.tables = {}
+
+    def on_test_start(self) -> None:
+        self.tables = {}
+
+    def on_train_epoch_end(self) -> None:
+        self._log_metrics("train")
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_metrics("validation")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_metrics("test")
+
+    # --------------------------------------------------------------------------------- optimizer
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Groups for the optimizer: exactly the trained tensors, once each, with learning rates and decay resolved.
+
+        The task head and other tensors that no method owns take the first method's recommendation.
+        """
+        methods = [method for method in self.methods if method.is_trained]
+        first = methods[0].recommended if methods else PEFTMethod.recommended
+        groups: list[dict[str, Any]] = []
+        seen: set[int] = set()
+        for method in methods:
+            for group in method.param_groups():
+                groups.append(self._group(group, method.recommended))
+                seen |= {id(tensor) for tensor in group["params"]}
+        rest = [p for p in self.parameters() if p.requires_grad and id(p) not in seen]
+        for decayed in (True, False):
+            tensors = [p for p in rest if (p.dim() > 1) == decayed]
+            if tensors:
+                groups.append(self._group({"params": tensors} | ({} if decayed else {"weight_decay": 0.0}), first))
+        return groups
+
+    def _group(self, group: dict[str, Any], recommended: dict[str, float]) -> dict[str, Any]:
+        lr = recommended["lr"] if self.optimizer.lr == "auto" else self.optimizer.lr
+        decay = recommended["weight_decay"] if self.optimizer.weight_decay == "auto" else self.optimizer.weight_decay
+        group = dict(group)
+        return {"lr": lr * group.pop("lr_factor", 1.0), "weight_decay": decay, **group}
+
+    def configure_optimizers(self) -> Any:
+        known = [name for name in dir(torch.optim) if isinstance(getattr(torch.optim, name), type)]
+        if self.optimizer.name not in known:
+            raise ScionError(f"optimizer.name: torch.optim has no {self.optimizer.name!r}{nearest(self.optimizer.name, known)}")
+        groups = self.param_groups()
+        if not groups:
+            raise ScionError("nothing to train: every tensor is frozen and there is no head")
+        try:
+            optimizer = getattr(torch.optim, self.optimizer.name)(groups, **self.optimizer.options)
+        except TypeError as error:
+            raise ScionError(f"optimizer.options: {error}") from None
+        total = int(self.trainer.estimated_stepping_batches)
+        schedule = self.schedule
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule.factor(step, total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # --------------------------------------------------------------------------------- checkpoints
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Rebuild the methods that the checkpoint holds, where they are not attached yet."""
+        if home_in(self) is None and any("._extra_state" in name for name in checkpoint["state_dict"]):
+            from core.artifact import split_checkpoint
+
+            record, tensors = split_checkpoint(checkpoint["state_dict"], "the checkpoint")
+            restore(record, tensors, self.backbone, where="the checkpoint")
+
+
+def load_run(folder: str, device: str = "cpu") -> FineTuner:
+    """The model of a finished run, from the folder that ``lightning run`` left."""
+    import json
+    from pathlib import Path
+
+    path = Path(folder) / "adapter"
+    record, tensors = read_adapter(path)
+    model = record.get("model")
+    if model is None:
+        raise ScionError(f"{path}: this adapter was saved without its task; load it with core.load_adapter")
+    tuner = FineTuner(build(model["backbone"]), build(model["task"]), model["classes"], model["multilabel"])
+    inside = {name: tensor for name, tensor in tensors.items() if not name.startswith("outside.")}
+    restore(record, inside, tuner.backbone, where=str(path))
+    head = {name.removeprefix("outside."): tensor for name, tensor in tensors.items() if name.startswith("outside.")}
+    try:
+        tuner.load_state_dict({**head}, strict=False)
+    except RuntimeError as error:
+        raise ScionError(f"{path}: {json.dumps(str(error).splitlines()[-1].strip())}") from None
+    return tuner.to(device).eval()
+
+
+# ------------------------------------------------------------------------------------------------- specs
+
+
+def spec(part: nn.Module) -> dict[str, Any] | None:
+    """How to build a domain's backbone or a task again: ``{"class": "audio:AST", arguments}``, or None for a class that
+    belongs to neither."""
+    module = type(part).__module__.split(".")
+    home = {"domains": module[1] if len(module) > 1 else "", "core": "core.tasks"}.get(module[0])
+    config = getattr(part, "config", None)
+    if not home or not isinstance(config, dict):
+        return None
+    return {"class": f"{home}:{type(part).__name__}", **plain(config)}
+
+
+def build(recorded: dict[str, Any]) -> Any:
+    """The part that `spec` described; only names that ``core.tasks`` or a domain publish are looked up."""
+    import importlib
+
+    home, _, name = str(recorded["class"]).partition(":")
+    module = importlib.import_module(home if home == "core.tasks" else f"domains.{home}")
+    if name not in getattr(module, "__all__", ()):
+        raise ScionError(f"{home} publishes no class {name!r}")
+    return getattr(module, name)(**{key: value for key, value in recorded.items() if key != "class"})

@@ -1,0 +1,19 @@
+"""Tasks: what is predicted from a backbone's features, by which loss, and measured how."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["Classification", "Task"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Task":
+        from core.tasks.base import Task
+
+        return Task
+    if name == "Classification":
+        from core.tasks.classification import Classification
+
+        return Classification
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

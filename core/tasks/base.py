@@ -1,0 +1,48 @@
+"""What a task is: a head, a loss, metrics, and readable predictions."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+
+from core.spec import Recorded
+
+STAGES = ("train", "validation", "test")
+
+
+class Task(nn.Module, Recorded, ABC):
+    """A task head and all that is particular to it. ``build`` is called once, with what the data says."""
+
+    head: nn.Module
+    metrics: nn.ModuleDict
+    """Stage -> MetricCollection, each updated with (outputs, targets)."""
+    selects: tuple[str, str] = ("accuracy", "max")
+    """The metric by which a run may select a checkpoint, and whether more or less of it is better."""
+
+    @abstractmethod
+    def build(self, dim: int, classes: Sequence[str], multilabel: bool = False) -> None:
+        """Make the head for features of width ``dim`` and the metrics for these classes."""
+
+    @abstractmethod
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The mean loss of a batch."""
+
+    @abstractmethod
+    def predict(self, outputs: Tensor) -> list[dict[str, Any]]:
+        """One readable prediction a sample, best first: ``{"label": ..., "score": ..., "scores": {label: score}}``."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        """features [batch, dim] -> outputs"""
+        return self.head(features)
+
+    def _collections(self, metrics: dict[str, Any]) -> nn.ModuleDict:
+        base = MetricCollection(metrics)
+        return nn.ModuleDict({f"{stage}_": base.clone() for stage in STAGES})
+
+    def collection(self, stage: str) -> MetricCollection:
+        """The metrics of a stage."""
+        return self.metrics[f"{stage}_"]  # type: ignore[return-value]

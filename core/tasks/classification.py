@@ -1,0 +1,65 @@
+"""Classification of a sample from one feature vector: one label, or several."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from core.errors import ScionError
+from core.tasks.base import Task
+
+
+class Classification(Task):
+    """A linear head with cross-entropy, or binary cross-entropy for several labels a sample.
+
+    Args:
+        num_classes: number of classes; None takes it from the data, a number must agree with it.
+        label_smoothing: in [0, 1).
+        dropout: on the features, in [0, 1).
+    """
+
+    def __init__(self, num_classes: int | None = None, label_smoothing: float = 0.0, dropout: float = 0.0) -> None:
+        super().__init__()
+        for name, value in (("label_smoothing", label_smoothing), ("dropout", dropout)):
+            if not 0 <= value < 1:
+                raise ScionError(f"Classification: {name} {value} must lie in [0, 1)")
+        if num_classes is not None and num_classes < 2:
+            raise ScionError(f"Classification: num_classes {num_classes} must be at least 2")
+        self.num_classes, self.label_smoothing, self.dropout = num_classes, label_smoothing, dropout
+        self.classes: list[str] = []
+        self.multilabel = False
+
+    def build(self, dim: int, classes: Sequence[str], multilabel: bool = False) -> None:
+        if self.num_classes is not None and self.num_classes != len(classes):
+            raise ScionError(f"model.task.num_classes: {self.num_classes} classes are asked for, the data has "
+                             f"{len(classes)}; leave num_classes out to take the data's")
+        self.classes, self.multilabel = list(classes), multilabel
+        self.head = nn.Sequential(nn.Dropout(self.dropout), nn.Linear(dim, len(classes)))
+        self.metrics = self._collections(self._metrics(len(classes)))
+        self.selects = ("map", "max") if multilabel else ("accuracy", "max")
+
+    def _metrics(self, n: int) -> dict[str, Any]:
+        from torchmetrics import classification as c
+
+        if self.multilabel:
+            return {"map": c.MultilabelAveragePrecision(n), "f1": c.MultilabelF1Score(n)}
+        return {"accuracy": c.MulticlassAccuracy(n, average="micro"), "f1": c.MulticlassF1Score(n, average="macro"),
+                "confusion": c.MulticlassConfusionMatrix(n)}
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        if self.multilabel:
+            return F.binary_cross_entropy_with_logits(outputs, targets.to(outputs.dtype))
+        return F.cross_entropy(outputs, targets, label_smoothing=self.label_smoothing)
+
+    def predict(self, outputs: Tensor) -> list[dict[str, Any]]:
+        scores = outputs.float().sigmoid() if self.multilabel else outputs.float().softmax(-1)
+        found = []
+        for row in scores:
+            order = torch.argsort(row, descending=True).tolist()
+            found.append({"label": self.classes[order[0]], "score": round(float(row[order[0]]), 4),
+                          "scores": {self.classes[i]: round(float(row[i]), 4) for i in order[:5]}})
+        return found
