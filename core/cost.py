@@ -17,7 +17,7 @@ import dataclasses
 import json
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from core.errors import ScionError
 from core.method import home_in, methods_on, random_states, restore_random_states
 
 Inputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+Loss = Callable[[Any], Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Cost:
         return "\n".join([f"{self.model}: {', '.join(self.methods) or 'no method'}", *lines])
 
 
-def describe(model: nn.Module, example_input: Inputs | None = None, loss: Callable[[Any], Tensor] | None = None) -> Cost:
+def describe(model: nn.Module, example_input: Inputs | None = None, loss: Loss | None = None) -> Cost:
     """Count what training ``model`` costs, without training it and without leaving a trace on it.
 
     Args:
@@ -96,8 +97,8 @@ def describe(model: nn.Module, example_input: Inputs | None = None, loss: Callab
             sum of the squares of all outputs, and only the model itself is counted.
 
     Raises:
-        ScionError: an output without tensors, a loss that is no scalar, or a model on the meta device whose control flow
-            reads values.
+        ScionError: an output without tensors, a loss that is no scalar, or a model on the meta device whose control
+            flow reads values.
     """
     cost = _parameters(model)
     return cost if example_input is None else dataclasses.replace(cost, **_passes(model, example_input, loss))
@@ -131,7 +132,8 @@ def _parameters(model: nn.Module) -> Cost:
                 owner.setdefault(key, "head")
         outside = sum(t.numel() for t in heads.values()) + sum(p.numel() for p in around.values())
         added = sum(p.numel() for p in home.parameters())
-    counts = dict.fromkeys(("total", "backbone", "trained", "method", "norms", "head", "other", "stored"), 0)
+    owners = ("total", "backbone", "trained", "method", "norms", "head", "other", "stored")
+    counts: dict[str, int] = dict.fromkeys(owners, 0)
     for key, tensor in trained.items():
         counts[owner.get(key, "other")] += tensor.numel()
     counts["total"] = sum(p.numel() for p in model.parameters())
@@ -145,8 +147,8 @@ def _parameters(model: nn.Module) -> Cost:
 
 
 _NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
-          "int16": "I16", "int8": "I8", "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
-          "complex64": "C64", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
+          "int16": "I16", "int8": "I8", "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8",
+          "bool": "BOOL", "complex64": "C64", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
 
 
 def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> int:
@@ -169,18 +171,18 @@ def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 # ------------------------------------------------------------------------------------------------- one step
 
 
-def _passes(model: nn.Module, inputs: Inputs, loss: Callable[[Any], Tensor] | None) -> dict[str, int]:
+def _passes(model: nn.Module, inputs: Inputs, loss: Loss | None) -> dict[str, int]:
     try:
         return _step(model, inputs, loss, fake=True)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         # The forward reads values (`.item()`, rows under a mask): only a real step can follow it.
         if any(p.is_meta for p in model.parameters()):
-            raise ScionError(f"describe: the forward of {type(model).__name__} reads values ({error.func}), and a model on "
-                             "the meta device has none: give it weights, or no example_input") from None
+            raise ScionError(f"describe: the forward of {type(model).__name__} reads values ({error.func}), and a "
+                             "model on the meta device has none: give it weights, or no example_input") from None
     return _step(model, inputs, loss, fake=False)
 
 
-def _step(model: nn.Module, inputs: Inputs, loss: Callable[[Any], Tensor] | None, fake: bool) -> dict[str, int]:
+def _step(model: nn.Module, inputs: Inputs, loss: Loss | None, fake: bool) -> dict[str, int]:
     """One forward and backward to count operators, and a forward of its own for what it keeps: hooks on saved tensors
     would add operators."""
     with _stand_ins(model, inputs, fake) as (forward, _):
@@ -216,23 +218,30 @@ def _step(model: nn.Module, inputs: Inputs, loss: Callable[[Any], Tensor] | None
 def _stand_ins(model: nn.Module, inputs: Inputs, fake: bool) -> Iterator[tuple[Callable[[], Any], set[int]]]:
     """The model's forward on ``inputs`` with other tensors in its place, and the storages that are there anyway.
 
-    Fake tensors have no values; else parameters share theirs with the model (so gradients go elsewhere) and buffers are
-    copies. Whatever a forward sets on modules or draws from generators is taken back.
+    Fake parameters have no values; real ones share theirs with the model, so that gradients go elsewhere. The batch and
+    the buffers (as copies) keep their values, which libraries look at when they make masks. Whatever a forward sets on
+    modules or draws from generators is taken back.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
-    before = [(module, dict(vars(module)), dict(module._parameters), dict(module._buffers)) for module in model.modules()]
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    before: list[tuple[nn.Module, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
+        (module, dict(vars(module)), dict(module._parameters), dict(module._buffers)) for module in model.modules()]
     states = random_states()
-    try:
-        with mode, torch.inference_mode(False), torch.enable_grad():
-            def stand_in(tensor: Tensor) -> Tensor:
-                return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu") if fake \
-                    else tensor.detach()
 
+    def hollow(tensor: Tensor) -> Tensor:
+        with mode:
+            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+
+    def solid(tensor: Tensor) -> Tensor:
+        return hollow(tensor) if tensor.is_meta else tensor.detach().cpu()
+
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
             model.train()
-            tensors: dict[str, Tensor] = {name: nn.Parameter(stand_in(p), requires_grad=p.requires_grad)
-                                          for name, p in model.named_parameters()}
-            tensors.update({name: stand_in(b).clone() for name, b in model.named_buffers()})
-            batch = tree_map_only(Tensor, stand_in, inputs)
+            tensors: dict[str, Tensor] = {
+                name: nn.Parameter(hollow(p) if fake else solid(p), requires_grad=p.requires_grad)
+                for name, p in model.named_parameters()}
+            tensors.update({name: solid(b).clone() for name, b in model.named_buffers()})
+            batch = tree_map_only(Tensor, solid, inputs)
             args, kwargs = ((), dict(batch)) if isinstance(batch, Mapping) else \
                 (tuple(batch), {}) if isinstance(batch, (tuple, list)) else ((batch,), {})
             there_anyway = {t.untyped_storage()._cdata for t in [*tensors.values(), *tree_leaves(batch)]
@@ -242,13 +251,14 @@ def _stand_ins(model: nn.Module, inputs: Inputs, fake: bool) -> Iterator[tuple[C
         for module, state, parameters, buffers in before:
             vars(module).clear()
             vars(module).update(state)
-            for own, then in ((module._parameters, parameters), (module._buffers, buffers)):
-                own.clear()
-                own.update(then)
+            module._parameters.clear()
+            module._parameters.update(parameters)
+            module._buffers.clear()
+            module._buffers.update(buffers)
         restore_random_states(states)
 
 
-def _ends(output: Any, loss: Callable[[Any], Tensor] | None) -> list[Tensor]:
+def _ends(output: Any, loss: Loss | None) -> list[Tensor]:
     """Where the backward starts: the loss, or all outputs that depend on something trained."""
     if loss is not None:
         value = loss(output)
@@ -258,7 +268,7 @@ def _ends(output: Any, loss: Callable[[Any], Tensor] | None) -> list[Tensor]:
         return [value] if value.requires_grad else []
     found = list(_tensors(output))
     if not found:
-        raise ScionError(f"describe: the model returns no tensor but {type(output).__name__}; give a loss that makes one")
+        raise ScionError(f"describe: the model returns no tensor but {type(output).__name__}; give a loss of it")
     return [tensor for tensor in found if tensor.requires_grad]
 
 

@@ -24,7 +24,7 @@ Source = Literal["auto", "real", "mini"]
 
 
 class EpochSampler(Sampler[int]):
-    """Indices of one epoch, shuffled by (seed, epoch); the first ``skip`` are left out once, after a resume.
+    """Indices of one epoch, shuffled by (seed, epoch); after a resume in mid-epoch the first ``skip`` are left out.
 
     Lightning calls ``set_epoch`` at each epoch's start. Under several processes Lightning wraps it, and each process
     reads its own share.
@@ -32,8 +32,16 @@ class EpochSampler(Sampler[int]):
 
     def __init__(self, size: int, shuffle: bool, seed: int) -> None:
         self.size, self.shuffle, self.seed = size, shuffle, seed
-        self.epoch = self.skip = 0
+        self.epoch = 0
+        self.resumed = (-1, 0)
+        """(epoch, samples of it that were handed out before the interruption)."""
         self.listeners: list[Callable[[int], None]] = []
+
+    @property
+    def skip(self) -> int:
+        """Samples to leave out of the present epoch."""
+        epoch, samples = self.resumed
+        return samples if epoch == self.epoch else 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -46,32 +54,35 @@ class EpochSampler(Sampler[int]):
             order = torch.randperm(self.size, generator=generator).tolist()
         else:
             order = list(range(self.size))
-        skip, self.skip = self.skip, 0
-        return iter(order[skip:])
+        return iter(order[self.skip:])
 
     def __len__(self) -> int:
         return self.size
 
 
 class EpochLoader(DataLoader):
-    """A DataLoader that Lightning saves and restores in mid-epoch: ``state_dict`` is the number of batches handed out."""
+    """A DataLoader that Lightning saves and restores in mid-epoch: its state is the number of batches handed out."""
 
     given = 0
 
+    def _order(self) -> EpochSampler | None:
+        return self.sampler if isinstance(self.sampler, EpochSampler) else None
+
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        start = self.sampler.skip // (self.batch_size or 1) if isinstance(self.sampler, EpochSampler) else 0
-        self.given = start
+        order = self._order()
+        self.given = order.skip // (self.batch_size or 1) if order else 0
         for batch in super().__iter__():
             self.given += 1
             yield batch
-        self.given = 0
 
     def state_dict(self) -> dict[str, int]:
-        return {"given": self.given % max(len(self), 1)}  # a finished epoch starts the next one at its beginning
+        order = self._order()
+        return {"epoch": order.epoch if order else 0, "given": self.given}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        if isinstance(self.sampler, EpochSampler):
-            self.sampler.skip = state["given"] * (self.batch_size or 1)
+        order = self._order()
+        if order:
+            order.resumed = (state["epoch"], state["given"] * (self.batch_size or 1))
 
 
 def seed_of(*parts: object) -> int:

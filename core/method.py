@@ -93,6 +93,7 @@ class PEFTMethod(Recorded, Callback, ABC):
         self._merged: dict[str, tuple[Tensor, Tensor]] | None = None  # name -> (before, after)
         self._waiting: dict[str, Tensor] | None = None  # tensors not yet seen with a gradient
         self._backwards = 0
+        self._resume: dict[str, Any] | None = None
 
     # --------------------------------------------------------------------------------- what a method defines
 
@@ -490,16 +491,24 @@ class PEFTMethod(Recorded, Callback, ABC):
             raise ScionError(f"{self.name}: no gradient reaches {names}: the module that holds it is never called, or "
                              "what follows does not depend on it")
 
+    # Lightning restores neither random states nor, where the optimizer's setup has asked for the number of steps, the
+    # place in the data: both travel in the checkpoint and are put back when training starts again.
+
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["random_states"] = random_states()
+        loader = trainer.train_dataloader
+        place = loader.state_dict() if hasattr(loader, "state_dict") else None
+        checkpoint["resume"] = {"random_states": random_states(), "loader": place}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._random_states = checkpoint.get("random_states")
+        self._resume = checkpoint.get("resume")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        states, self._random_states = getattr(self, "_random_states", None), None
-        if states is not None:
-            restore_random_states(states)
+        resume, self._resume = self._resume, None
+        if resume is None:
+            return
+        restore_random_states(resume["random_states"])
+        if resume["loader"] is not None and hasattr(trainer.train_dataloader, "load_state_dict"):
+            trainer.train_dataloader.load_state_dict(resume["loader"])
 
     def __getstate__(self) -> dict[str, Any]:
         # Lightning hangs its logging functions, and with them the Trainer, on every callback.

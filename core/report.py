@@ -24,20 +24,25 @@ if TYPE_CHECKING:
 TRAIN, VALIDATION, GREY = "#c2571a", "#1f5f8b", "#8a8a8a"
 OTHER = ("#1f5f8b", "#c2571a", "#3f7d4f", "#8b4f8f", "#9c7a12")
 
-# ------------------------------------------------------------------------------------------------- what it was measured on
+# ------------------------------------------------------------------------------------------------- summary
 
 
-def caution(metrics: dict[str, Any]) -> str:
-    """Why the numbers of a run (its metrics.json) are no benchmark result, or an empty string where they are one."""
+def reasons(metrics: dict[str, Any]) -> list[str]:
+    """Why the numbers of a run (its metrics.json) are no benchmark result; empty where they are one."""
     data, backbone = metrics.get("data") or {}, metrics.get("backbone") or {}
-    reasons = []
+    found = []
     if data.get("source") == "mini":
-        reasons.append(f"the data are a generated mini ({data.get('name', 'unnamed')})")
+        found.append(f"the data are a generated mini ({data.get('name', 'unnamed')})")
     if backbone.get("kind") == "nano" or backbone.get("name") == "nano":
-        reasons.append("the backbone is the built-in nano")
+        found.append("the backbone is the built-in nano")
     if backbone.get("kind") == "random" or backbone.get("pretrained") is False:
-        reasons.append("the backbone's weights are random")
-    return f"NOT A BENCHMARK RESULT: {', and '.join(reasons)}" if reasons else ""
+        found.append("the backbone's weights are random")
+    return found
+
+
+def caution(found: list[str]) -> str:
+    """The loud line for these reasons, or an empty string."""
+    return f"NOT A BENCHMARK RESULT: {', and '.join(found)}" if found else ""
 
 
 def summary(metrics: dict[str, Any]) -> str:
@@ -45,9 +50,8 @@ def summary(metrics: dict[str, Any]) -> str:
     data, backbone = metrics.get("data") or {}, metrics.get("backbone") or {}
     title = f"{methods_named(metrics.get('peft')) or 'run'} on {backbone.get('name', 'an unnamed backbone')}"
     lines = [f"{title}, {data.get('name', 'unnamed data')}: {metrics.get('status', 'status unknown')}"]
-    warning = caution(metrics)
-    if warning:
-        lines += [f"*** {warning} ***"]
+    if reasons(metrics):
+        lines.append(f"*** {caution(reasons(metrics))} ***")
     rows = [*_parameter_rows(metrics.get("parameters") or {})]
     if metrics.get("adapter_bytes") is not None:
         rows.append(("adapter", f"{_bytes(metrics['adapter_bytes'])} ({metrics['adapter_bytes']:,} bytes)"))
@@ -72,8 +76,9 @@ def _parameter_rows(counts: dict[str, int]) -> list[tuple[str, str]]:
         return []
     own = sum(counts.get(owner) or 0 for owner in ("method", "norms", "other"))
     parts = [f"{own:,} parameters"]
-    if counts.get("total"):
-        parts[0] += f", {own / counts['total']:.4%} of {counts['total']:,}"
+    of = "backbone" if counts.get("backbone") else "total"
+    if counts.get(of):
+        parts[0] += f", {own / counts[of]:.4%} of the {'backbone' if of == 'backbone' else 'model'}'s {counts[of]:,}"
     if counts.get("norms"):
         parts.append(f"{counts['norms']:,} of them in norms")
     if counts.get("head"):
@@ -124,8 +129,8 @@ def curves(history: Sequence[dict[str, Any]], path: str | Path, title: str = "")
 
     Args:
         history: one row for each time something was logged, in order: ``epoch`` (from 0), ``step``, ``train/<name>``,
-            ``validation/<name>``, ``lr-<group>``; any of them may be missing in a row. With a key ``stage`` the rows of
-            each stage are drawn in a section of their own, one behind the other.
+            ``validation/<name>``, ``lr`` or ``lr-<group>``; any of them may be missing in a row. With a key ``stage``
+            the rows of each stage are drawn in a section of their own, one behind the other.
         path: file to write.
         title: one line above the picture.
     """
@@ -168,7 +173,7 @@ def _sections(history: Sequence[dict[str, Any]]) -> tuple[list[tuple[str, Rows]]
     """The rows of each stage with their place on the x axis: finished epochs, or steps where an epoch has many rows."""
     seen, unit = set(), "epoch"
     for row in history:
-        new = {(row.get("stage"), row.get("epoch"), key) for key in row if "/" in key or key.startswith("lr-")}
+        new = {(row.get("stage"), row.get("epoch"), key) for key in row if "/" in key or key.startswith("lr")}
         if seen & new or row.get("epoch") is None:
             unit = "step"
         seen |= new
@@ -190,17 +195,17 @@ def _panels(history: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
     values: dict[str, list[float]] = {}
     for row in history:
         for key, value in row.items():
-            if key.startswith(("train/", "validation/", "lr-")) and isinstance(value, (int, float)):
+            if key.startswith(("train/", "validation/", "lr")) and isinstance(value, (int, float)):
                 values.setdefault(key, []).append(value)
     panels: dict[str, list[str]] = {}
     shares = {key.rpartition("/")[2] for key in values}
     shares -= {key.rpartition("/")[2] for key, found in values.items()
                if not all(0 <= v <= 1 for v in found if math.isfinite(v))}
-    for key in sorted(values, key=lambda key: (key.startswith("lr-"), not key.endswith("/loss"))):
+    for key in sorted(values, key=lambda key: (key.startswith("lr"), not key.endswith("/loss"))):
         name = key.rpartition("/")[2]
-        if key.startswith("lr-"):
+        if key.startswith("lr"):
             same = any(values[key] == values[other] for other in panels.get("learning rate", []))
-            if not same:  # groups that differ in weight decay alone
+            if not same and len(values[key]) > 1:  # the same: groups that differ in weight decay alone
                 panels.setdefault("learning rate", []).append(key)
         elif name == "loss" or name not in shares:
             panels.setdefault(name, []).append(key)
@@ -274,7 +279,7 @@ def confusion(matrix: Any, classes: Sequence[str], path: str | Path, title: str 
     right = counts.trace() / counts.sum() if counts.sum() else math.nan
     axes.set_title("\n".join(filter(None, [title, f"{right:.1%} of {counts.sum():.0f} samples on the diagonal"])),
                    fontsize=10)
-    _save(figure, path)
+    _save(figure, path, cropped=True)
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -296,9 +301,10 @@ def _style(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _save(figure: Figure, path: str | Path) -> None:
+def _save(figure: Figure, path: str | Path, cropped: bool = False) -> None:
     # without matplotlib's version in it, the same numbers give the same file
-    _write(path, lambda temporary: figure.savefig(temporary, format="png", metadata={"Software": None}))
+    _write(path, lambda temporary: figure.savefig(temporary, format="png", metadata={"Software": None}, pad_inches=0.1,
+                                                  bbox_inches="tight" if cropped else None))
 
 
 def _write(path: str | Path, write: Callable[[Path], Any]) -> None:
@@ -308,7 +314,7 @@ def _write(path: str | Path, write: Callable[[Path], Any]) -> None:
     write_atomically(path, write)
 
 
-# ------------------------------------------------------------------------------------------------- the table of many runs
+# ------------------------------------------------------------------------------------------------- many runs
 
 
 def is_repetition(axis: str) -> bool:
@@ -327,19 +333,21 @@ def table(points: Sequence[dict[str, Any]], folder: str | Path | None = None) ->
         The table as plain text, with a caption where the numbers are no benchmark results.
     """
     rows = _rows(points)
-    axes = [axis for axis in dict.fromkeys(axis for point in points for axis in point["axes"]) if not is_repetition(axis)]
-    cautions = {caution(point["metrics"]) for point in points if point.get("metrics")}
-    notes = []
-    if cautions - {""}:
-        notes.append(cautions.pop() if len(cautions) == 1 else
-                     "NOT ONE EXPERIMENT: rows were measured on different data or backbones, see the column measured on")
-    repeated = [axis for axis in dict.fromkeys(axis for point in points for axis in point["axes"]) if is_repetition(axis)]
+    every = list(dict.fromkeys(axis for point in points for axis in point["axes"]))
+    axes = [axis for axis in every if not is_repetition(axis)]
+    origins = {row["measured_on"] for row in rows if row["n"]}
+    why = [reasons(point["metrics"]) for point in points if point.get("metrics")]
+    shared = [reason for reason in why[0] if all(reason in other for other in why)] if why else []
+    notes = [caution(shared)] if shared else []
+    if any(len(other) > len(shared) for other in why):
+        notes.append("NOT ALL ROWS ARE COMPARABLE: see the column measured on")
+    repeated = [axis for axis in every if is_repetition(axis)]
     if repeated:
         notes.append(f"mean ± standard deviation (n - 1) over {', '.join(repeated)}")
     notes += [f"failed: {_axes_text(point['axes'])}: {point.get('error') or 'no result'}"
               for point in points if not point.get("metrics")]
-    header, body = _cells(rows, axes, several_origins=len({row["measured_on"] for row in rows}) > 1)
-    text = "\n".join([*_aligned(header, body), *notes])
+    header, body = _cells(rows, axes, several_origins=len(origins) > 1)
+    text = "\n".join([*aligned(header, body), *notes])
     if folder is not None:
         record = {"format": 1, "rows": rows, "notes": notes, "points": [
             {"axes": point["axes"], "error": point.get("error"),
@@ -355,12 +363,13 @@ def table(points: Sequence[dict[str, Any]], folder: str | Path | None = None) ->
 
 
 def _axes_text(axes: dict[str, Any]) -> str:
-    return ", ".join(f"{axis}={_value(value)}" for axis, value in axes.items()) or "the run"
+    return ", ".join(f"{axis}={value_text(value)}" for axis, value in axes.items()) or "the run"
 
 
-def _value(value: Any) -> str:
+def value_text(value: Any) -> str:
+    """A value of an axis as a person reads it: a class by its name."""
     return methods_named(value) if isinstance(value, dict) and {"class_path", "class"} & set(value) else \
-        " + ".join(map(_value, value)) if isinstance(value, list) else str(value)
+        " + ".join(map(value_text, value)) if isinstance(value, list) else str(value)
 
 
 def _rows(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -373,7 +382,7 @@ def _rows(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _row(group: list[dict[str, Any]]) -> dict[str, Any]:
-    axes = {axis: _value(value) for axis, value in group[0]["axes"].items() if not is_repetition(axis)}
+    axes = {axis: value_text(value) for axis, value in group[0]["axes"].items() if not is_repetition(axis)}
     done = [point["metrics"] for point in group if point.get("metrics")]
     label = ", ".join(axes.values()) or next((methods_named(run.get("peft")) for run in done), "") or "all"
     split = "test" if any(scalars((run.get("metrics") or {}).get("test")) for run in done) else "validation"
@@ -383,16 +392,21 @@ def _row(group: list[dict[str, Any]]) -> dict[str, Any]:
             results.setdefault(f"{split} {name}", []).append(value)
     counts = [run.get("parameters") or {} for run in done]
     trained = [sum(count.get(owner) or 0 for owner in ("method", "norms", "other")) for count in counts if count]
-    origins = {f"{(run.get('data') or {}).get('name', '?')}, {(run.get('backbone') or {}).get('name', '?')}"
-               for run in done}
+    origins = {_origin(run) for run in done}
     return {
         "label": label, "axes": axes, "n": len(done), "failed": len(group) - len(done),
         "metrics": {name: {"mean": statistics.fmean(values), "n": len(values), "values": values,
                            "sd": statistics.stdev(values) if len(values) > 1 else None}
                     for name, values in results.items()},
         "trained": _mean(trained), "bytes": _mean([run.get("adapter_bytes") for run in done]),
-        "seconds": _mean([run.get("seconds") for run in done]), "measured_on": "; ".join(sorted(origins)),
+        "seconds": _mean([run.get("seconds") for run in done]), "measured_on": " | ".join(sorted(origins)),
     }
+
+
+def _origin(metrics: dict[str, Any]) -> str:
+    data, backbone = metrics.get("data") or {}, metrics.get("backbone") or {}
+    random = ", random weights" if backbone.get("pretrained") is False or backbone.get("kind") == "random" else ""
+    return f"{data.get('name', '?')}; {backbone.get('name', '?')}{random}"
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -425,7 +439,8 @@ def _cells(rows: list[dict[str, Any]], axes: list[str], several_origins: bool) -
     return header, body
 
 
-def _aligned(header: list[str], body: list[list[str]], left: int = 1) -> list[str]:
+def aligned(header: list[str], body: list[list[str]], left: int = 1) -> list[str]:
+    """The lines of a plain-text table; the first ``left`` columns are set left, the others right."""
     widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
     lines = ["  ".join(cell.ljust(width) if i < left else cell.rjust(width)
                        for i, (cell, width) in enumerate(zip(line, widths, strict=True))).rstrip()
@@ -434,7 +449,7 @@ def _aligned(header: list[str], body: list[list[str]], left: int = 1) -> list[st
 
 
 def _dots(rows: list[dict[str, Any]], notes: list[str], path: Path) -> None:
-    """One row a setting: each run a small dot, mean and standard deviation on top; a panel for each of three metrics."""
+    """One row a setting: each run a small dot, mean and deviation on top; a panel for each of up to three metrics."""
     import textwrap
 
     shown = _shown(rows)[:3]
@@ -453,7 +468,7 @@ def _dots(rows: list[dict[str, Any]], notes: list[str], path: Path) -> None:
             result = row["metrics"].get(name)
             if result is None:
                 axes.annotate("failed", (0.02, place), xycoords=axes.get_yaxis_transform(), fontsize=8, color=GREY,
-                              va="center")
+                              va="center", backgroundcolor="white")
                 continue
             if result["n"] > 1:
                 axes.plot(result["values"], [place] * result["n"], ".", color=GREY, alpha=0.6, markersize=5)
@@ -463,7 +478,8 @@ def _dots(rows: list[dict[str, Any]], notes: list[str], path: Path) -> None:
         axes.set_ylim(len(rows) - 0.5, -0.5)
     if not shown:
         figure.text(0.5, 0.5, "no run finished", ha="center", va="center", color=GREY)
-    caption = "\n".join(line for note in notes[:3] for line in textwrap.wrap(note, int(width * 13)))
+    wrap = textwrap.TextWrapper(int(width * 13), break_on_hyphens=False)
+    caption = "\n".join(line for note in notes[:3] for line in wrap.wrap(note))
     if caption:
         figure.supxlabel(caption, fontsize=8, color="#444444")
     _save(figure, path)
@@ -482,8 +498,8 @@ def sections(doc: str) -> dict[str, str]:
     for line in inspect.cleandoc(doc).splitlines():
         head = re.match(rf"({'|'.join(SECTIONS)}): *(.*)", line)
         if head:
-            current = head[1].lower()
-            found[current] = [head[2]]
+            current = str(head[1]).lower()
+            found[current] = [str(head[2])]
         elif current and (line.startswith(" ") or (current == "summary" and line)):
             found[current].append(line.strip())
         else:
@@ -574,9 +590,10 @@ def methods_table() -> str:
             body.append([card["name"], card["family"], "-", "-", "-", f"cannot be imported: {card['error']}"])
         else:
             rate = card["recommended"]["lr"] if card.get("recommended") else None
-            body.append([card["name"], card["family"], *("yes" if card[key] else "no" for key in ("mergeable", "moves_base")),
-                         "-" if rate is None else f"{rate:g}", card["summary"]])
-    return "\n".join(_aligned(header, body, left=len(header)))
+            declared = ["yes" if card[key] else "no" for key in ("mergeable", "moves_base")]
+            body.append([card["name"], card["family"], *declared, "-" if rate is None else f"{rate:g}",
+                         card["summary"]])
+    return "\n".join(aligned(header, body, left=len(header)))
 
 
 def card(name: str) -> str:

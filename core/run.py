@@ -338,6 +338,7 @@ def _begin_with(adapter: Path, stage: Stage, tuner: FineTuner, methods: list[PEF
 
 def _trainer(config: dict[str, Any], home: Path, callbacks: list[L.Callback]) -> L.Trainer:
     arguments = dict(config["trainer"])
+    every = arguments.pop("checkpoint_every_n_steps", None)  # ours: a checkpoint within the epoch
     known = [name for name in signature(L.Trainer).parameters if name not in ("callbacks", "logger", "plugins")]
     for name in arguments:
         if name not in known:
@@ -346,9 +347,8 @@ def _trainer(config: dict[str, Any], home: Path, callbacks: list[L.Callback]) ->
     where: dict[str, Any] = {"dirpath": home / "checkpoints", "enable_version_counter": False}
     if arguments.pop("enable_checkpointing", True):
         callbacks.append(ModelCheckpoint(filename="last", save_on_train_epoch_end=True, every_n_epochs=1, **where))
-        steps = arguments.pop("checkpoint_every_n_steps", None)
-        if steps:
-            callbacks.append(ModelCheckpoint(filename="last", every_n_train_steps=steps, **where))
+        if every:
+            callbacks.append(ModelCheckpoint(filename="last", every_n_train_steps=every, **where))
     if config["select"] == "best":
         callbacks.append(ModelCheckpoint(filename="best", monitor="validation/accuracy", mode="max",
                                          save_weights_only=True, **where))
