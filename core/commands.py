@@ -214,7 +214,7 @@ def describe(config: str, overrides: list[str], as_json: bool) -> int:
     found = points(config, overrides)
     records: list[dict[str, Any]] = []
     for point in found:
-        assembly = assemble(point)
+        assembly = assemble(point, read=False)
         for method in assembly.methods:
             method.attach(assembly.tuner.backbone)
         batch = assembly.data.example(assembly.data.batch_size)
@@ -384,9 +384,9 @@ def data_of(run: str) -> DataModule:
         raise ScionError(f"{file}: no data section with a class_path")
     state = Path(run) / "data_state.json"
     data: DataModule = make({"init_args": {}, **part}, "data", str(config.get("domain") or ""), DataModule)
-    if state.is_file() and hasattr(data, "load_state"):
+    if state.is_file():
         try:
-            data.load_state(json.loads(state.read_text()))  # type: ignore[attr-defined]
+            data.load_state(json.loads(state.read_text()))
         except (ValueError, KeyError, TypeError) as error:
             raise ScionError(f"{state}: damaged ({error})") from None
     return data

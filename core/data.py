@@ -141,6 +141,17 @@ class DataModule(Recorded, LightningDataModule, ABC):
     def read(self, file: str | Path) -> Tensor:
         """One file as one input, prepared as the test set's are. Bad files raise ``ScionError`` with their name."""
 
+    def peek(self) -> list[str] | None:
+        """The classes, if they can be named without reading samples; None otherwise."""
+        return None
+
+    def state(self) -> dict[str, Any]:
+        """What ``read`` needs to know of the training data (lengths, statistics), as JSON; a run keeps it."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Make ``read`` work as in the run that saved ``state``, without the data."""
+
     def collate_train(self) -> Callable[[list[Any]], Any] | None:
         """The function that makes a training batch (mixup belongs here); None stacks the samples."""
         return None

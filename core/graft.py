@@ -36,6 +36,9 @@ VERBS = ("before", "weight", "after", "attend")
 class Graft(nn.Module):
     """Base of all grafts; a subclass defines any of the four verbs, and ``merged`` where it can be written into W."""
 
+    reads_weight: bool = False
+    """Its function depends on the frozen weight itself, so that nothing may be merged into that while it stands."""
+
     def __init__(self, site: Site) -> None:
         super().__init__()
         self.site = site
@@ -100,9 +103,10 @@ def _with_hidden_out(output: Any, y: Tensor) -> Any:
     return (y, *output[1:]) if isinstance(output, tuple) else y
 
 
-def _expand(rows: Tensor, total: int, route: Tensor | None) -> Tensor:
+def _expand(rows: Tensor | None, total: int, route: Tensor | None) -> Tensor:
     """Indices of samples -> indices along an axis on which each sample stands ``total / samples`` times (windows,
     beams), sample by sample."""
+    assert rows is not None
     samples = total if route is None else route.numel()
     times = total // samples
     if times * samples != total:
@@ -171,21 +175,35 @@ def _attend(grafts: list[Graft], x: Tensor, query: Tensor, key: Tensor, value: T
     def base(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, False, scale=scale, enable_gqa=enable_gqa)
 
-    def grafted(graft: Graft, inner: Attention) -> Attention:
-        def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-            if graft.batch is None:
-                return graft.attend(q, k, v, mask, x, inner)
-            rows = _expand(graft.batch, q.shape[0], graft.route)
-            part_of_mask = mask[rows] if mask is not None and mask.dim() == 4 and mask.shape[0] > 1 else mask
-            part = graft.attend(q[rows], k[rows], v[rows], part_of_mask, x, inner)
-            return inner(q, k, v, mask).index_copy(0, rows, part)
-
+    def chain(some: list[Graft]) -> Attention:
+        call: Attention = base
+        for graft in some:
+            call = _around(graft, call, x)
         return call
 
-    call: Attention = base
-    for graft in grafts:
-        call = grafted(graft, call)
-    return call(query, key, value, attn_mask)
+    routed = [graft for graft in grafts if graft.batch is not None]
+    out = chain([graft for graft in grafts if graft.batch is None])(query, key, value, attn_mask)
+    for variant in _variants(routed):
+        rows = next(_expand(g.batch, query.shape[0], g.route) for g in routed if g.variant == variant)
+        mine = [graft for graft in grafts if graft.batch is None or graft.variant == variant]
+        own_masks = attn_mask is not None and attn_mask.dim() == 4 and attn_mask.shape[0] == query.shape[0]
+        part = chain(mine)(query[rows], key[rows], value[rows], attn_mask[rows] if own_masks else attn_mask)  # type: ignore[index]
+        out = out.index_copy(0, rows, part)
+    return out
+
+
+def _around(graft: Graft, inner: Attention, x: Tensor) -> Attention:
+    def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return graft.attend(q, k, v, mask, x, inner)
+
+    return call
+
+
+def _variants(routed: list[Graft]) -> list[int]:
+    """The variants with rows in this batch."""
+    if len({id(graft.route) for graft in routed}) > 1:
+        raise ScionError("routing: two routes at one site cannot both choose a weight or an attention for a row")
+    return list(dict.fromkeys(graft.variant for graft in routed if graft.batch is not None and len(graft.batch)))
 
 
 def route_rows(grafts: list[Graft], route: Tensor | None, variant: int = 0) -> None:
@@ -276,8 +294,11 @@ class Carrier:
             for graft in mine:
                 if graft.batch is None:
                     entry.tensor = apply_weight(graft, entry.tensor)
-            for graft in mine:
-                if graft.batch is not None and len(graft.batch):
+            routed = [graft for graft in mine if graft.batch is not None]
+            present = _variants(routed)
+            for graft in routed:
+                if graft.variant in present:
+                    assert graft.batch is not None
                     rows = _expand(graft.batch, x.shape[0], graft.route)
                     entry.routed[graft.variant] = (rows, apply_weight(graft, entry.of(graft.variant)))
             table.append(entry)

@@ -107,7 +107,7 @@ class PEFTMethod(Recorded, Callback, ABC):
         """The graft for a site. Called with the random state seeded by (seed, name, site); use ``nn.init`` freely."""
         raise NotImplementedError
 
-    def shared(self, module: MethodModule, sites: list[Site]) -> None:
+    def shared(self, module: nn.Module, sites: list[Site]) -> None:
         """Register tensors that many grafts share on ``module``, before ``build`` is called."""
 
     def moved(self, anatomy: Anatomy) -> list[str]:
@@ -149,7 +149,7 @@ class PEFTMethod(Recorded, Callback, ABC):
     @property
     def grafts(self) -> list[Graft]:
         """The method's grafts, in the order of their sites."""
-        return [module for module in self.module.children() if isinstance(module, Graft)]
+        return [module for module in self.module.modules() if isinstance(module, Graft)]
 
     def attach(self, model: nn.Module) -> PEFTMethod:
         """Freeze ``model`` (the first method does), place the grafts, and return the method.
@@ -179,15 +179,11 @@ class PEFTMethod(Recorded, Callback, ABC):
                 raise ScionError(f"{self.name} needs the role {role!r}, which {anatomy.family} does not have "
                                  f"(it has {listed(anatomy.roles, 40)})")
         self.check(anatomy)
-        sites = self.sites(anatomy)
         norms = self._norm_names(anatomy)
         moved = list(dict.fromkeys([*self.moved(anatomy), *norms]))
         parameters = dict(model.named_parameters())
         module = MethodModule(self)
-        with seeded(self.seed, self.name):
-            self.shared(module, sites)
-        for site in sites:
-            module.add_module(key_of(site.name), self._build(site, anatomy))
+        self._fill(module, anatomy)
 
         if home is None:
             home = Home(model, anatomy, self.head)
@@ -203,6 +199,14 @@ class PEFTMethod(Recorded, Callback, ABC):
             module.requires_grad_(False)
         model.train(model.training)
         return self
+
+    def _fill(self, module: nn.Module, anatomy: Anatomy) -> None:
+        """Put the method's shared tensors and grafts into ``module``."""
+        sites = self.sites(anatomy)
+        with seeded(self.seed, self.name):
+            self.shared(module, sites)
+        for site in sites:
+            module.add_module(key_of(site.name), self._build(site, anatomy))
 
     def _build(self, site: Site, anatomy: Anatomy) -> Graft:
         with seeded(self.seed, self.name, site.name):
@@ -365,6 +369,7 @@ class PEFTMethod(Recorded, Callback, ABC):
             for graft in self.grafts:
                 site = graft.site
                 name = site.weight_name
+                self._check_neighbours(graft)
                 if name in shared or any(root.get_parameter(other) is parameters[name] for other in shared):
                     raise ScionError(f"{self.name}: {name} is tied to another tensor, which merging would change too")
                 before, now = merged.get(name, (parameters[name].detach().clone(), parameters[name].detach()))
@@ -382,6 +387,16 @@ class PEFTMethod(Recorded, Callback, ABC):
         self._disconnect()
         self._merged = merged
         self._leave_home(root)
+
+    def _check_neighbours(self, graft: Graft) -> None:
+        """Refuse to merge where another graft at the site would then compute something else."""
+        carrier = grafts.Carrier.of(graft.site.module)
+        standing = carrier.grafts if carrier else []
+        others = [other for other in standing if other is not graft and other.site.role == graft.site.role]
+        earlier = standing[: standing.index(graft)] if graft in standing else []
+        if any(other.reads_weight for other in others) or (graft.reads_weight and any(o in earlier for o in others)):
+            raise ScionError(f"{self.name}: at {graft.site.name} stands another method, and one of the two reads the weight "
+                             "that merging changes; only the first of them can be merged, and only if it is the reader")
 
     def unmerge(self) -> None:
         """Restore the weights bit for bit and put the method back.
@@ -440,6 +455,12 @@ class PEFTMethod(Recorded, Callback, ABC):
             else:
                 self.attach(root)
         keep_only_owned(pl_module)
+        if self.attached:
+            self.root.peft.keep_float32 = True  # type: ignore[union-attr]
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if self.attached:
+            self.root.peft.keep_float32 = False  # type: ignore[union-attr]
 
     def _find_root(self, pl_module: nn.Module) -> nn.Module | None:
         if self.on is not None:
@@ -550,6 +571,9 @@ class Home(nn.Module):
         from core.artifact import fingerprint
 
         self.methods: dict[str, PEFTMethod] = {}
+        self.keep_float32 = False
+        """Whether ``.to(bfloat16)`` leaves the methods' tensors as they are: so within a Trainer, whose true
+        half-precision plugins convert the whole module, while small updates need float32."""
         self._root = [root]  # in a list, so that the root is not registered as a child
         heads = anatomy.head_names()
         self.heads = sorted(heads)
@@ -573,6 +597,14 @@ class Home(nn.Module):
         for name, parameter in root.named_parameters():
             parameter.requires_grad_(self.flags.get(name, parameter.requires_grad))
         root.train(training)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Home:
+        def keep(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            half = tensor.dtype == torch.float32 and moved.dtype in (torch.float16, torch.bfloat16)
+            return tensor.to(moved.device) if half else moved
+
+        return super()._apply(keep if self.keep_float32 else fn, recurse)
 
     def owned(self) -> set[str]:
         """Names (in the root) of base tensors that a run must save: what methods move, and a trained head."""

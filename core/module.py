@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as L
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 
 from core.artifact import keep_only_owned, read_adapter, restore
 from core.backbone import Backbone
-from core.errors import ScionError, nearest
+from core.errors import ScionError, listed, nearest
 from core.graft import checkpoint_activations
 from core.method import PEFTMethod, home_in, methods_on
 from core.spec import plain
@@ -77,15 +79,17 @@ class FineTuner(L.LightningModule):
         optimizer: settings of the optimizer.
         schedule: settings of the learning rate's schedule.
         checkpointing: recompute activations in backward instead of keeping them.
+        seed: random state in which a recorded backbone and task are built (one with random weights is then the same).
     """
 
     def __init__(self, backbone: Backbone | dict[str, Any], task: Task | dict[str, Any],
                  classes: Sequence[str] = (), multilabel: bool = False,
                  optimizer: OptimizerSettings | dict[str, Any] | None = None,
-                 schedule: ScheduleSettings | dict[str, Any] | None = None, checkpointing: bool = False) -> None:
+                 schedule: ScheduleSettings | dict[str, Any] | None = None, checkpointing: bool = False,
+                 seed: int = 0) -> None:
         super().__init__()
-        self.backbone: Backbone = build(backbone) if isinstance(backbone, dict) else backbone
-        self.task: Task = build(task) if isinstance(task, dict) else task
+        self.backbone: Backbone = build(backbone, seed) if isinstance(backbone, dict) else backbone
+        self.task: Task = build(task, seed) if isinstance(task, dict) else task
         if not hasattr(self.task, "head"):
             if not classes:
                 raise ScionError("FineTuner: the task is not built; give classes=[...]")
@@ -98,7 +102,7 @@ class FineTuner(L.LightningModule):
         keep_only_owned(self)
         specs = {"backbone": spec(self.backbone), "task": spec(self.task)}
         rest = {"classes": list(classes), "multilabel": multilabel, "optimizer": plain(asdict(self.optimizer)),
-                "schedule": plain(asdict(self.schedule)), "checkpointing": checkpointing}
+                "schedule": plain(asdict(self.schedule)), "checkpointing": checkpointing, "seed": seed}
         self.save_hyperparameters({**{k: v for k, v in specs.items() if v}, **rest}, logger=False)
 
     @property
@@ -224,24 +228,44 @@ class FineTuner(L.LightningModule):
             restore(record, tensors, self.backbone, where="the checkpoint")
 
 
-def load_run(folder: str, device: str = "cpu") -> FineTuner:
-    """The model of a finished run, from the folder that ``lightning run`` left."""
-    import json
-    from pathlib import Path
+OUTSIDE = "outside."
+"""Prefix, in a run's adapter, of the tensors around the backbone: the task's head."""
 
+
+def outside(tuner: FineTuner) -> dict[str, Tensor]:
+    """The parameters around the backbone, under the names that an adapter gives them."""
+    inside = {id(p) for p in tuner.backbone.parameters()}
+    return {f"{OUTSIDE}{name}": p.detach() for name, p in tuner.named_parameters() if id(p) not in inside}
+
+
+def load_outside(tuner: FineTuner, tensors: dict[str, Tensor], where: str) -> None:
+    """Copy a saved head into ``tuner``; missing, extra and misshapen tensors are refused before any is written."""
+    into = outside(tuner)
+    given = {name: tensor for name, tensor in tensors.items() if name.startswith(OUTSIDE)}
+    if into.keys() != given.keys():
+        raise ScionError(f"{where}: the head's tensors are {listed(sorted(given), 4)}, wanted {listed(sorted(into), 4)}")
+    for name, tensor in into.items():
+        if tensor.shape != given[name].shape:
+            raise ScionError(f"{where}: {name} is {list(given[name].shape)} in the file, {list(tensor.shape)} here")
+    for name, tensor in into.items():
+        tensor.copy_(given[name])
+
+
+def load_run(folder: str, device: str = "cpu") -> FineTuner:
+    """The model of a finished run, from the folder that ``lightning run`` left.
+
+    Raises:
+        ScionError: a damaged adapter, or a backbone that only its own program can build.
+    """
     path = Path(folder) / "adapter"
     record, tensors = read_adapter(path)
-    model = record.get("model")
-    if model is None:
-        raise ScionError(f"{path}: this adapter was saved without its task; load it with core.load_adapter")
-    tuner = FineTuner(build(model["backbone"]), build(model["task"]), model["classes"], model["multilabel"])
-    inside = {name: tensor for name, tensor in tensors.items() if not name.startswith("outside.")}
-    restore(record, inside, tuner.backbone, where=str(path))
-    head = {name.removeprefix("outside."): tensor for name, tensor in tensors.items() if name.startswith("outside.")}
-    try:
-        tuner.load_state_dict({**head}, strict=False)
-    except RuntimeError as error:
-        raise ScionError(f"{path}: {json.dumps(str(error).splitlines()[-1].strip())}") from None
+    model = record.get("model") or {}
+    if not model.get("backbone") or not model.get("task"):
+        raise ScionError(f"{path}: the record does not say how to build backbone and task (they are no domain's); build "
+                         "the backbone and use core.load_adapter")
+    tuner = FineTuner(model["backbone"], model["task"], model["classes"], model["multilabel"], seed=model["seed"])
+    restore(record, {k: t for k, t in tensors.items() if not k.startswith(OUTSIDE)}, tuner.backbone, where=str(path))
+    load_outside(tuner, tensors, str(path))
     return tuner.to(device).eval()
 
 
@@ -250,21 +274,26 @@ def load_run(folder: str, device: str = "cpu") -> FineTuner:
 
 def spec(part: nn.Module) -> dict[str, Any] | None:
     """How to build a domain's backbone or a task again: ``{"class": "audio:AST", arguments}``, or None for a class that
-    belongs to neither."""
+    belongs to neither. A name that was ``auto`` is recorded as what it stood for, a path as an absolute one."""
     module = type(part).__module__.split(".")
     home = {"domains": module[1] if len(module) > 1 else "", "core": "core.tasks"}.get(module[0])
     config = getattr(part, "config", None)
     if not home or not isinstance(config, dict):
         return None
-    return {"class": f"{home}:{type(part).__name__}", **plain(config)}
+    found = {"class": f"{home}:{type(part).__name__}", **plain(config)}
+    if isinstance(part, Backbone) and "name" in part.origin:
+        name = str(part.origin["name"])
+        found["name"] = str(Path(name).expanduser().absolute()) if part.origin.get("kind") == "local" else name
+    return found
 
 
-def build(recorded: dict[str, Any]) -> Any:
-    """The part that `spec` described; only names that ``core.tasks`` or a domain publish are looked up."""
-    import importlib
-
+def build(recorded: dict[str, Any], seed: int = 0) -> Any:
+    """The part that `spec` described; only names that ``core.tasks`` or a domain publish are looked up. Random weights
+    are those of ``seed``; the global random state stays as it is."""
     home, _, name = str(recorded["class"]).partition(":")
     module = importlib.import_module(home if home == "core.tasks" else f"domains.{home}")
     if name not in getattr(module, "__all__", ()):
         raise ScionError(f"{home} publishes no class {name!r}")
-    return getattr(module, name)(**{key: value for key, value in recorded.items() if key != "class"})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return getattr(module, name)(**{key: value for key, value in recorded.items() if key != "class"})

@@ -340,7 +340,7 @@ def table(points: Sequence[dict[str, Any]], folder: str | Path | None = None) ->
     shared = [reason for reason in why[0] if all(reason in other for other in why)] if why else []
     notes = [caution(shared)] if shared else []
     if any(len(other) > len(shared) for other in why):
-        notes.append("NOT ALL ROWS ARE COMPARABLE: see the column measured on")
+        notes.append("NOT ALL ROWS ARE COMPARABLE: data or backbones differ (column measured on)")
     repeated = [axis for axis in every if is_repetition(axis)]
     if repeated:
         notes.append(f"mean ± standard deviation (n - 1) over {', '.join(repeated)}")
@@ -384,7 +384,8 @@ def _rows(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def _row(group: list[dict[str, Any]]) -> dict[str, Any]:
     axes = {axis: value_text(value) for axis, value in group[0]["axes"].items() if not is_repetition(axis)}
     done = [point["metrics"] for point in group if point.get("metrics")]
-    label = ", ".join(axes.values()) or next((methods_named(run.get("peft")) for run in done), "") or "all"
+    named = [value if axis == "peft" else f"{axis.rpartition('.')[2]}={value}" for axis, value in axes.items()]
+    label = ", ".join(named) or next((methods_named(run.get("peft")) for run in done), "") or "all"
     split = "test" if any(scalars((run.get("metrics") or {}).get("test")) for run in done) else "validation"
     results: dict[str, list[float]] = {}
     for run in done:

@@ -31,7 +31,7 @@ from core.config import Point, find_class, make, typed
 from core.data import DataModule
 from core.errors import ScionError, listed, nearest
 from core.method import Home, PEFTMethod, methods_on
-from core.module import FineTuner, OptimizerSettings, ScheduleSettings, spec
+from core.module import OUTSIDE, FineTuner, OptimizerSettings, ScheduleSettings, load_outside, outside, spec
 from core.spec import signature
 from core.tasks import Task
 
@@ -53,8 +53,9 @@ class Assembly:
     tuner: FineTuner
 
 
-def assemble(point: Point, config: dict[str, Any] | None = None) -> Assembly:
-    """Build what a configuration asks for. The data is read: it knows the classes.
+def assemble(point: Point, config: dict[str, Any] | None = None, read: bool = True) -> Assembly:
+    """Build what a configuration asks for. The data is read, for it knows the classes; with ``read=False`` only as far
+    as it can name them without its samples.
 
     An argument of the backbone that is None is taken from the datamodule where that has an attribute of its name.
     """
@@ -70,14 +71,19 @@ def assemble(point: Point, config: dict[str, Any] | None = None) -> Assembly:
               if p.default is None and part["init_args"].get(name) is None]
     linked = {name: getattr(data, name) for name in wanted if getattr(data, name, None) is not None}
     # A quick no from the backbone comes before a long reading of the data.
-    backbone: Backbone = make(part, "model.backbone", point.domain, Backbone, **linked)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        backbone: Backbone = make(part, "model.backbone", point.domain, Backbone, **linked)
     task: Task = make(config["model"].get("task") or {"class_path": "Classification", "init_args": {}}, "model.task",
                       point.domain, Task)
-    data.setup("fit")
+    classes = None if read else data.peek()
+    if classes is None:
+        data.setup("fit")
+        classes = data.classes
     L.seed_everything(seed, verbose=False)
-    tuner = FineTuner(backbone, task, data.classes, data.multilabel,
+    tuner = FineTuner(backbone, task, classes, data.multilabel,
                       OptimizerSettings(**typed(OptimizerSettings, config["optimizer"], "optimizer")),
-                      ScheduleSettings(**typed(ScheduleSettings, config["lr_scheduler"], "lr_scheduler")))
+                      ScheduleSettings(**typed(ScheduleSettings, config["lr_scheduler"], "lr_scheduler")), seed=seed)
     return Assembly(data, backbone, task, methods, tuner)
 
 
@@ -234,12 +240,7 @@ def execute(point: Point, folder: Path, overwrite: bool = False) -> dict[str, An
             parts[stage.name] = {key: record[key] for key in ("parameters", "metrics", "seconds")}
         assert outcome is not None
         metrics = _finish(point, folder, outcome, rows, parts)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True) if _keeps_no_checkpoints(point) else None
     return metrics
-
-
-def _keeps_no_checkpoints(point: Point) -> bool:
-    return point.config["trainer"].get("enable_checkpointing") is False
 
 
 def prepare_folder(point: Point, folder: Path, overwrite: bool) -> None:
@@ -280,7 +281,7 @@ def _fit(point: Point, stage: Stage, home: Path, folder: Path, test: bool) -> Ou
     if stage.name:
         log.info("stage %s", stage.name)
     history = History()
-    trainer = _trainer(stage.config, home, [*methods, history])
+    trainer = _trainer(stage.config, home, [*methods, history], tuner.task.selects)
     last = home / "checkpoints" / "last.ckpt"
     for leftover in (home / "checkpoints").glob(".*"):
         leftover.unlink()
@@ -293,8 +294,8 @@ def _fit(point: Point, stage: Stage, home: Path, folder: Path, test: bool) -> Ou
     if stage.config["select"] == "best" and best.is_file():
         state = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
         tuner.load_state_dict(state)
-        metric, _ = tuner.task.selects
-        validation = max((row for row in rows if f"validation/{metric}" in row),
+        metric, mode = tuner.task.selects
+        validation = (max if mode == "max" else min)((row for row in rows if f"validation/{metric}" in row),
                          key=lambda row: row[f"validation/{metric}"], default=validation)
         validation = {key: value for key, value in validation.items() if key.startswith("validation/")}
     tested: dict[str, float] = {}
@@ -321,11 +322,10 @@ def _begin_with(adapter: Path, stage: Stage, tuner: FineTuner, methods: list[PEF
     in the forward, frozen."""
     record, tensors = read_adapter(adapter)
     if "head" in stage.carry:
-        tuner.load_state_dict({k.removeprefix("outside."): v for k, v in tensors.items() if k.startswith("outside.")},
-                              strict=False)
+        load_outside(tuner, tensors, str(adapter))
     if "weights" not in stage.carry:
         return methods
-    own = {name: tensor for name, tensor in tensors.items() if not name.startswith("outside.")}
+    own = {name: tensor for name, tensor in tensors.items() if not name.startswith(OUTSIDE)}
     earlier = restore(record, own, tuner.backbone, where=str(adapter))
     names = {method.name for method in methods}
     for method in earlier:
@@ -336,7 +336,7 @@ def _begin_with(adapter: Path, stage: Stage, tuner: FineTuner, methods: list[PEF
             *(kept.get(method.name, method) for method in methods)]
 
 
-def _trainer(config: dict[str, Any], home: Path, callbacks: list[L.Callback]) -> L.Trainer:
+def _trainer(config: dict[str, Any], home: Path, callbacks: list[L.Callback], selects: tuple[str, str]) -> L.Trainer:
     arguments = dict(config["trainer"])
     every = arguments.pop("checkpoint_every_n_steps", None)  # ours: a checkpoint within the epoch
     known = [name for name in signature(L.Trainer).parameters if name not in ("callbacks", "logger", "plugins")]
@@ -350,7 +350,7 @@ def _trainer(config: dict[str, Any], home: Path, callbacks: list[L.Callback]) ->
         if every:
             callbacks.append(ModelCheckpoint(filename="last", every_n_train_steps=every, **where))
     if config["select"] == "best":
-        callbacks.append(ModelCheckpoint(filename="best", monitor="validation/accuracy", mode="max",
+        callbacks.append(ModelCheckpoint(filename="best", monitor=f"validation/{selects[0]}", mode=selects[1],
                                          save_weights_only=True, **where))
     if arguments.pop("enable_progress_bar", True):
         callbacks.append(Progress(refresh_rate=5) if sys.stderr.isatty() else EpochLines())
@@ -382,11 +382,9 @@ def count(tuner: FineTuner) -> dict[str, int]:
 
 def save_run_adapter(tuner: FineTuner, folder: Path) -> None:
     """The adapter of a run: its methods, the task head, and what rebuilds backbone and task."""
-    inside = {id(p) for p in tuner.backbone.parameters()}
-    head = {f"outside.{name}": p.detach() for name, p in tuner.named_parameters() if id(p) not in inside}
     model = {"backbone": spec(tuner.backbone), "task": spec(tuner.task), "classes": tuner.task.classes,  # type: ignore[attr-defined]
-             "multilabel": tuner.hparams["multilabel"]}
-    save_adapter(methods_on(tuner), folder, head, model)
+             "multilabel": tuner.hparams["multilabel"], "seed": tuner.hparams["seed"]}
+    save_adapter(methods_on(tuner), folder, outside(tuner), model)
 
 
 def _finish(point: Point, folder: Path, outcome: Outcome, rows: list[dict[str, Any]], parts: dict[str, Any]
@@ -394,12 +392,12 @@ def _finish(point: Point, folder: Path, outcome: Outcome, rows: list[dict[str, A
     """Write pictures and metrics.json, the latter last: it makes the run a finished one."""
     tuner, data = outcome.tuner, outcome.data
     home: Home = tuner.backbone.peft  # type: ignore[assignment]
-    report.curves(rows, folder / "curves.png")
+    title = f"{point.name} on {tuner.backbone.origin.get('name')}, {data.origin['name']}"
+    report.curves(rows, folder / "curves.png", title)
     confusion = outcome.tables.get("test/confusion")
     if confusion is not None:
-        report.confusion(confusion, data.classes, folder / "confusion.png")
-    if hasattr(data, "state"):
-        write_atomically(folder / "data_state.json", lambda path: path.write_text(json.dumps(data.state())))  # type: ignore[attr-defined]
+        report.confusion(confusion, data.classes, folder / "confusion.png", title)
+    write_atomically(folder / "data_state.json", lambda path: path.write_text(json.dumps(data.state())))
     notes = [origin["note"] for origin in (data.origin, tuner.backbone.origin) if "note" in origin]
     metrics = {
         "format": FORMAT, "status": "finished", "config_hash": point.hash, "select": point.config["select"],

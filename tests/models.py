@@ -1,92 +1,213 @@
-"""Tiny backbones of every family, built from their configurations with random weights."""
+"""Tiny backbones of every family, built from their configurations: one row in FAMILIES each.
+
+Values are a function of (seed, parameter name) and of nothing else: no library's initialisation enters, so stored
+outputs stay valid and a failing test can be repeated.
+"""
 
 from __future__ import annotations
 
+import copy
+import functools
+import io
+import pickle
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from core.data import seed_of
+
+WIDTH = 32
+"""Width of every family's feature."""
+VOCABULARY = 50
+
 
 class Pooled(nn.Module):
-    """A thin wrapper, as a domain writes one: the library's model and a pooled feature [batch, dim]."""
+    """A thin wrapper, as a domain writes one: the library's model and one token's or the pooled feature [batch, dim]."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, token: int = 0, padding: int | None = None) -> None:
         super().__init__()
         self.model = model
+        self.token, self.padding = token, padding
 
     def forward(self, inputs: Tensor) -> Tensor:
-        out = self.model(inputs)
+        """inputs [batch, ...] -> features [batch, dim]; ids equal to ``padding`` are masked out."""
+        options = {} if self.padding is None else {"attention_mask": (inputs != self.padding).long()}
+        out = self.model(inputs, **options)
         out = out if isinstance(out, Tensor) else out.last_hidden_state
-        return out if out.dim() == 2 else out.mean(1)
+        return out if out.dim() == 2 else out[:, self.token]
 
 
-def _timm_vit() -> nn.Module:
+def _timm_vit(width: int = WIDTH, classes: int = 0) -> nn.Module:
     import timm
 
-    return timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4,
-                             num_classes=0)
+    return timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=width, depth=2, num_heads=4,
+                             num_classes=classes)
 
 
-def _timm_swin() -> nn.Module:
+def _timm_swin(width: int = WIDTH) -> nn.Module:
     import timm
 
-    return timm.create_model("swin_tiny_patch4_window7_224", img_size=32, patch_size=2, window_size=4, embed_dim=16,
-                             depths=(2, 2), num_heads=(2, 4), num_classes=0, drop_path_rate=0.1)
+    return timm.create_model("swin_tiny_patch4_window7_224", img_size=16, patch_size=2, window_size=4,
+                             embed_dim=width // 2, depths=(2, 2), num_heads=(2, 4), num_classes=0, drop_path_rate=0.1)
 
 
-def _bert() -> nn.Module:
+def _bert(width: int = WIDTH) -> nn.Module:
     from transformers import BertConfig, BertModel
 
-    config = BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-                        max_position_embeddings=32)
+    config = BertConfig(vocab_size=VOCABULARY, hidden_size=width, num_hidden_layers=2, num_attention_heads=4,
+                        intermediate_size=2 * width, max_position_embeddings=32)
     return BertModel(config, add_pooling_layer=False)
 
 
-def _ast() -> nn.Module:
+def _ast(width: int = WIDTH) -> nn.Module:
     from transformers import ASTConfig, ASTModel
 
-    config = ASTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, patch_size=8,
-                       frequency_stride=8, time_stride=8, max_length=24, num_mel_bins=32)
-    model = ASTModel(config)
-    for tensor in (model.embeddings.cls_token, model.embeddings.distillation_token, model.embeddings.position_embeddings):
-        nn.init.normal_(tensor, std=0.02)
-    return model
+    return ASTModel(ASTConfig(hidden_size=width, num_hidden_layers=2, num_attention_heads=4, intermediate_size=2 * width,
+                              patch_size=8, frequency_stride=8, time_stride=8, max_length=24, num_mel_bins=32))
 
 
-def _llama() -> nn.Module:
-    from transformers import LlamaConfig, LlamaModel
+def _llama_config(width: int, **changes: Any) -> Any:
+    from transformers import LlamaConfig
 
-    config = LlamaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=2, intermediate_size=64, max_position_embeddings=32, use_cache=False)
-    return LlamaModel(config)
+    return LlamaConfig(vocab_size=VOCABULARY, hidden_size=width, num_hidden_layers=2, num_attention_heads=4,
+                       num_key_value_heads=2, intermediate_size=2 * width, max_position_embeddings=32, use_cache=False,
+                       **changes)
 
 
-FAMILIES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
-    "timm_vit": (_timm_vit, lambda n: torch.randn(n, 3, 32, 32)),
-    "timm_swin": (_timm_swin, lambda n: torch.randn(n, 3, 32, 32)),
-    "bert": (_bert, lambda n: torch.randint(0, 50, (n, 12))),
-    "ast": (_ast, lambda n: torch.randn(n, 24, 32)),
-    "llama": (_llama, lambda n: torch.randint(0, 50, (n, 12))),
+def _llama(width: int = WIDTH) -> nn.Module:
+    from transformers import LlamaModel
+
+    return LlamaModel(_llama_config(width))
+
+
+def _uniform(size: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return (torch.rand(size, *shape, generator=generator) - 0.5) * 3.4  # unit variance
+
+
+def _images(size: int, generator: torch.Generator, side: int = 32) -> Tensor:
+    return _uniform(size, (3, side, side), generator)
+
+
+def _ids(size: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(1, VOCABULARY, (size, 12), generator=generator)
+
+
+def _padded_ids(size: int, generator: torch.Generator) -> Tensor:
+    ids = _ids(size, generator)
+    ids[1::2, -4:] = 0
+    return ids
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a family's tiny model is built at a given width, and what goes in."""
+
+    build: Callable[[int], nn.Module]
+    inputs: Callable[[int, torch.Generator], Tensor]
+    """(batch size, generator) -> inputs"""
+    token: int = 0
+    """The token whose state is the feature."""
+    padding: int | None = None
+    """The id that pads, where the model takes a padding mask."""
+
+
+FAMILIES: dict[str, Family] = {
+    "timm_vit": Family(_timm_vit, _images),
+    "timm_swin": Family(_timm_swin, functools.partial(_images, side=16)),
+    "bert": Family(_bert, _padded_ids, padding=0),  # masked attention
+    "ast": Family(_ast, lambda size, generator: _uniform(size, (24, 32), generator)),
+    "llama": Family(_llama, _ids, token=-1),  # causal attention, grouped queries
 }
 
 
-def make(family: str, seed: int = 0, wrapped: bool = True) -> nn.Module:
-    """A tiny model in eval mode; the same seed gives the same weights."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = FAMILIES[family][0]()
-        # Tiny models start near zero, so that methods could hardly be told apart: spread the weights.
-        for parameter in model.parameters():
+def spread(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Give every parameter values of unit-scale effect. Fresh models start near zero, and with zero biases, so that
+    methods could hardly be told apart and a lost bias would not be seen."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            generator = torch.Generator().manual_seed(seed_of("tiny model", seed, name))
+            values = torch.rand(parameter.shape, generator=generator, dtype=torch.float32) - 0.5
             if parameter.dim() > 1:
-                nn.init.normal_(parameter, std=0.15)
-    return (Pooled(model) if wrapped else model).eval()
+                parameter.copy_(0.5 * values)
+            else:
+                parameter.copy_(0.3 * values + float("norm" in name.lower() and name.endswith("weight")))
+    return model
 
 
-def batch(family: str, size: int = 3, seed: int = 1, dtype: Any = None) -> Tensor:
-    """Inputs for ``make(family)``."""
+class _Mould:
+    """Casts copies of a model: ``copy.deepcopy`` done by pickle, ten times as fast, its tensors kept aside."""
+
+    def __init__(self, model: nn.Module) -> None:
+        tensors: list[Tensor] = []
+        places: dict[int, int] = {}
+
+        class Pickler(pickle.Pickler):
+            def persistent_id(self, obj: Any) -> int | None:
+                if not isinstance(obj, Tensor):
+                    return None
+                if id(obj) not in places:
+                    places[id(obj)] = len(tensors)
+                    tensors.append(obj)
+                return places[id(obj)]
+
+        stream = io.BytesIO()
+        Pickler(stream, protocol=5).dump(model)
+        self.tensors, self.data = tensors, stream.getvalue()
+
+    def cast(self) -> Any:
+        fresh: dict[int, Tensor] = {}
+
+        class Unpickler(pickle.Unpickler):
+            def persistent_load(unpickler, place: int) -> Tensor:  # noqa: N805
+                return fresh.setdefault(place, copy.deepcopy(self.tensors[place]))
+
+        return Unpickler(io.BytesIO(self.data)).load()
+
+
+@functools.cache
+def _mould(family: str, seed: int, width: int) -> _Mould:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        inputs = FAMILIES[family][1](size)
-    return inputs.to(dtype) if dtype is not None and inputs.is_floating_point() else inputs
+        model = FAMILIES[family].build(width)
+    return _Mould(Pooled(spread(model, seed), FAMILIES[family].token, FAMILIES[family].padding).eval())
+
+
+def make(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, width: int = WIDTH) -> Pooled:
+    """A tiny model in eval mode; the same seed gives the same weights."""
+    model = _mould(family, seed, width).cast().to(dtype)
+    if dtype == torch.float64:
+        _compute_norms_in_double(model)
+    return model
+
+
+def _compute_norms_in_double(model: nn.Module) -> None:
+    """Transformers' RMSNorm computes in float32 whatever comes in: put torch's in its place."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child).__name__ == "LlamaRMSNorm":
+                norm = nn.RMSNorm(child.weight.shape[0], child.variance_epsilon, dtype=torch.float64)  # type: ignore
+                norm.weight = child.weight  # type: ignore[assignment]
+                setattr(module, name, norm)
+
+
+def batch(family: str, size: int = 3, seed: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Inputs for ``make(family)``."""
+    inputs = FAMILIES[family].inputs(size, torch.Generator().manual_seed(seed))
+    return inputs.to(dtype) if inputs.is_floating_point() else inputs
+
+
+def with_head(seed: int = 0, classes: int = 4) -> nn.Module:
+    """A timm ViT whose task head is inside the backbone."""
+    with torch.random.fork_rng(devices=[]):
+        return spread(_timm_vit(classes=classes), seed).eval()
+
+
+def tied_llama(seed: int = 0) -> nn.Module:
+    """A language model whose output weight is its embedding."""
+    from transformers import LlamaForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        model = LlamaForCausalLM(_llama_config(WIDTH, tie_word_embeddings=True))
+    return spread(model, seed).eval()

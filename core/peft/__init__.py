@@ -113,6 +113,8 @@ def make(name: str, config: dict[str, Any]) -> PEFTMethod:
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__all__":
+        return [*registry(), "PEFTMethod"]
     if name == "PEFTMethod":
         from core.method import PEFTMethod
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from core.anatomy import Anatomy, Site
 from core.errors import ScionError
 from core.graft import Attention, Graft
-from core.method import MethodModule, PEFTMethod
+from core.method import PEFTMethod
 
 
 class Reparametrization(nn.Module):
@@ -86,7 +86,7 @@ class PrefixTuning(PEFTMethod):
         self.tokens, self.hidden, self.targets = tokens, hidden, ("attend",)
         self.folded = False
 
-    def shared(self, module: MethodModule, sites: list[Site]) -> None:
+    def shared(self, module: nn.Module, sites: list[Site]) -> None:
         self.widths = {site.name: 2 * site.heads.key * site.heads.width for site in sites if site.heads}
         self.reparametrization = None
         if self.hidden:

@@ -17,6 +17,8 @@ class DoRAGraft(LoRAGraft):
     weight gives y to the last bit.
     """
 
+    reads_weight = True
+
     def __init__(self, site: Site, rank: int, scale: float, dropout: float) -> None:
         super().__init__(site, rank, scale, dropout)
         weight = site.matrix(site.full_weight.detach())
