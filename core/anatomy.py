@@ -44,7 +44,8 @@ ROLES: dict[str, str] = {
     "norm1": "the block's norm at attention", "norm2": "the block's norm at the MLP",
     "norm": "norms outside blocks: the final norm, the embedding's norm",
     "embed": "output of the embedding", "patch_embed": "projection of the patches",
-    "downsample": "projection between two stages", "pool": "pooler", "head": "task head", "lm_head": "language-model head",
+    "downsample": "projection between two stages", "pool": "pooler", "head": "task head",
+    "lm_head": "language-model head",
 }
 """Every role, with what stands there. A site in a block is named ``<block>.<role>``, any other ``<role>``."""
 
@@ -102,7 +103,7 @@ class Site:
 
     @property
     def kind(self) -> str:
-        """``linear`` (weight [out, in]), ``conv1d`` (transformers' [in, out]), ``conv`` (convolution), or ``module``."""
+        """``linear`` (weight [out, in]), ``conv1d`` (transformers' [in, out]), ``conv`` (convolution) or ``module``."""
         if self.role == "parameter":
             return "module"
         if isinstance(self.module, nn.Linear):

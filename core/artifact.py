@@ -1,7 +1,7 @@
 """Methods on disk: adapter folders, checkpoints that hold only what was trained, and the base's fingerprint.
 
-An adapter is a folder with ``adapter.safetensors`` (the tensors) and ``adapter.json`` (how to make the methods again, and
-which base they belong to). Nothing in it is executed: a method is looked up by name in the registry.
+An adapter is a folder with ``adapter.safetensors`` (the tensors) and ``adapter.json`` (how to make the methods again,
+and which base they belong to). Nothing in it is executed: a method is looked up by name in the registry.
 """
 
 from __future__ import annotations
@@ -168,8 +168,9 @@ def restore(record: dict[str, Any], tensors: dict[str, Tensor], model: nn.Module
     if print_now != expected:
         _refuse_other_shapes(tensors, model, where)
         if base == "same":
-            raise ScionError(f"{where}: the adapter belongs to another base (fingerprint {expected}, here {print_now}); "
-                             "load it onto the backbone it was trained on, or pass base='any' to carry it over")
+            raise ScionError(f"{where}: the adapter belongs to another base (fingerprint {expected}, here "
+                             f"{print_now}); load it onto the backbone it was trained on, or pass base='any' to "
+                             "carry it over")
         import warnings
 
         warnings.warn(f"{where}: carried from base {expected} to {print_now}", stacklevel=3)

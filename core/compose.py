@@ -47,7 +47,8 @@ class Route(PEFTMethod):
         self.methods: list[PEFTMethod] = []
         for method in methods:
             if isinstance(method, dict):
-                arguments = method.get("init_args", {k: v for k, v in method.items() if k not in ("class", "class_path")})
+                rest = {key: value for key, value in method.items() if key not in ("class", "class_path")}
+                arguments = method.get("init_args", rest)
                 method = peft.make(method.get("class") or method.get("class_path", ""), arguments)
             self.methods.append(method)
         names = [method.name for method in self.methods]
@@ -89,7 +90,8 @@ class Route(PEFTMethod):
         route = None
         if isinstance(variant, str):
             if variant not in names:
-                raise ScionError(f"{self.name}: no variant is called {variant!r}{nearest(variant, names)}; there are {names}")
+                raise ScionError(f"{self.name}: no variant is called {variant!r}{nearest(variant, names)}; there are "
+                                 f"{names}")
         else:
             self._need_root()
             route = torch.as_tensor(variant, device=next(self.module.parameters()).device).long()

@@ -6,8 +6,8 @@ A class stands in a configuration by its bare name, with or without arguments::
     peft: {class_path: LoRA, init_args: {rank: 16}}         # or
     peft: {class: LoRA, rank: 16}
 
-Everything here works on plain dictionaries and imports no torch, so that a mistake is told at once. Types are checked by
-jsonargparse against the constructors' annotations when the objects are made (`make`).
+Everything here works on plain dictionaries and imports no torch, so that a mistake is told at once. Types are checked
+by jsonargparse against the constructors' annotations when the objects are made (`make`).
 """
 
 from __future__ import annotations
@@ -329,8 +329,8 @@ def make(part: dict[str, Any], key: str, domain: str, base: type, **linked: Any)
         return cls(**arguments)
     except ScionError as error:
         text = str(error)
-        raise ScionError(text if text.startswith((key, cls.__name__, key.partition(".")[2] or key)) else f"{key}: {text}"
-                         ) from None
+        told = text.startswith((key, cls.__name__, key.partition(".")[2] or key))
+        raise ScionError(text if told else f"{key}: {text}") from None
 
 
 def typed(cls: Any, arguments: dict[str, Any], key: str) -> dict[str, Any]:
@@ -348,7 +348,7 @@ def typed(cls: Any, arguments: dict[str, Any], key: str) -> dict[str, Any]:
     if missing:
         raise ScionError(f"{key}.{missing[0]}: {cls.__name__} needs it")
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(cls, fail_untyped=False, skip=set(known) - set(arguments))
+    parser.add_class_arguments(cls, fail_untyped=False, skip={name for name in known if name not in arguments})
     try:
         return parser.parse_object(arguments).as_dict()
     except jsonargparse.ArgumentError as error:

@@ -33,7 +33,7 @@ class EpochSampler(Sampler[int]):
     def __init__(self, size: int, shuffle: bool, seed: int) -> None:
         self.size, self.shuffle, self.seed = size, shuffle, seed
         self.epoch = 0
-        self.resumed = (-1, 0)
+        self.resumed: tuple[int, int] = (-1, 0)
         """(epoch, samples of it that were handed out before the interruption)."""
         self.listeners: list[Callable[[int], None]] = []
 

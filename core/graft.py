@@ -8,10 +8,10 @@ A graft is an ``nn.Module`` at a site that does one or more of four things there
     attend(q, k, v, mask, x, attention)           attention's output; ``attention(q, k, v, mask)`` is the base call
 
 All grafts of a module are carried by one `Carrier`, which owns the module's hooks and runs the grafts in their order of
-attachment. ``before`` and ``after`` are plain hooks. ``weight`` and ``attend`` rewrite calls inside the module's forward:
-a `TorchFunctionMode`, entered by the last pre-hook and left by the first forward hook, puts the effective tensor where
-the frozen parameter would go, or hands the attention call over. The backbone's class, ``forward``, parameters and
-state-dict keys stay as they are.
+attachment. ``before`` and ``after`` are plain hooks. ``weight`` and ``attend`` rewrite calls inside the module's
+forward: a `TorchFunctionMode`, entered by the last pre-hook and left by the first forward hook, puts the effective
+tensor where the frozen parameter would go, or hands the attention call over. The backbone's class, ``forward``,
+parameters and state-dict keys stay as they are.
 """
 
 from __future__ import annotations

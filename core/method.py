@@ -171,8 +171,8 @@ class PEFTMethod(Recorded, Callback, ABC):
             raise ScionError(f"{self.name}: a method of that name is attached already; give this one a name of its own "
                              "(name=...)")
         if any(isinstance(child, Home) and child is not home for child in model.modules()):
-            raise ScionError(f"{self.name}: a module inside {type(model).__name__} has methods attached already; attach "
-                             "to the same module")
+            raise ScionError(f"{self.name}: a module inside {type(model).__name__} has methods attached already; "
+                             "attach to the same module")
         anatomy = dissect(model)
         for role in self.needs:
             if role not in anatomy.roles:
@@ -395,8 +395,9 @@ class PEFTMethod(Recorded, Callback, ABC):
         others = [other for other in standing if other is not graft and other.site.role == graft.site.role]
         earlier = standing[: standing.index(graft)] if graft in standing else []
         if any(other.reads_weight for other in others) or (graft.reads_weight and any(o in earlier for o in others)):
-            raise ScionError(f"{self.name}: at {graft.site.name} stands another method, and one of the two reads the weight "
-                             "that merging changes; only the first of them can be merged, and only if it is the reader")
+            raise ScionError(f"{self.name}: at {graft.site.name} stands another method, and one of the two reads the "
+                             "weight that merging changes; only the first of them can be merged, and only if it is the "
+                             "reader")
 
     def unmerge(self) -> None:
         """Restore the weights bit for bit and put the method back.
@@ -516,7 +517,7 @@ class PEFTMethod(Recorded, Callback, ABC):
     # place in the data: both travel in the checkpoint and are put back when training starts again.
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        loader = trainer.train_dataloader
+        loader: Any = trainer.train_dataloader
         place = loader.state_dict() if hasattr(loader, "state_dict") else None
         checkpoint["resume"] = {"random_states": random_states(), "loader": place}
 
@@ -528,8 +529,9 @@ class PEFTMethod(Recorded, Callback, ABC):
         if resume is None:
             return
         restore_random_states(resume["random_states"])
-        if resume["loader"] is not None and hasattr(trainer.train_dataloader, "load_state_dict"):
-            trainer.train_dataloader.load_state_dict(resume["loader"])
+        loader: Any = trainer.train_dataloader
+        if resume["loader"] is not None and hasattr(loader, "load_state_dict"):
+            loader.load_state_dict(resume["loader"])
 
     def __getstate__(self) -> dict[str, Any]:
         # Lightning hangs its logging functions, and with them the Trainer, on every callback.

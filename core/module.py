@@ -94,8 +94,9 @@ class FineTuner(L.LightningModule):
             if not classes:
                 raise ScionError("FineTuner: the task is not built; give classes=[...]")
             self.task.build(self.backbone.dim, classes, multilabel)
-        self.optimizer = OptimizerSettings(**optimizer) if isinstance(optimizer, dict) else optimizer or OptimizerSettings()
-        self.schedule = ScheduleSettings(**schedule) if isinstance(schedule, dict) else schedule or ScheduleSettings()
+        self.optimizer = (optimizer if isinstance(optimizer, OptimizerSettings)
+                          else OptimizerSettings(**(optimizer or {})))
+        self.schedule = schedule if isinstance(schedule, ScheduleSettings) else ScheduleSettings(**(schedule or {}))
         self.checkpointing = checkpointing
         if checkpointing:
             checkpoint_activations(self.backbone)
@@ -204,7 +205,8 @@ class FineTuner(L.LightningModule):
     def configure_optimizers(self) -> Any:
         known = [name for name in dir(torch.optim) if isinstance(getattr(torch.optim, name), type)]
         if self.optimizer.name not in known:
-            raise ScionError(f"optimizer.name: torch.optim has no {self.optimizer.name!r}{nearest(self.optimizer.name, known)}")
+            raise ScionError(f"optimizer.name: torch.optim has no {self.optimizer.name!r}"
+                             f"{nearest(self.optimizer.name, known)}")
         groups = self.param_groups()
         if not groups:
             raise ScionError("nothing to train: every tensor is frozen and there is no head")
@@ -243,7 +245,8 @@ def load_outside(tuner: FineTuner, tensors: dict[str, Tensor], where: str) -> No
     into = outside(tuner)
     given = {name: tensor for name, tensor in tensors.items() if name.startswith(OUTSIDE)}
     if into.keys() != given.keys():
-        raise ScionError(f"{where}: the head's tensors are {listed(sorted(given), 4)}, wanted {listed(sorted(into), 4)}")
+        raise ScionError(f"{where}: the head's tensors are {listed(sorted(given), 4)}, wanted "
+                         f"{listed(sorted(into), 4)}")
     for name, tensor in into.items():
         if tensor.shape != given[name].shape:
             raise ScionError(f"{where}: {name} is {list(given[name].shape)} in the file, {list(tensor.shape)} here")
@@ -261,8 +264,8 @@ def load_run(folder: str, device: str = "cpu") -> FineTuner:
     record, tensors = read_adapter(path)
     model = record.get("model") or {}
     if not model.get("backbone") or not model.get("task"):
-        raise ScionError(f"{path}: the record does not say how to build backbone and task (they are no domain's); build "
-                         "the backbone and use core.load_adapter")
+        raise ScionError(f"{path}: the record does not say how to build backbone and task (they are no domain's); "
+                         "build the backbone and use core.load_adapter")
     tuner = FineTuner(model["backbone"], model["task"], model["classes"], model["multilabel"], seed=model["seed"])
     restore(record, {k: t for k, t in tensors.items() if not k.startswith(OUTSIDE)}, tuner.backbone, where=str(path))
     load_outside(tuner, tensors, str(path))

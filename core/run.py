@@ -67,7 +67,8 @@ def assemble(point: Point, config: dict[str, Any] | None = None, read: bool = Tr
     if data.seed is None:
         data.seed = seed
     part = config["model"]["backbone"]
-    wanted = [name for name, p in signature(find_class(part["class_path"], "model.backbone", point.domain)).parameters.items()
+    cls = find_class(part["class_path"], "model.backbone", point.domain)
+    wanted = [name for name, p in signature(cls).parameters.items()
               if p.default is None and part["init_args"].get(name) is None]
     linked = {name: getattr(data, name) for name in wanted if getattr(data, name, None) is not None}
     # A quick no from the backbone comes before a long reading of the data.
@@ -88,10 +89,15 @@ def assemble(point: Point, config: dict[str, Any] | None = None, read: bool = Tr
 
 
 def make_methods(config: dict[str, Any], domain: str) -> list[PEFTMethod]:
-    """The methods of a configuration, in order; random values follow the run's seed unless they have one of their own."""
-    parts = config["peft"] if isinstance(config["peft"], list) else [config["peft"]]
-    return [make(part, "peft", domain, PEFTMethod, **({} if "seed" in part["init_args"] else {"seed": config["seed_everything"]}))
-            for part in parts]
+    """The methods of a configuration, in order; random values follow the run's seed where they have none of their
+    own."""
+    seed = {"seed": config["seed_everything"]}
+    return [make(part, "peft", domain, PEFTMethod, **({} if "seed" in part["init_args"] else seed))
+            for part in _parts(config)]
+
+
+def _parts(config: dict[str, Any]) -> list[dict[str, Any]]:
+    return config["peft"] if isinstance(config["peft"], list) else [config["peft"]]
 
 
 # ------------------------------------------------------------------------------------------------- stages
@@ -114,8 +120,8 @@ def stages_of(point: Point) -> list[Stage]:
     config = {key: value for key, value in point.config.items() if key != "stages"}
     listed_stages = point.config.get("stages")
     if not listed_stages:
-        parts = config["peft"] if isinstance(config["peft"], list) else [config["peft"]]
-        staged = [names for part in parts if (names := getattr(find_class(part["class_path"], "peft", point.domain), "stages", ()))]
+        classes = [find_class(part["class_path"], "peft", point.domain) for part in _parts(config)]
+        staged = [names for cls in classes if (names := getattr(cls, "stages", ()))]
         if not staged:
             return [Stage("", config)]
         names = staged[0]
@@ -168,8 +174,8 @@ class History(Checkpoint):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         row = {key: round(float(value), 6) for key, value in trainer.callback_metrics.items() if value.numel() == 1}
-        rates = {f"lr-{i}": group["lr"] for i, group in enumerate(trainer.optimizers[0].param_groups)}
-        self.rows.append({"epoch": trainer.current_epoch, "step": trainer.global_step, **row, "lr": max(rates.values())})
+        rate = max(group["lr"] for group in trainer.optimizers[0].param_groups)
+        self.rows.append({"epoch": trainer.current_epoch, "step": trainer.global_step, **row, "lr": rate})
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": self.rows, "seconds": self.seconds}
@@ -190,8 +196,9 @@ class EpochLines(Checkpoint):
     """One line an epoch, for where a moving bar cannot be seen."""
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        main = pl_module.task.selects[0] if isinstance(pl_module, FineTuner) else ""
         shown = {key: float(value) for key, value in trainer.callback_metrics.items()
-                 if key in ("train/loss", "validation/loss") or key.endswith(f"/{pl_module.task.selects[0]}")}
+                 if key in ("train/loss", "validation/loss") or key.endswith(f"/{main}")}
         text = "  ".join(f"{key} {value:.3f}" for key, value in sorted(shown.items()))
         print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {text}", flush=True)
 
@@ -403,7 +410,7 @@ def _finish(point: Point, folder: Path, outcome: Outcome, rows: list[dict[str, A
         "format": FORMAT, "status": "finished", "config_hash": point.hash, "select": point.config["select"],
         "data": data.origin, "backbone": {**tuner.backbone.origin, "fingerprint": home.fingerprint},
         "peft": [method.spec() for method in tuner.methods], "parameters": outcome.parameters,
-        "adapter_bytes": adapter_bytes(folder / "adapter" if (folder / "adapter").is_dir() else _last_adapter(folder, parts)),
+        "adapter_bytes": adapter_bytes(_last_adapter(folder, parts)),
         "metrics": outcome.metrics, "seconds": round(sum(part["seconds"] for part in parts.values()), 2),
         "peak_memory_bytes": peak_memory(), "versions": versions(), "skipped": data.skipped, "warnings": notes,
         **({"stages": parts} if len(parts) > 1 else {}),

@@ -44,7 +44,8 @@ def signature(cls: type) -> inspect.Signature:
     names = {p.name for p in kept}
     for base in cls.__mro__[1:]:
         if "__init__" in vars(base) and base is not object:
-            inherited = [p.replace(kind=p.KEYWORD_ONLY) for p in signature(base).parameters.values() if p.name not in names]
+            inherited = [p.replace(kind=p.KEYWORD_ONLY) for p in signature(base).parameters.values()
+                         if p.name not in names]
             return inspect.Signature([*kept, *inherited])
     return inspect.Signature(kept)
 

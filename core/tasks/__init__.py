@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from core.tasks.base import Task
+    from core.tasks.classification import Classification
 
 __all__ = ["Classification", "Task"]
 

@@ -40,7 +40,8 @@ class Houlsby(PEFTMethod):
     """A bottleneck after the attention and after the MLP of each block, each before the residual is added.
 
     Equation: h <- h + U gelu(D h + b_D) + b_U, on the sublayer's output, before residual and post-norm
-    Trains: 2 bottleneck dim + bottleneck + dim a site, two sites a block; ViT-B/16 or BERT-base, bottleneck 64: 2,379,264
+    Trains: 2 bottleneck dim + bottleneck + dim a site, two sites a block; ViT-B/16 or BERT-base, bottleneck 64:
+        2,379,264
     Merges: no, the bottleneck is not linear
     Source: Houlsby et al. 2019, arXiv:1902.00751, section 2.1. The paper also trains all norms: norms=("norm1",
         "norm2", "norm"). Its start, a truncated normal of 0.01 in both maps, is init="near_identity"; zeros in U make
@@ -56,12 +57,13 @@ class Houlsby(PEFTMethod):
     inference_cost = "two bottlenecks a block stay, their activation is not linear"
     recommended = {"lr": 5e-3, "weight_decay": 0.1}
 
-    def __init__(self, bottleneck: int = 64, reduction: float | None = None, targets: Sequence[str] = ("attention", "mlp"),
-                 init: Init = "zero_up", **common: Any) -> None:
+    def __init__(self, bottleneck: int = 64, reduction: float | None = None,
+                 targets: Sequence[str] = ("attention", "mlp"), init: Init = "zero_up", **common: Any) -> None:
         super().__init__(**common)
         if bottleneck < 1 or (reduction is not None and reduction <= 0):
             raise ScionError(f"Houlsby: bottleneck {bottleneck} must be at least 1, reduction {reduction} positive")
-        self.bottleneck, self.reduction, self.targets, self.init = bottleneck, reduction, tuple(targets), init
+        self.bottleneck, self.reduction, self.targets = bottleneck, reduction, tuple(targets)
+        self.init: Init = init
 
     def width(self, dim: int) -> int:
         """The bottleneck of a block of width ``dim``."""

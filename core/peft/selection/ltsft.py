@@ -77,7 +77,7 @@ class LTSFT(PEFTMethod):
         parameters = dict(anatomy.root.named_parameters())
         self.total = sum(parameters[name].numel() for name in self.moved(anatomy))
         if self.count is not None and self.count > self.total:
-            raise ScionError(f"LTSFT: count {self.count} is more than the {self.total} parameters there are to choose from")
+            raise ScionError(f"LTSFT: count {self.count} is more than the {self.total} parameters to choose from")
 
     @torch.no_grad()
     def advance(self) -> None:
@@ -109,7 +109,8 @@ class LTSFT(PEFTMethod):
         for name, index in positions.items():
             base = parameters[name]
             graft = SparseGraft(parameter_site(root, name), index)
-            graft.to(device=base.device, dtype=torch.float32 if base.dtype in (torch.float16, torch.bfloat16) else base.dtype)
+            half = base.dtype in (torch.float16, torch.bfloat16)
+            graft.to(device=base.device, dtype=torch.float32 if half else base.dtype)
             graft.requires_grad_(self.is_trained)
             self.module.add_module(key_of(name), graft)
             grafts.connect(graft)
@@ -123,7 +124,8 @@ class LTSFT(PEFTMethod):
             moves = [graft.values.abs().sum() for graft in self.grafts if isinstance(graft, SparseGraft)]
         else:
             parameters = dict(self._need_root().named_parameters())
-            moves = [(parameters[name] - start.to(parameters[name].device)).abs().sum() for name, start in self.start.items()]
+            moves = [(parameters[name] - start.to(parameters[name].device)).abs().sum()
+                     for name, start in self.start.items()]
         return factor * torch.stack(moves).sum() / self.total
 
     def structure(self) -> dict[str, Any]:

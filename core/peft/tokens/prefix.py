@@ -35,7 +35,7 @@ class PrefixGraft(Graft):
         super().__init__(site)
         assert site.heads is not None
         self.width = 2 * site.heads.key * site.heads.width
-        self.source = [shared]  # in a list: the method registers it, once
+        self.source: list[Reparametrization | None] = [shared]  # in a list: the method registers it, once
         self.start = start
         self.prefix = None if shared is not None else nn.Parameter(torch.empty(tokens, self.width).normal_(std=0.02))
 
@@ -82,7 +82,8 @@ class PrefixTuning(PEFTMethod):
         super().__init__(**common)
         hidden = 512 if reparametrize is True else int(reparametrize)
         if tokens < 1 or hidden < 0:
-            raise ScionError(f"PrefixTuning: tokens {tokens} must be at least 1, reparametrize {reparametrize} not negative")
+            raise ScionError(f"PrefixTuning: tokens {tokens} must be at least 1, reparametrize {reparametrize} not "
+                             "negative")
         self.tokens, self.hidden, self.targets = tokens, hidden, ("attend",)
         self.folded = False
 
@@ -90,7 +91,8 @@ class PrefixTuning(PEFTMethod):
         self.widths = {site.name: 2 * site.heads.key * site.heads.width for site in sites if site.heads}
         self.reparametrization = None
         if self.hidden:
-            self.reparametrization = Reparametrization(self.tokens, sites[0].width, self.hidden, [*self.widths.values()])
+            widths = list(self.widths.values())
+            self.reparametrization = Reparametrization(self.tokens, sites[0].width, self.hidden, widths)
             module.reparametrization = self.reparametrization
 
     def build(self, site: Site) -> Graft:

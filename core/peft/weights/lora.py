@@ -37,7 +37,8 @@ class LoRAGraft(Graft):
 class LoRA(PEFTMethod):
     """A low-rank change beside a frozen weight: linear maps, Conv1D, convolutions, and parts of a fused projection.
 
-    Equation: y = W x + b + (alpha / rank) B A dropout(x); A [rank, in] Kaiming-uniform (a = sqrt 5), B [out, rank] zeros
+    Equation: y = W x + b + (alpha / rank) B A dropout(x); A [rank, in] Kaiming-uniform (a = sqrt 5), B [out, rank]
+        zeros
     Trains: rank (in + out) a target; ViT-B/16 or BERT-base, q and v, rank 8: 294,912
     Merges: W + (alpha / rank) B A
     Source: Hu et al. 2021, arXiv:2106.09685, section 4.1; learning rate of Cappellazzo et al. 2024 (PETL-AST)

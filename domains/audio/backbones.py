@@ -1,0 +1,235 @@
+"""The Audio Spectrogram Transformer (AST), by name, by path, small, or with random weights.
+
+    >>> backbone = AST("nano", frames=500)
+    >>> backbone(filterbank).shape          # filterbank [batch, 500, 128], see features.py
+    torch.Size([batch, 128])
+
+transformers' ``ASTModel``, unchanged but for the length of its position table, which is cut or interpolated where clips
+or strides differ from the checkpoint's. Source: https://arxiv.org/abs/2104.01778; adapted as in
+https://arxiv.org/abs/2312.03694, where the feature is the mean over all tokens.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from core.backbone import Backbone
+from core.errors import ScionError, listed, nearest
+from domains.audio.network import reachable
+
+if TYPE_CHECKING:
+    from transformers import ASTConfig, ASTModel
+
+DEFAULT = "MIT/ast-finetuned-audioset-10-10-0.4593"
+"""What ``auto`` stands for where it can be had."""
+
+_BASE: dict[str, Any] = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+                         "intermediate_size": 3072, "patch_size": 16, "num_mel_bins": 128}
+SHAPES: dict[str, dict[str, Any]] = {
+    **{f"MIT/ast-finetuned-audioset-{stride}-{stride}-{score}":
+           {**_BASE, "max_length": 1024, "frequency_stride": stride, "time_stride": stride}
+       for stride, score in ((10, "0.4593"), (10, "0.448"), (10, "0.448-v2"), (10, "0.450"), (12, "0.447"),
+                             (14, "0.443"), (16, "0.442"))},
+    "MIT/ast-finetuned-speech-commands-v2": {**_BASE, "max_length": 128, "frequency_stride": 10, "time_stride": 10},
+    "nano": {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512,
+             "patch_size": 16, "num_mel_bins": 128, "max_length": 512, "frequency_stride": 16, "time_stride": 16,
+             "initializer_range": 0.08},  # 1 / sqrt(128): at the usual 0.02 so narrow a network hardly starts to learn
+}
+"""Architectures that can be built without their weights, by name."""
+
+NANO = Path(__file__).parent / "nano"
+"""The small AST that ``make_nano.py`` trained: config.json and model.safetensors."""
+
+
+class AST(Backbone):
+    """AST as a backbone: filterbank [batch, frames, 128] in, the mean of all final tokens [batch, dim] out.
+
+    Args:
+        name: ``auto`` (the AudioSet checkpoint if it is cached or can be fetched, else ``nano`` with a warning), a hub
+            id, a folder with config.json and model.safetensors, or ``nano``. A name given explicitly never falls back.
+        pretrained: False builds the architecture of that name with random weights, positions included.
+        frames: frames of a clip (10 ms each); None keeps the checkpoint's own length. Tokens are
+            2 + (112 / stride + 1) * ((frames - 16) / stride + 1), divisions rounded down.
+        frequency_stride: step of the 16 x 16 patches in mel bins; None keeps the checkpoint's.
+        time_stride: step of the patches in frames; None keeps the checkpoint's.
+        zero_positions: set the position table to zero, as the runs of the PETL paper have it (the loader of that time
+            dropped a table of another length and left zeros, which stayed frozen).
+
+    Raises:
+        ScionError: for a name that is unknown, cannot be fetched within seconds, or holds no safetensors.
+    """
+
+    def __init__(self, name: str = "auto", pretrained: bool = True, frames: int | None = None,
+                 frequency_stride: int | None = None, time_stride: int | None = None,
+                 zero_positions: bool = False) -> None:
+        super().__init__()
+        for key, value, least in (("frames", frames, 16), ("frequency_stride", frequency_stride, 1),
+                                  ("time_stride", time_stride, 1)):
+            if value is not None and value < least:
+                raise ScionError(f"backbone.{key}: {value} is too small, at least {least} wanted")
+        note = None
+        if name == "auto":
+            name, note = _auto()
+        model, kind = _pretrained(name) if pretrained else (_random(name), "random")
+        config = model.config
+        _fit(model, frames or config.max_length, frequency_stride or config.frequency_stride,
+             time_stride or config.time_stride)
+        if zero_positions:
+            nn.init.zeros_(model.embeddings.position_embeddings)
+        self.model = model
+        self.dim = config.hidden_size
+        self.frames, self.bins = config.max_length, config.num_mel_bins
+        self.origin = {"name": name, "pretrained": pretrained, "kind": kind, **({"note": note} if note else {})}
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """filterbank [batch, frames, bins] -> features [batch, dim]"""
+        if inputs.dim() != 3 or inputs.shape[1:] != (self.frames, self.bins):
+            raise ScionError(f"backbone AST wants filterbanks [batch, {self.frames}, {self.bins}], got "
+                             f"{list(inputs.shape)}: set backbone.frames to the data's frames")
+        return self.model(inputs).last_hidden_state.mean(dim=1)
+
+
+def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """The position table [1, 2 + F * T, dim] of a grid ``old`` = (F, T) for a grid ``new``.
+
+    As AST's authors do it: an axis that shrinks is cut from the middle, one that grows is interpolated bilinearly. The
+    two special positions (class and distillation token) stay.
+    """
+    special, grid = table[:, :2], table[:, 2:]
+    grid = grid.unflatten(1, old).permute(0, 3, 1, 2)  # [1, dim, F, T]
+    for axis, (have, want) in enumerate(zip(old, new, strict=True), start=2):
+        if want < have:
+            grid = grid.narrow(axis, (have - want) // 2, want)
+    if grid.shape[2:] != new:
+        grid = nn.functional.interpolate(grid, size=new, mode="bilinear", align_corners=False)
+    return torch.cat([special, grid.flatten(2).transpose(1, 2)], dim=1)
+
+
+def grid_of(config: ASTConfig) -> tuple[int, int]:
+    """Patches along (frequency, time)."""
+    patch = config.patch_size
+    assert isinstance(patch, int)
+    return ((config.num_mel_bins - patch) // config.frequency_stride + 1,
+            (config.max_length - patch) // config.time_stride + 1)
+
+
+def _fit(model: ASTModel, frames: int, frequency_stride: int, time_stride: int) -> None:
+    """Set clip length and strides of ``model`` in place."""
+    config, embeddings = model.config, model.embeddings
+    old = grid_of(config)
+    config.max_length, config.frequency_stride, config.time_stride = frames, frequency_stride, time_stride
+    embeddings.patch_embeddings.projection.stride = (frequency_stride, time_stride)
+    if grid_of(config) != old:
+        table = resize_positions(embeddings.position_embeddings.detach(), old, grid_of(config))
+        embeddings.position_embeddings = nn.Parameter(table.contiguous())
+
+
+def _random(name: str) -> ASTModel:
+    # on the CPU: importing transformers imports torchaudio, which keeps a constant tensor that must not be a meta one
+    with torch.device("cpu"):
+        from transformers import ASTConfig, ASTModel
+
+    if name in SHAPES:
+        config = ASTConfig(**SHAPES[name])
+    elif (Path(name) / "config.json").is_file():
+        config = ASTConfig.from_pretrained(name)
+    else:
+        raise ScionError(f"backbone.name: no shapes are known for {name!r}{nearest(name, SHAPES)}; with pretrained: "
+                         f"false a folder with config.json or one of {listed(SHAPES)} is wanted")
+    config._attn_implementation = "sdpa"
+    model = ASTModel(config)
+    embeddings = model.embeddings
+    # transformers leaves these zero, for a checkpoint to fill; AST's authors draw them
+    for table in (embeddings.position_embeddings, embeddings.cls_token, embeddings.distillation_token):
+        nn.init.trunc_normal_(table, std=config.initializer_range)
+    return model
+
+
+def _auto() -> tuple[str, str | None]:
+    """What ``auto`` resolves to, and the warning to keep with the results."""
+    from huggingface_hub import constants
+
+    if _cached(DEFAULT) or reachable(constants.ENDPOINT):
+        return DEFAULT, None
+    note = f"backbone.name auto: {DEFAULT} is not cached and the hub does not answer, so this is the built-in nano"
+    warnings.warn(note, stacklevel=3)
+    return "nano", note
+
+
+def _cached(name: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return all(isinstance(try_to_load_from_cache(name, file), str) for file in ("config.json", "model.safetensors"))
+
+
+def _pretrained(name: str) -> tuple[ASTModel, str]:
+    """The model of that name with its weights, and where they came from: nano, local or hub."""
+    if name == "nano":
+        if not (NANO / "model.safetensors").is_file():
+            raise ScionError("backbone.name: nano's weights are missing here; make them by python -m "
+                             "domains.audio.make_nano (half an hour)")
+        return _load(NANO, name, "its files are damaged"), "nano"
+    if Path(name).exists() or name.startswith((".", "/", "~")):
+        folder = Path(name).expanduser()
+        if not (folder / "config.json").is_file():
+            raise ScionError(f"backbone.name: no config.json in the folder {folder}")
+        if not (folder / "model.safetensors").is_file() and not (folder / "model.safetensors.index.json").is_file():
+            raise ScionError(f"backbone.name: no model.safetensors in {folder} (pickled weights are not read; save "
+                             "them again with save_pretrained)")
+        return _load(folder, name, "not a readable AST checkpoint"), "local"
+    if name.count("/") != 1:
+        raise ScionError(f"backbone.name: {name!r} is neither auto, nano, a hub id (owner/name) nor a folder"
+                         f"{nearest(name, ['auto', *SHAPES])}")
+    if _cached(name):
+        return _load(name, name, "its cached copy is damaged", local_files_only=True), "hub"
+    from huggingface_hub import constants
+
+    if not reachable(constants.ENDPOINT):
+        raise ScionError(f"backbone.name: {name!r} is not in the cache and the hub does not answer; connect, or take "
+                         "a local folder or the built-in nano")
+    return _load(name, name, "not on the hub as an AST with safetensors"), "hub"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' bar and its report of weights that were not asked for (the classifier on top)."""
+    from transformers.utils import logging
+
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def _load(where: str | Path, name: str, otherwise: str, **options: Any) -> ASTModel:
+    from transformers import ASTConfig, ASTModel
+
+    try:
+        # the type is asked for first: transformers would load any model into any class, with nothing but a warning
+        kind = ASTConfig.get_config_dict(where, **options)[0].get("model_type")
+        if kind != ASTConfig.model_type:
+            raise ScionError(f"backbone.name: {name!r} is a model of type {kind!r}; {ASTConfig.model_type!r} wanted")
+        with _quiet():
+            loaded: Any = ASTModel.from_pretrained(where, use_safetensors=True, attn_implementation="sdpa",
+                                                   output_loading_info=True, **options)
+        model, report = loaded
+    except ScionError:
+        raise
+    except Exception as error:  # from hub, config, safetensors or torch: whatever it was, the file cannot be used
+        reason = str(error).strip().splitlines()
+        raise ScionError(f"backbone.name: {name!r}: {otherwise} ({reason[0][:200] if reason else error!r})") from None
+    if report["missing_keys"]:
+        raise ScionError(f"backbone.name: {name!r} lacks {listed(sorted(report['missing_keys']), 3)}: not a whole AST")
+    return model
