@@ -47,8 +47,8 @@ class Point:
     def name(self) -> str:
         """``<method>-seed<n>``, with the values of other axes."""
         methods = self.config["peft"] if isinstance(self.config["peft"], list) else [self.config["peft"]]
-        parts = ["+".join(method["class_path"].rpartition(".")[2] for method in methods)]
-        parts += [f"{axis.rpartition('.')[2]}={_word(value)}" for axis, value in self.axes.items()
+        parts = ["+".join(_word(label(method)) for method in methods)]
+        parts += [f"{axis.rpartition('.')[2]}={_word(label(value))}" for axis, value in self.axes.items()
                   if axis not in ("peft", "seed_everything")]
         return "-".join([*parts, f"seed{self.config['seed_everything']}"])
 
@@ -59,9 +59,15 @@ class Point:
         return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
+def label(value: Any) -> Any:
+    """A class in a configuration as a person would write it, arguments included; other values as they are."""
+    if not isinstance(value, dict) or "class_path" not in value:
+        return value
+    given = ", ".join(f"{key}={argument}" for key, argument in value["init_args"].items())
+    return value["class_path"].rpartition(".")[2] + (f"({given})" if given else "")
+
+
 def _word(value: Any) -> str:
-    if isinstance(value, dict) and "class_path" in value:
-        value = value["class_path"]
     return re.sub(r"[^\w.+-]+", "_", str(value)).strip("_")
 
 
@@ -90,7 +96,8 @@ def points(config: str, overrides: list[str] | None = None) -> list[Point]:
         one = copy.deepcopy(base)
         for axis, value in zip(axes, values, strict=True):
             assign(one, axis, copy.deepcopy(value))
-        found.append(Point(one, str(file), domain, dict(zip(axes, values, strict=True))))
+        shown = [component(value, axis) if axis in COMPONENTS else value for value in values]
+        found.append(Point(one, str(file), domain, dict(zip(axes, map(label, shown), strict=True))))
     for point in found:
         check(point)
     return found

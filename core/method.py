@@ -50,6 +50,8 @@ class PEFTMethod(Recorded, Callback, ABC):
         head: whether a task head inside the backbone is trained (a language model's head never is).
         backbone_mode: ``eval`` keeps frozen parts without dropout, drop-path and batch statistics; ``train`` does not;
             None takes the method's own.
+        lr: learning rate of this method (and of the head, if it is the first one) where the run says ``auto``; None is
+            the recommended one.
     """
 
     identity_at_start: ClassVar[bool] = True
@@ -79,6 +81,7 @@ class PEFTMethod(Recorded, Callback, ABC):
         seed: int = 0,
         head: Literal["train", "frozen"] = "train",
         backbone_mode: Literal["eval", "train"] | None = None,
+        lr: float | None = None,
     ) -> None:
         if name is not None and (not name or "." in name):
             raise ScionError(f"{type(self).__name__}: name {name!r} must be a word without dots")
@@ -87,6 +90,9 @@ class PEFTMethod(Recorded, Callback, ABC):
         self.name = name or type(self).__name__
         self.on, self.is_trained, self.seed, self.head = on, trainable, seed, head
         self.backbone_mode: str = backbone_mode or self.mode
+        if lr is not None and lr <= 0:
+            raise ScionError(f"{type(self).__name__}: lr {lr} must be positive")
+        self.suggested = {**self.recommended, **({} if lr is None else {"lr": lr})}
         self.root: nn.Module | None = None
         self.module: MethodModule = MethodModule(self)
         self.start: dict[str, Tensor] = {}  # start values of the base tensors that this method moves

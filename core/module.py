@@ -182,12 +182,12 @@ class FineTuner(L.LightningModule):
         The task head and other tensors that no method owns take the first method's recommendation.
         """
         methods = [method for method in self.methods if method.is_trained]
-        first = methods[0].recommended if methods else PEFTMethod.recommended
+        first = methods[0].suggested if methods else PEFTMethod.recommended
         groups: list[dict[str, Any]] = []
         seen: set[int] = set()
         for method in methods:
             for group in method.param_groups():
-                groups.append(self._group(group, method.recommended))
+                groups.append(self._group(group, method.suggested))
                 seen |= {id(tensor) for tensor in group["params"]}
         rest = [p for p in self.parameters() if p.requires_grad and id(p) not in seen]
         for decayed in (True, False):

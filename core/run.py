@@ -225,7 +225,16 @@ def execute(point: Point, folder: Path, overwrite: bool = False) -> dict[str, An
     Raises:
         ScionError: the folder holds a finished or another run and ``overwrite`` is off, or it cannot be written.
     """
-    prepare_folder(point, folder, overwrite)
+    fresh = prepare_folder(point, folder, overwrite)
+    try:
+        return _execute(point, folder)
+    except ScionError:
+        if fresh and not list(folder.rglob("*.ckpt")):  # a mistake, told before anything was trained, leaves nothing
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _execute(point: Point, folder: Path) -> dict[str, Any]:
     with logged(folder / "log.txt"):
         stages = stages_of(point)
         rows: list[dict[str, Any]] = []
@@ -250,8 +259,8 @@ def execute(point: Point, folder: Path, overwrite: bool = False) -> dict[str, An
     return metrics
 
 
-def prepare_folder(point: Point, folder: Path, overwrite: bool) -> None:
-    """Make the run folder, or check that the run in it is this one, unfinished."""
+def prepare_folder(point: Point, folder: Path, overwrite: bool) -> bool:
+    """Make the run folder (True), or check that the run in it is this one, unfinished (False)."""
     record = folder / "metrics.json"
     if record.is_file() and not overwrite:
         try:
@@ -264,7 +273,7 @@ def prepare_folder(point: Point, folder: Path, overwrite: bool) -> None:
         if before.get("status") == "finished":
             raise ScionError(f"run_dir: {folder} holds this run, finished; choose another folder or pass --overwrite")
         log.info("going on with the run in %s", folder)
-        return
+        return False
     try:
         if overwrite and record.is_file():
             shutil.rmtree(folder)
@@ -275,6 +284,7 @@ def prepare_folder(point: Point, folder: Path, overwrite: bool) -> None:
         write_atomically(record, lambda path: path.write_text(json.dumps(start)))
     except OSError as error:
         raise ScionError(f"run_dir: {folder} cannot be written ({error.strerror})") from None
+    return True
 
 
 def _fit(point: Point, stage: Stage, home: Path, folder: Path, test: bool) -> Outcome:
@@ -463,15 +473,10 @@ def run(points: list[Point], run_dir: str | None = None, overwrite: bool = False
         except ScionError as problem:  # the other points can still run
             metrics, error, failed = None, str(problem), failed + 1
             print(f"{one.name}: {problem}", flush=True)
-        axes = {axis: _label(value) for axis, value in one.axes.items()}
-        results.append({"axes": axes, "metrics": metrics, "error": error})
+        results.append({"axes": one.axes, "metrics": metrics, "error": error})
     print(report.table(results, folder))
     print(f"Everything is in {folder}")
     return 2 if failed else 0
-
-
-def _label(value: Any) -> Any:
-    return value["class_path"] if isinstance(value, dict) and "class_path" in value else value
 
 
 def _finished(folder: Path, point: Point) -> dict[str, Any] | None:

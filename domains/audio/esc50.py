@@ -152,6 +152,7 @@ class ESC50(DataModule):
         self.cache = Path(cache or os.environ.get("SCION_CACHE") or "~/.cache/scion").expanduser() / "audio"
         self.mean, self.std = features.AUDIOSET
         self._frames = frames
+        self._measured = False
         self._place: Path | Literal["mini", "download"] | None = None
 
     @property
@@ -170,9 +171,28 @@ class ESC50(DataModule):
 
     def read(self, file: str | Path) -> Tensor:
         """One sound file of any rate, length and number of channels -> [frames, 128]."""
-        if self.normalise == "dataset":
+        if self.normalise == "dataset" and not self._measured:
             self.setup()
         return features.normalise(_bank(Path(file), self.frames), self.mean, self.std)
+
+    def peek(self) -> list[str] | None:
+        """The classes, from the table where one is at hand."""
+        place = self._where()
+        if place == "mini":
+            from domains.audio import mini
+
+            return list(mini.CLASSES)
+        if place == "download":
+            return [f"class {number}" for number in range(10 if self.esc10 else 50)]
+        clips = [clip for clip in read_table(place) if clip.esc10 or not self.esc10]
+        return list({clip.target: clip.category for clip in sorted(clips, key=lambda clip: clip.target)}.values())
+
+    def state(self) -> dict[str, Any]:
+        return {"frames": self.frames, "mean": self.mean, "std": self.std}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._frames, self.mean, self.std = int(state["frames"]), float(state["mean"]), float(state["std"])
+        self._measured = True
 
     def load(self) -> None:
         place = self._where()
