@@ -6,14 +6,22 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-SLOW = ("torchvision", "transformers", "scipy")
+SLOW = ("torchvision", "transformers", "scipy", "matplotlib")
 """Packages that torchmetrics imports when it finds them, for metrics that the command does not use: about two thirds of
 the time that ``import lightning.pytorch`` takes where they are installed."""
+
+COMPILER = "torch._dynamo"
+"""Lightning imports the compiler to recognise compiled modules and to keep its logging out of their graphs; the command
+compiles nothing. It costs as much as all the rest of Lightning, and is imported as ever by whoever needs it later."""
 
 
 @contextlib.contextmanager
 def quick_lightning() -> Iterator[None]:
-    """Within this context torchmetrics does not find its slow optional packages; everybody else does."""
+    """Within this context torchmetrics does not find its slow optional packages, and Lightning not the compiler."""
+    import sys
+    import types
+
+    import torch
     from lightning_utilities.core import imports
 
     cached, available = imports.RequirementCache.__bool__, imports.package_available
@@ -26,8 +34,17 @@ def quick_lightning() -> Iterator[None]:
 
     imports.RequirementCache.__bool__ = answer  # type: ignore[method-assign]
     imports.package_available = lambda name: not is_slow(name) and available(name)
+    compiler = types.ModuleType(COMPILER)
+    compiler.OptimizedModule = type("OptimizedModule", (), {})  # type: ignore[attr-defined]
+    compiler.disable = lambda function, *_, **__: function  # type: ignore[attr-defined]
+    stands_in = COMPILER not in sys.modules
+    if stands_in:
+        sys.modules[COMPILER] = compiler
     try:
         yield
     finally:
+        if stands_in and sys.modules.get(COMPILER) is compiler:
+            del sys.modules[COMPILER]
+            vars(torch).pop("_dynamo", None)
         imports.RequirementCache.__bool__ = cached  # type: ignore[method-assign]
         imports.package_available = available

@@ -179,12 +179,7 @@ class PEFTMethod(Recorded, Callback, ABC):
         if any(isinstance(child, Home) and child is not home for child in model.modules()):
             raise ScionError(f"{self.name}: a module inside {type(model).__name__} has methods attached already; "
                              "attach to the same module")
-        anatomy = dissect(model)
-        for role in self.needs:
-            if role not in anatomy.roles:
-                raise ScionError(f"{self.name} needs the role {role!r}, which {anatomy.family} does not have "
-                                 f"(it has {listed(anatomy.roles, 40)})")
-        self.check(anatomy)
+        anatomy = self.examine(model)
         norms = self._norm_names(anatomy)
         moved = list(dict.fromkeys([*self.moved(anatomy), *norms]))
         parameters = dict(model.named_parameters())
@@ -205,6 +200,22 @@ class PEFTMethod(Recorded, Callback, ABC):
             module.requires_grad_(False)
         model.train(model.training)
         return self
+
+    def examine(self, model: nn.Module) -> Anatomy:
+        """The anatomy of ``model``, if this method can stand on it; changes nothing.
+
+        Raises:
+            ScionError: it cannot, and why.
+        """
+        anatomy = dissect(model)
+        for role in self.needs:
+            if role not in anatomy.roles:
+                raise ScionError(f"{self.name} needs the role {role!r}, which {anatomy.family} does not have "
+                                 f"(it has {listed(anatomy.roles, 40)})")
+        self.check(anatomy)
+        self.sites(anatomy)
+        self.moved(anatomy)
+        return anatomy
 
     def _fill(self, module: nn.Module, anatomy: Anatomy) -> None:
         """Put the method's shared tensors and grafts into ``module``."""

@@ -77,8 +77,13 @@ def assemble(point: Point, config: dict[str, Any] | None = None, read: bool = Tr
         backbone: Backbone = make(part, "model.backbone", point.domain, Backbone, **linked)
     task: Task = make(config["model"].get("task") or {"class_path": "Classification", "init_args": {}}, "model.task",
                       point.domain, Task)
-    classes = None if read else data.peek()
-    if classes is None:
+    # So do what the methods and the task have to say.
+    for method in methods:
+        method.examine(backbone)
+    classes = data.peek()
+    if classes is not None:
+        task.check(classes)
+    if read or classes is None:
         data.setup("fit")
         classes = data.classes
     L.seed_everything(seed, verbose=False)

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from core.method import PEFTMethod
 
 
+COMPOSITIONS = ("Route",)
+"""Classes in ``core.compose`` that stand where a method can stand."""
+
+
 @functools.cache
 def _sources() -> dict[str, tuple[str, ast.ClassDef]]:
     """Every public class in the folder: name -> (module, source)."""
@@ -55,8 +59,6 @@ def options(name: str) -> list[str]:
     Raises:
         ScionError: no method has that name; the message gives the nearest ones.
     """
-    if name not in registry():
-        return [*_signature(method_class(name)).parameters]
     if name not in _sources():
         return [*_signature(method_class(name)).parameters]
     found: list[str] = []
@@ -94,10 +96,8 @@ def method_class(name: str) -> type[PEFTMethod]:
     module = registry().get(name)
     if module is not None:
         return getattr(importlib.import_module(module), name)
-    from core import compose
-
-    if name in compose.__all__:
-        return getattr(compose, name)
+    if name in COMPOSITIONS:
+        return getattr(importlib.import_module("core.compose"), name)
     raise ScionError(f"peft: no method is called {name!r}{nearest(name, registry())}; "
                      f"there are {listed(registry(), 100)}")
 

@@ -23,6 +23,9 @@ class Task(nn.Module, Recorded, ABC):
     selects: tuple[str, str] = ("accuracy", "max")
     """The metric by which a run may select a checkpoint, and whether more or less of it is better."""
 
+    def check(self, classes: Sequence[str]) -> None:
+        """Refuse classes that do not fit what the task was told."""
+
     @abstractmethod
     def build(self, dim: int, classes: Sequence[str], multilabel: bool = False) -> None:
         """Make the head for features of width ``dim`` and the metrics for these classes."""

@@ -33,10 +33,13 @@ class Classification(Task):
         self.classes: list[str] = []
         self.multilabel = False
 
-    def build(self, dim: int, classes: Sequence[str], multilabel: bool = False) -> None:
+    def check(self, classes: Sequence[str]) -> None:
         if self.num_classes is not None and self.num_classes != len(classes):
             raise ScionError(f"model.task.num_classes: {self.num_classes} classes are asked for, the data has "
                              f"{len(classes)}; leave num_classes out to take the data's")
+
+    def build(self, dim: int, classes: Sequence[str], multilabel: bool = False) -> None:
+        self.check(classes)
         self.classes, self.multilabel = list(classes), multilabel
         self.head = nn.Sequential(nn.Dropout(self.dropout), nn.Linear(dim, len(classes)))
         self.metrics = self._collections(self._metrics(len(classes)))

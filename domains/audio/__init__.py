@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from domains.audio.esc50 import ESC50 as ESC50
 
 _WHERE = {"AST": "backbones", "ESC50": "esc50"}
-__all__ = ["AST", "ESC50"]  # noqa: F822 (defined by __getattr__)
+__all__ = ["AST", "ESC50"]
 
 
 def __getattr__(name: str) -> Any:

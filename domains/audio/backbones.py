@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,9 @@ from core.backbone import Backbone
 from core.errors import ScionError, listed, nearest
 from domains.audio.network import reachable
 
-if TYPE_CHECKING:
-    from transformers import ASTConfig, ASTModel
+Model = Any
+"""transformers' ``ASTModel``. An import of it even for type checkers alone is run by the command's parser of annotations:
+seconds, before a wrong name is told."""
 
 DEFAULT = "MIT/ast-finetuned-audioset-10-10-0.4593"
 """What ``auto`` stands for where it can be had."""
@@ -112,15 +113,14 @@ def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]) 
     return torch.cat([special, grid.flatten(2).transpose(1, 2)], dim=1)
 
 
-def grid_of(config: ASTConfig) -> tuple[int, int]:
+def grid_of(config: Any) -> tuple[int, int]:
     """Patches along (frequency, time)."""
     patch = config.patch_size
-    assert isinstance(patch, int)
     return ((config.num_mel_bins - patch) // config.frequency_stride + 1,
             (config.max_length - patch) // config.time_stride + 1)
 
 
-def _fit(model: ASTModel, frames: int, frequency_stride: int, time_stride: int) -> None:
+def _fit(model: Model, frames: int, frequency_stride: int, time_stride: int) -> None:
     """Set clip length and strides of ``model`` in place."""
     config, embeddings = model.config, model.embeddings
     old = grid_of(config)
@@ -131,7 +131,7 @@ def _fit(model: ASTModel, frames: int, frequency_stride: int, time_stride: int) 
         embeddings.position_embeddings = nn.Parameter(table.contiguous())
 
 
-def _random(name: str) -> ASTModel:
+def _random(name: str) -> Model:
     # on the CPU: importing transformers imports torchaudio, which keeps a constant tensor that must not be a meta one
     with torch.device("cpu"):
         from transformers import ASTConfig, ASTModel
@@ -169,7 +169,7 @@ def _cached(name: str) -> bool:
     return all(isinstance(try_to_load_from_cache(name, file), str) for file in ("config.json", "model.safetensors"))
 
 
-def _pretrained(name: str) -> tuple[ASTModel, str]:
+def _pretrained(name: str) -> tuple[Model, str]:
     """The model of that name with its weights, and where they came from: nano, local or hub."""
     if name == "nano":
         if not (NANO / "model.safetensors").is_file():
@@ -213,7 +213,7 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _load(where: str | Path, name: str, otherwise: str, **options: Any) -> ASTModel:
+def _load(where: str | Path, name: str, otherwise: str, **options: Any) -> Model:
     from transformers import ASTConfig, ASTModel
 
     try:

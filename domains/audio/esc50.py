@@ -17,6 +17,8 @@ import json
 import os
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -154,14 +156,19 @@ class ESC50(DataModule):
         self._frames = frames
         self._measured = False
         self._place: Path | Literal["mini", "download"] | None = None
+        self._table: tuple[list[Clip], dict[int, str]] | None = None
 
     @property
     def frames(self) -> int:
-        """Frames of each clip; what the backbone's ``frames`` has to be."""
+        """Frames of each clip; what the backbone's ``frames`` has to be.
+
+        Asked before a backbone is built, so the folder and the table are looked at here: a mistake is told at once.
+        """
+        place = self._where()
         if self._frames is None:
             from domains.audio import mini
 
-            self._frames = mini.FRAMES if self._where() == "mini" else FRAMES
+            self._frames = mini.FRAMES if place == "mini" else FRAMES
         return self._frames
 
     def example(self, batch_size: int = 1) -> Tensor:
@@ -209,7 +216,9 @@ class ESC50(DataModule):
         if self.source == "mini":
             self._place = "mini"
         elif self.root is not None:  # given explicitly: it is this or nothing
-            self._place = _layout(self.root)
+            place = _layout(self.root)
+            self._table = self._look(place)
+            self._place = place
         elif ready.is_dir():
             self._place = ready
         elif reachable(ARCHIVE):
@@ -243,13 +252,22 @@ class ESC50(DataModule):
         if self.validation_fold is None:
             self.validation_set = None
 
-    def _load_real(self, root: Path) -> None:
+    def _look(self, root: Path) -> tuple[list[Clip], dict[int, str]]:
+        """The wanted clips of the table, and those of them that are seen to be bad without decoding them."""
         clips = read_table(root)
         if self.esc10:
             clips = [clip for clip in clips if clip.esc10]
             if not clips:
                 raise ScionError(f"data.esc10: no row of {root / 'meta' / 'esc50.csv'} is marked as ESC-10")
-        banks, bad = filterbanks([clip.file for clip in clips], self.frames, self.cache, self.skip_bad)
+        bad: dict[int, str] = {}
+        for row, clip in enumerate(clips):
+            with _noted(bad, row, self.skip_bad):
+                _glance(clip.file)
+        return clips, bad
+
+    def _load_real(self, root: Path) -> None:
+        clips, bad = self._table or self._look(root)
+        banks, bad = filterbanks([clip.file for clip in clips], self.frames, self.cache, self.skip_bad, bad)
         self.skipped = list(bad.values())
         # targets are ESC-50's numbers, of which a subset has holes
         names = {clip.target: clip.category for clip in sorted(clips, key=lambda clip: clip.target)}
@@ -369,30 +387,38 @@ def _glance(file: Path) -> None:
     features.read_waveform(file, seconds=0.1)  # says what is wrong
 
 
-def filterbanks(files: list[Path], frames: int, cache: Path, skip_bad: bool) -> tuple[np.ndarray, dict[int, str]]:
+@contextmanager
+def _noted(bad: dict[int, str], row: int, skip_bad: bool) -> Iterator[None]:
+    """What is wrong with a file goes into ``bad``, or stops all with a hint."""
+    try:
+        yield
+    except ScionError as error:
+        if not skip_bad:
+            raise ScionError(f"{error} (data.skip_bad: true leaves such files out)") from None
+        bad[row] = str(error)
+
+
+def filterbanks(files: list[Path], frames: int, cache: Path, skip_bad: bool = False,
+                bad: dict[int, str] | None = None) -> tuple[np.ndarray, dict[int, str]]:
     """Filterbanks of ``files`` [files, frames, 128] before normalisation, from the cache or computed and put there.
 
     The cache's key is the settings and each file's name, size and time of change. Values are kept in half precision
     (an error of at most 0.004 in the logarithm) and stay on disk until they are asked for. Two processes may do this at
     once: each writes a file of its own and the last one to rename wins, with the same content.
 
+    Args:
+        files: in the order of the rows.
+        frames: of each filterbank.
+        cache: folder to keep them in.
+        skip_bad: note unreadable files instead of raising.
+        bad: files that are known to be unreadable, by row, and why.
+
     Returns:
         The banks, and for each unreadable file its row and the reason; that row is zero.
     """
     from tqdm import tqdm
 
-    bad: dict[int, str] = {}
-
-    def attempt(row: int, step: Any) -> Any:
-        try:
-            return step(files[row])
-        except ScionError as error:
-            if not skip_bad:
-                raise ScionError(f"{error} (data.skip_bad: true leaves such files out)") from None
-            bad.setdefault(row, str(error))
-
-    for row in range(len(files)):  # first the quick look at all, so that a bad file is named at once
-        attempt(row, _glance)
+    bad = dict(bad or {})
     listing = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) if file.exists() else str(file)
                for file in files]
     key = hashlib.sha256(json.dumps(["kaldi-1", features.RATE, features.BINS, frames, listing]).encode()).hexdigest()
@@ -401,15 +427,16 @@ def filterbanks(files: list[Path], frames: int, cache: Path, skip_bad: bool) -> 
         banks = np.zeros((len(files), frames, features.BINS), dtype=np.float16)
         with features.one_thread():
             for row in tqdm(range(len(files)), "filterbanks", unit="clip", leave=False):
-                bank = attempt(row, lambda file: _bank(file, frames)) if row not in bad else None
-                if bank is not None:
-                    banks[row] = bank.numpy()
+                if row not in bad:
+                    with _noted(bad, row, skip_bad):
+                        banks[row] = _bank(files[row], frames).numpy()
         cache.mkdir(parents=True, exist_ok=True)
         _replace(notes, lambda handle: handle.write(json.dumps(bad).encode()))
         _replace(store, lambda handle: np.save(handle, banks))
     found = {int(row): reason for row, reason in json.loads(notes.read_text()).items()}
-    if found and not skip_bad:
-        raise ScionError(f"{next(iter(found.values()))} (data.skip_bad: true leaves such files out)")
+    for row, reason in found.items():
+        with _noted({}, row, skip_bad):
+            raise ScionError(reason)
     return np.load(store, mmap_mode="r"), found
 
 

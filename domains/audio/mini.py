@@ -100,7 +100,7 @@ def clip(name: str, *seed: object) -> NDArray[np.float32]:
 
 
 @lru_cache(maxsize=16)
-def split(which: str, draw: int = 1) -> tuple[Tensor, Tensor]:
+def split(which: str, draw: int) -> tuple[Tensor, Tensor]:
     """Filterbanks [clips, 112, 128] before normalisation and targets [clips] of one split.
 
     Args:
