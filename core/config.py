@@ -96,8 +96,9 @@ def points(config: str, overrides: list[str] | None = None) -> list[Point]:
         one = copy.deepcopy(base)
         for axis, value in zip(axes, values, strict=True):
             assign(one, axis, copy.deepcopy(value))
-        shown = [component(value, axis) if axis in COMPONENTS else value for value in values]
-        found.append(Point(one, str(file), domain, dict(zip(axes, map(label, shown), strict=True))))
+        shown = {axis: label(component(value, axis) if axis in COMPONENTS else value)
+                 for axis, value in zip(axes, values, strict=True)}
+        found.append(Point(one, str(file), domain, shown))
     for point in found:
         check(point)
     return found
