@@ -25,7 +25,7 @@ from core.errors import ScionError, listed, nearest
 from domains.audio.network import reachable
 
 Model = Any
-"""transformers' ``ASTModel``. An import of it even for type checkers alone is run by the command's parser of annotations:
+"""transformers' ``ASTModel``. Even an import for type checkers alone is run by the command's parser of annotations:
 seconds, before a wrong name is told."""
 
 DEFAULT = "MIT/ast-finetuned-audioset-10-10-0.4593"

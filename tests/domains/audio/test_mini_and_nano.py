@@ -21,7 +21,7 @@ def test_mini_is_deterministic_and_balanced() -> None:
         assert wave.shape == (18_160,) and np.isfinite(wave).all() and 0.01 < np.abs(wave).max() <= 1
         assert np.array_equal(wave, mini.clip(name, "train", 1, 0))
         assert not np.array_equal(wave, mini.clip(name, "test", 1, 0))
-    banks, targets = mini.split("validation")
+    banks, targets = mini.split("validation", 1)
     assert banks.shape == (100, 112, 128) and torch.bincount(targets).tolist() == [10] * 10
 
 
@@ -85,7 +85,7 @@ def _probe(train: Tensor, targets: Tensor, test: Tensor, wanted: Tensor) -> floa
 
 
 def test_what_nano_knows_carries_over_to_the_mini() -> None:
-    (train, targets), (test, wanted) = mini.split("train"), mini.split("test")
+    (train, targets), (test, wanted) = mini.split("train", 1), mini.split("test", 1)
     score = {}
     for pretrained in (True, False):
         torch.manual_seed(0)
