@@ -85,6 +85,7 @@ class Route(PEFTMethod):
         Raises:
             ScionError: no such variant.
         """
+        self._need_root()
         names = [method.name for method in self.methods]
         states = [graft.active for graft in self.grafts]
         route = None
@@ -93,7 +94,6 @@ class Route(PEFTMethod):
                 raise ScionError(f"{self.name}: no variant is called {variant!r}{nearest(variant, names)}; there are "
                                  f"{names}")
         else:
-            self._need_root()
             route = torch.as_tensor(variant, device=next(self.module.parameters()).device).long()
             if route.dim() != 1 or (route.numel() and not 0 <= int(route.min()) <= int(route.max()) < len(names)):
                 raise ScionError(f"{self.name}: a route is one index a row, 0 to {len(names) - 1}")

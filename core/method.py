@@ -97,6 +97,7 @@ class PEFTMethod(Recorded, Callback, ABC):
         self.module: MethodModule = MethodModule(self)
         self.start: dict[str, Tensor] = {}  # start values of the base tensors that this method moves
         self._merged: dict[str, tuple[Tensor, Tensor]] | None = None  # name -> (before, after)
+        self._home: Home | None = None  # where it stood before it was merged
         self._waiting: dict[str, Tensor] | None = None  # tensors not yet seen with a gradient
         self._backwards = 0
         self._resume: dict[str, Any] | None = None
@@ -188,7 +189,7 @@ class PEFTMethod(Recorded, Callback, ABC):
 
         if home is None:
             home = Home(model, anatomy, self.head)
-            model.add_module("peft", home)
+            home.enter(model)
         self.root, self.module, self.norm_names = model, module, norms
         self.start = {name: parameters[name].detach().to("cpu", copy=True) if not parameters[name].is_meta
                       else parameters[name].detach() for name in moved}
@@ -337,7 +338,7 @@ class PEFTMethod(Recorded, Callback, ABC):
         root = self._need_root()
         states = [graft.active for graft in self.grafts]
         parameters = dict(root.named_parameters())
-        base = {**self.start, **{name: before for name, (before, _) in (self._merged or {}).items()}}
+        base = {**{name: before for name, (before, _) in (self._merged or {}).items()}, **self.start}
         moved = {name: parameters[name] for name in base}
         values = {name: tensor.data for name, tensor in moved.items()}
         try:
@@ -401,20 +402,21 @@ class PEFTMethod(Recorded, Callback, ABC):
             for name, (before, now) in merged.items():
                 merged[name] = (before, now.to(before.dtype))
                 parameters[name].copy_(merged[name][1])
+            for name in self.start:  # the base's own tensors, moved: they stay, and must be the same when they come back
+                value = parameters[name].detach().clone()
+                merged[name] = (value, value)
         self._disconnect()
-        self._merged = merged
+        self._merged, self._home = merged, root.peft  # type: ignore[assignment]
         self._leave_home(root)
 
     def _check_neighbours(self, graft: Graft) -> None:
-        """Refuse to merge where another graft at the site would then compute something else."""
+        """Refuse to merge where another graft works on the same weight and one of the two reads it: whichever is merged
+        first, the other would then compute something else."""
         carrier = grafts.Carrier.of(graft.site.module)
-        standing = carrier.grafts if carrier else []
-        others = [other for other in standing if other is not graft and other.site.role == graft.site.role]
-        earlier = standing[: standing.index(graft)] if graft in standing else []
-        if any(other.reads_weight for other in others) or (graft.reads_weight and any(o in earlier for o in others)):
-            raise ScionError(f"{self.name}: at {graft.site.name} stands another method, and one of the two reads the "
-                             "weight that merging changes; only the first of them can be merged, and only if it is the "
-                             "reader")
+        for other in carrier.grafts if carrier else []:
+            if other is not graft and (other.reads_weight or graft.reads_weight) and overlap(graft.site, other.site):
+                raise ScionError(f"{self.name} cannot be merged while another method stands at {other.site.name}: one of "
+                                 "the two depends on the weight that merging changes")
 
     def unmerge(self) -> None:
         """Restore the weights bit for bit and put the method back.
@@ -433,10 +435,11 @@ class PEFTMethod(Recorded, Callback, ABC):
             for name, (before, _) in self._merged.items():
                 parameters[name].copy_(before)
         home = getattr(root, "peft", None)
-        if home is None:
-            home = Home(root, dissect(root), self.head)
-            root.add_module("peft", home)
-        self._merged = None
+        if not isinstance(home, Home):
+            home = self._home  # the one that knows the base as it was at the first attach
+            assert home is not None
+            home.enter(root)
+        self._merged = self._home = None
         home.add(self)
         self._connect()
         for name in self.start:
@@ -597,9 +600,18 @@ class Home(nn.Module):
         heads = anatomy.head_names()
         self.heads = sorted(heads)
         self.fingerprint = fingerprint(root, without=heads)
+        self.head = head
         self.flags = {name: p.requires_grad for name, p in root.named_parameters()}
+
+    def enter(self, root: nn.Module) -> None:
+        """Become ``root.peft`` and freeze the backbone."""
+        root.add_module("peft", self)
+        self._freeze(root)
+
+    def _freeze(self, root: nn.Module) -> None:
         for name, parameter in root.named_parameters():
-            parameter.requires_grad_(name in heads and head == "train")
+            if not name.startswith("peft."):
+                parameter.requires_grad_(name in self.heads and self.head == "train")
 
     def add(self, method: PEFTMethod) -> None:
         self.methods[method.name] = method
@@ -657,6 +669,13 @@ def home_in(model: nn.Module) -> tuple[str, nn.Module] | None:
         if isinstance(module._modules.get("peft"), Home):
             return name, module
     return None
+
+
+def overlap(one: Site, other: Site) -> bool:
+    """Whether two sites of one module share outputs: all do but disjoint parts of a fused projection."""
+    if one.rows is None or other.rows is None or one.rows.index is not None or other.rows.index is not None:
+        return True
+    return one.rows.start < other.rows.stop and other.rows.start < one.rows.stop
 
 
 def key_of(name: str) -> str:
