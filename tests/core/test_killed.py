@@ -1,7 +1,7 @@
 """A run that is killed at any moment and started again ends with the weights of an unbroken one, to the bit.
 
-Children are forked from this process, which has imported everything, and killed by SIGKILL: after a random time, or right
-behind the writing of a checkpoint. `make test-all` makes 20 tries a method at random times.
+Children are forked from this process, which has imported everything, and killed by SIGKILL: after a random time, or
+right behind the writing of a checkpoint. `make test-all` makes 20 tries a method at random times.
 """
 
 from __future__ import annotations
@@ -113,7 +113,8 @@ def weights(folder: Path) -> bytes:
 def finish(point, folder: Path) -> bytes:
     import json
 
-    if not (folder / "metrics.json").is_file() or json.loads((folder / "metrics.json").read_text())["status"] == "running":
+    record = folder / "metrics.json"
+    if not record.is_file() or json.loads(record.read_text())["status"] == "running":
         _, status = os.waitpid(child(point, folder), 0)
         assert status == 0, "the resumed run failed"
     return weights(folder)
@@ -127,7 +128,7 @@ def test_killed_behind_a_checkpoint(point_of, tmp_path: Path, method: str) -> No
     run.execute(point, tmp_path / "unbroken")
     reference = weights(tmp_path / "unbroken")
     total = 12 if method == "LoRA" else 24
-    stops = range(1, total + 1) if ALL else (1, 3, 4, total // 2 + 1, total - 1)
+    stops = range(1, total + 1) if ALL else (1, 4, total // 2 + 1)
     for stop in stops:
         folder = tmp_path / f"stop{stop}"
         os.waitpid(child(point, folder, stop), 0)

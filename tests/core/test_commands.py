@@ -1,0 +1,383 @@
+"""The subcommands beside ``run``, on a tiny spectrogram transformer in a local folder and a few seconds of noise."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from core import commands
+from core.cli import main
+from core.errors import ScionError
+from core.module import FineTuner, load_run
+from core.peft import make
+from core.run import save_run_adapter
+from core.tasks import Classification
+
+FRAMES = 48
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A spectrogram transformer of two blocks, as transformers saves it."""
+    from transformers import ASTConfig, ASTModel
+
+    folder = tmp_path_factory.mktemp("base") / "ast"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = ASTModel(ASTConfig(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, patch_size=16,
+            frequency_stride=16, time_stride=16, max_length=FRAMES, num_mel_bins=128))
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.15)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Noise in ESC-50's layout: two classes, three folds, two clips each."""
+    import soundfile
+
+    root = tmp_path_factory.mktemp("sounds") / "data"
+    (root / "audio").mkdir(parents=True)
+    (root / "meta").mkdir()
+    rng = np.random.default_rng(0)
+    lines = ["filename,fold,target,category,esc10,src_file,take"]
+    for fold in (1, 2, 3):
+        for target, category in ((0, "hiss"), (1, "hum")):
+            for take in "AB":
+                name = f"{fold}-1-{take}-{target}.wav"
+                wave = rng.standard_normal(6000) * 0.1 if target == 0 else np.sin(np.arange(6000) * 0.05)
+                soundfile.write(root / "audio" / name, wave.astype(np.float32), 16_000)
+                lines.append(f"{name},{fold},{target},{category},False,1,{take}")
+    (root / "meta" / "esc50.csv").write_text("\n".join(lines) + "\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def config(base: Path, sounds: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    file.write_text(yaml.safe_dump({
+        "domain": "audio",
+        "model": {"backbone": {"class": "AST", "name": str(base)}, "task": "Classification"},
+        "data": {"class": "ESC50", "root": str(sounds), "frames": FRAMES, "batch_size": 4,
+                 "cache": str(file.parent / "cache")},
+        "peft": {"class": "LoRA", "rank": 2}, "trainer": {"max_epochs": 1, "accelerator": "cpu"},
+    }))
+    return file
+
+
+@pytest.fixture(scope="module")
+def finished(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run as ``lightning run`` leaves it."""
+    folder = tmp_path_factory.mktemp("runs") / "one"
+    assert main(["run", str(config), "--run_dir", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def run_of(base: Path, config: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A run folder with given methods, their tensors moved away from the start."""
+
+    def build(*names: str, **options: Any) -> Path:
+        from domains.audio import AST
+
+        tuner = FineTuner(AST(str(base)), Classification(), ["hiss", "hum"])
+        torch.manual_seed(0)
+        for index, name in enumerate(names):
+            method = make(name, {"name": f"{name}{index}", **options}).attach(tuner.backbone)
+            with torch.no_grad():
+                for tensor in method.trainable().values():
+                    tensor.add_(torch.randn_like(tensor) * 0.1)
+        folder = tmp_path / "-".join(names)
+        save_run_adapter(tuner, folder / "adapter")
+        shutil.copy(config, folder / "config.yaml")
+        return folder
+
+    return build
+
+
+# ------------------------------------------------------------------------------------------------- methods
+
+
+def test_methods(capsys: pytest.CaptureFixture[str]) -> None:
+    assert commands.methods(None, False) == 0
+    assert "LoRA" in capsys.readouterr().out
+    commands.methods("LoRA", True)
+    assert json.loads(capsys.readouterr().out)["name"] == "LoRA"
+    commands.methods(None, True)
+    assert {card["name"] for card in json.loads(capsys.readouterr().out)} >= {"LoRA", "BitFit"}
+    with pytest.raises(ScionError, match="no method is called"):
+        commands.methods("Nothing", False)
+
+
+# ------------------------------------------------------------------------------------------------- roles
+
+
+@pytest.mark.parametrize(("model", "wanted"), [
+    ("nano", ["ASTModel, 4 blocks", "[128, 128]", "model.layers.3.attention.q_proj", "query projection"]),
+    ("audio:AST:nano", ["ASTModel, 4 blocks"]),
+    ("MIT/ast-finetuned-audioset-10-10-0.4593", ["ASTModel, 12 blocks", "[768, 768]", "12 heads x 64"]),
+    ("timm/vit_base_patch16_224", ["VisionTransformer, 12 blocks", "blocks.11.attn.qkv", "[2304, 768]"]),
+    ("swin_tiny_patch4_window7_224", ["SwinTransformer, 12 blocks", "[96, 96] .. [768, 768]", "downsample"]),
+])
+def test_roles(model: str, wanted: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert commands.roles(model) == 0
+    printed = capsys.readouterr().out
+    for text in wanted:
+        assert text in printed
+
+
+def test_roles_of_folders(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    commands.roles(str(base))
+    assert "ASTModel, 2 blocks" in capsys.readouterr().out
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit_tiny_patch16_224", "num_classes": 0}))
+    commands.roles(str(tmp_path))
+    assert "VisionTransformer, 12 blocks" in capsys.readouterr().out
+
+
+def test_roles_reads_no_weights() -> None:
+    assert all(parameter.is_meta for parameter in commands.shapes_of("nano").parameters())
+
+
+@pytest.mark.parametrize(("model", "wanted"), [
+    ("vit_base_patch16_22", "did you mean 'vit_base_patch16_224'"), ("someone/something", "nothing is downloaded"),
+    ("timm/nothing_at_all", "timm has no model"), ("audio:ATS:nano", "did you mean 'audio:AST'")])
+def test_roles_refuses(model: str, wanted: str) -> None:
+    with pytest.raises(ScionError) as caught:
+        commands.roles(model)
+    assert wanted in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_roles_of_an_empty_folder(tmp_path: Path) -> None:
+    with pytest.raises(ScionError, match=r"no config\.json"):
+        commands.roles(str(tmp_path))
+
+
+# ------------------------------------------------------------------------------------------------- describe
+
+
+def test_describe(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert commands.describe(str(config), [], True) == 0
+    counted = json.loads(capsys.readouterr().out)
+    # q and v of two blocks, rank 2, width 32; and a head of two classes
+    assert counted["parameters"]["method"] == 2 * 2 * 2 * (32 + 32)
+    assert counted["parameters"]["head"] == 2 * 33
+    assert counted["batch"] == [4, FRAMES, 128]
+    assert counted["kept_bytes"] > 0 and counted["forward_flops"] > 0
+
+
+def test_describe_follows_overrides_and_axes(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    commands.describe(str(config), ["--over", "peft=LinearProbe,BitFit"], True)
+    first, second = json.loads(capsys.readouterr().out)
+    assert first["axes"] == {"peft": "LinearProbe"} and first["parameters"]["method"] == 0
+    assert second["parameters"]["method"] > 0
+    commands.describe(str(config), ["--peft", "BitFit"], False)
+    assert "BitFit" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------- merge
+
+
+def features(model: torch.nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(inputs).last_hidden_state
+
+
+def test_merge_gives_a_plain_checkpoint(finished: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+    from transformers import ASTModel, AutoModel
+
+    out = tmp_path / "new" / "merged"
+    assert commands.merge(str(finished), str(out)) == 0
+    inputs = torch.randn(2, FRAMES, 128, generator=torch.Generator().manual_seed(1))
+    tuner = load_run(str(finished))
+    before = features(tuner.backbone.model, inputs)
+    commands.merge_methods(tuner)
+    merged = features(tuner.backbone.model, inputs)
+    torch.testing.assert_close(merged, before, rtol=1e-5, atol=1e-5)
+    kinds: tuple[Any, ...] = (ASTModel, AutoModel)
+    for cls in kinds:
+        model, report = cls.from_pretrained(out, attn_implementation="sdpa", output_loading_info=True)
+        assert not report["missing_keys"] and not report["unexpected_keys"]
+        assert torch.equal(features(model.eval(), inputs), merged)
+    head = torch.nn.Linear(32, 2)
+    saved = load_file(out / "head.safetensors")
+    head.load_state_dict({name.rpartition(".")[2]: tensor for name, tensor in saved.items()})
+    with torch.no_grad():
+        torch.testing.assert_close(head(merged.mean(1)), tuner(inputs))
+    assert json.loads((out / "labels.json").read_text())["classes"] == ["hiss", "hum"]
+    assert [file.name for file in out.parent.iterdir()] == ["merged"]  # no temporary folder is left
+
+
+@pytest.mark.parametrize("names", [("LoRA", "LoRA"), ("DoRA", "LoRA"), ("LoRA", "BitFit"), ("FullFineTuning",)])
+def test_stacks_merge_in_order(run_of: Callable[..., Path], names: tuple[str, ...], tmp_path: Path) -> None:
+    from transformers import ASTModel
+
+    run = run_of(*names)
+    inputs = torch.randn(2, FRAMES, 128, generator=torch.Generator().manual_seed(1))
+    stacked = features(load_run(str(run)).backbone.model, inputs)
+    commands.merge(str(run), str(tmp_path / "out"))
+    plain = ASTModel.from_pretrained(tmp_path / "out", attn_implementation="sdpa").eval()
+    torch.testing.assert_close(features(plain, inputs), stacked, rtol=1e-4, atol=1e-5)
+
+
+def test_methods_that_cannot_be_merged_are_named(run_of: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(ScionError, match="Houlsby1 cannot be written into the weights"):
+        commands.merge(str(run_of("LoRA", "Houlsby")), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_product_is_never_written(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from core.peft.weights.lora import LoRAGraft
+
+    monkeypatch.setattr(LoRAGraft, "merged", lambda self, weight: weight + 1)
+    with pytest.raises(ScionError, match="the merged weight gives other values"):
+        commands.merge(str(finished), str(tmp_path / "out"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_merge_never_writes_into_what_is_there(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("keep")
+    with pytest.raises(ScionError, match="not empty"):
+        commands.merge(str(finished), str(tmp_path / "full"))
+    (tmp_path / "empty").mkdir()
+    commands.merge(str(finished), str(tmp_path / "empty"))
+    assert (tmp_path / "empty" / "config.json").is_file()
+
+
+def test_an_interrupted_merge_leaves_nothing(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "save_plain", fail)
+    with pytest.raises(KeyboardInterrupt):
+        commands.merge(str(finished), str(tmp_path / "out"))
+    assert not list(tmp_path.iterdir())
+
+
+class Wrapped(torch.nn.Module):
+    """What ``save_plain`` sees of a tuner."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model, self.dim = model, 8
+
+
+@pytest.mark.parametrize("library", ["timm", "none"])
+def test_other_libraries_models_are_saved_as_theirs(library: str, tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    import timm
+    from safetensors.torch import load_model
+
+    options: dict[str, Any] = {"embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 0}
+    model = timm.create_model("vit_tiny_patch16_224", **options) if library == "timm" else torch.nn.Linear(3, 3)
+    task = SimpleNamespace(head=torch.nn.Linear(8, 2), classes=["a", "b"])
+    tuner: Any = SimpleNamespace(backbone=Wrapped(model), task=task, hparams={})
+    commands.save_plain(tuner, tmp_path)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, **options) if library == "timm" \
+        else torch.nn.Linear(3, 3)
+    if library == "none":
+        load_model(again, str(tmp_path / "model.safetensors"))
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+# ------------------------------------------------------------------------------------------------- predict
+
+
+def test_predict(finished: Path, sounds: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [str(file) for file in sorted((sounds / "audio").iterdir())][:3]
+    assert commands.predict(str(finished), files, False) == 0
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in lines] == files
+    assert all(label in ("hiss", "hum") and 0.5 <= float(score) <= 1 for _, label, score in lines)
+    commands.predict(str(finished), files, True)
+    records = json.loads(capsys.readouterr().out)
+    assert [record["label"] for record in records] == [line[1] for line in lines]
+    assert set(records[0]["scores"]) == {"hiss", "hum"}
+
+
+def test_predictions_do_not_depend_on_the_company(finished: Path, sounds: Path,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
+    files = [str(file) for file in sorted((sounds / "audio").iterdir())]  # more than a batch: with a progress bar
+    commands.predict(str(finished), files, True)
+    together = json.loads(capsys.readouterr().out)
+    alone = []
+    for file in files[:5]:
+        commands.predict(str(finished), [file], True)
+        alone += json.loads(capsys.readouterr().out)
+    assert [(r["file"], r["label"]) for r in together[:5]] == [(r["file"], r["label"]) for r in alone]
+    assert [r["score"] for r in together[:5]] == pytest.approx([r["score"] for r in alone], abs=2e-4)
+
+
+def test_bad_files_are_named_and_the_others_labelled(finished: Path, sounds: Path, tmp_path: Path,
+                                                     capsys: pytest.CaptureFixture[str]) -> None:
+    bad, empty = tmp_path / "bad.wav", tmp_path / "empty.wav"
+    bad.write_text("no sound at all")
+    empty.write_bytes(b"")
+    good = next((sounds / "audio").iterdir())
+    files = [str(file) for file in (bad, good, empty, tmp_path / "absent.wav", tmp_path)]
+    assert commands.predict(str(finished), files, False) == 2
+    out, err = capsys.readouterr()
+    assert out.startswith(f"{good}\t") and len(out.splitlines()) == 1
+    assert len(err.splitlines()) == 4
+    for line, file in zip(err.splitlines(), [bad, empty, tmp_path / "absent.wav", tmp_path], strict=True):
+        assert str(file) in line
+    assert commands.predict(str(finished), files, True) == 2
+    records = json.loads(capsys.readouterr().out)
+    assert [("error" in record) for record in records] == [True, False, True, True, True]
+
+
+def test_predict_needs_no_dataset(finished: Path, sounds: Path, tmp_path: Path,
+                                  capsys: pytest.CaptureFixture[str]) -> None:
+    run, file = tmp_path / "run", tmp_path / "one.wav"
+    shutil.copytree(finished, run)
+    shutil.copy(next((sounds / "audio").iterdir()), file)
+    record = yaml.safe_load((run / "config.yaml").read_text())
+    record["data"]["init_args"]["root"] = str(tmp_path / "gone")
+    (run / "config.yaml").write_text(yaml.safe_dump(record))
+    assert commands.predict(str(run), [str(file)], False) == 0
+    assert capsys.readouterr().out.startswith(str(file))
+
+
+def test_saved_state_of_the_data_is_given_back(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from domains.audio import ESC50
+
+    seen: list[Any] = []
+    monkeypatch.setattr(ESC50, "load_state", lambda self, state: seen.append(state), raising=False)
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "data_state.json").write_text('{"mean": -4.0}')
+    commands.data_of(str(run))
+    assert seen == [{"mean": -4.0}]
+    (run / "data_state.json").write_text("{")
+    with pytest.raises(ScionError, match=r"data_state\.json: damaged"):
+        commands.data_of(str(run))
+
+
+def test_predict_refuses_what_is_no_run(finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(ScionError, match=r"no adapter\.json"):
+        commands.predict(str(tmp_path), ["x.wav"], False)
+    shutil.copytree(finished / "adapter", tmp_path / "run" / "adapter")
+    with pytest.raises(ScionError, match=r"config\.yaml: missing"):
+        commands.predict(str(tmp_path / "run"), ["x.wav"], False)
+    with pytest.raises(ScionError, match="no files"):
+        commands.predict(str(finished), [], False)
+
+
+def test_errors_become_one_line_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", str(tmp_path), "x.wav"]) == 2
+    assert main(["merge", str(tmp_path), str(tmp_path / "out")]) == 2
+    assert main(["roles", "no/such"]) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 3 and all(line.startswith("lightning ") for line in err)

@@ -1,0 +1,58 @@
+"""Invariant 48: two processes equal one on the joint batch."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.multiprocessing.spawn import spawn
+
+from tests.core.ddp_pair import trained, work
+from tests.methods import Cell, cells
+from tests.toolkit import EVERYTHING, invariant
+
+NUMBER = 48
+PATIENCE = 600.0
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """The folder in which one pair of processes, shared by all of pytest's workers, left its results."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "ddp"
+    try:
+        folder.mkdir()
+    except FileExistsError:  # another worker runs the pair
+        deadline = time.monotonic() + PATIENCE
+        while not (folder / "done").exists():
+            assert time.monotonic() < deadline, "the pair of processes did not finish"
+            time.sleep(0.2)
+        return folder
+    try:
+        everything = [cell for cell in cells(EVERYTHING, NUMBER, rotate=True) if not cell.refused]
+        spawn(work, (str(folder), everything), nprocs=2)
+    finally:
+        (folder / "done").touch()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def worker_id() -> str:
+    """pytest-xdist's own fixture, where that is not installed or not in use."""
+    return os.environ.get("PYTEST_XDIST_WORKER", "master")
+
+
+@invariant(NUMBER, "two processes equal one on the joint batch", rotate=True)
+def test_two_processes(cell: Cell, pair: Path) -> None:
+    """Without a search for unused parameters, but for methods that declare idle tensors."""
+    results: list[Any] = [torch.load(pair / f"{cell}-{rank}.pt") for rank in range(2)]
+    assert all(isinstance(result, dict) for result in results), results
+    expected = trained(cell)
+    assert results[0].keys() == results[1].keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(results[0][name], results[1][name]), name
+        assert torch.allclose(results[0][name], tensor, rtol=1e-5, atol=1e-5), name

@@ -1,0 +1,293 @@
+"""Invariants 1 to 12: what attaching a method does, and all that it does not."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import random
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from torch import nn
+
+from core import peft
+from core.anatomy import dissect
+from core.errors import ScionError
+from core.method import PEFTMethod, key_of
+from tests.methods import METHODS, Cell
+from tests.models import batch, make, tied_llama
+from tests.toolkit import (
+    Plain,
+    differences,
+    distance,
+    invariant,
+    outputs,
+    randomize,
+    same,
+    snapshot,
+    trace,
+)
+
+
+@invariant(1, "identity at start, where it is promised")
+def test_identity(cell: Cell) -> None:
+    model, inputs = make(cell.family), batch(cell.family)
+    before = outputs(model, inputs)
+    cell.attach(model)
+    after = outputs(model, inputs)
+    if cell.new().identity_at_start:
+        assert torch.equal(before, after)
+    else:
+        assert not torch.equal(before, after), "the start is the identity, but the class does not say so"
+
+
+@invariant(2, "no no-op: other values, other output")
+def test_values_matter(cell: Cell) -> None:
+    model, inputs = make(cell.family), batch(cell.family)
+    method = cell.attach(model)
+    before = outputs(model, inputs)
+    randomize(method)
+    if cell.trains:
+        assert distance(outputs(model, inputs), before) > 1e-4
+    else:
+        assert method.trainable() == {} and torch.equal(outputs(model, inputs), before)
+
+
+@invariant(3, "base tensors, classes, signature untouched")
+def test_base_is_untouched(cell: Cell) -> None:
+    model = make(cell.family)
+    tensors, values = dict(model.named_parameters()), snapshot(model)
+    classes = {name: type(module) for name, module in model.named_modules()}
+    signature = inspect.signature(model.forward)
+    cell.attach(model)
+    assert same(values, snapshot(model))
+    assert all(tensor is dict(model.named_parameters())[name] for name, tensor in tensors.items())
+    assert all(type(model.get_submodule(name)) is kind for name, kind in classes.items())
+    assert inspect.signature(model.forward) == signature
+
+
+@invariant(4, "base keys unchanged, new keys under peft.<name>")
+def test_keys(cell: Cell) -> None:
+    model = make(cell.family)
+    before = list(model.state_dict())
+    method = cell.attach(model, name="my method")
+    after = list(model.state_dict())
+    new = [key for key in after if key not in before]
+    assert [key for key in after if key in before] == before
+    assert all(key.startswith("peft.my method.") for key in new)
+    assert {name for name in method.trainable() if name not in before} <= set(new)
+
+
+def _partner(cell: Cell) -> PEFTMethod:
+    """A method of another kind to stand beside the cell's."""
+    return peft.method_class("Houlsby" if cell.method != "Houlsby" else "LoRA")(name="partner", **(
+        {"bottleneck": 2} if cell.method != "Houlsby" else {"rank": 2}))
+
+
+def _values(method: PEFTMethod) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in method.tensors().items()}
+
+
+@invariant(5, "same seed, same values, in any order")
+def test_seed(cell: Cell) -> None:
+    first, second, third, other = (make(cell.family) for _ in range(4))
+    alone = _values(cell.attach(first))
+    method = cell.attach(second)
+    _partner(cell).attach(second)
+    before_partner = _values(method)
+    _partner(cell).attach(third)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(99)
+        after_partner = _values(cell.attach(third))
+    assert same(alone, before_partner) and same(alone, after_partner)
+    different = not same(alone, _values(cell.attach(other, seed=1)))
+    assert different == cell.row.random
+
+
+@invariant(6, "random states of torch, numpy, python untouched")
+def test_random_states(cell: Cell) -> None:
+    model = make(cell.family)
+    before = torch.get_rng_state(), numpy.random.get_state(), random.getstate()
+    cell.attach(model)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert all(numpy.array_equal(a, b) for a, b in zip(numpy.random.get_state(), before[1], strict=True))
+    assert random.getstate() == before[2]
+
+
+@invariant(7, "setup twice injects once")
+def test_setup_twice(cell: Cell) -> None:
+    module = Plain(make(cell.family))
+    method: Any = cell.new()
+    method.setup(None, module, "fit")
+    keys, left = list(module.backbone.state_dict()), trace(module)
+    grafts = [id(graft) for graft in method.grafts]
+    method.setup(None, module, "test")
+    assert list(module.backbone.state_dict()) == keys
+    assert [id(graft) for graft in method.grafts] == grafts
+    assert differences(left, trace(module)) == []
+
+
+@invariant(8, "trained count equals the closed formula")
+def test_count(cell: Cell) -> None:
+    model = make(cell.family)
+    anatomy = dissect(copy.deepcopy(model))
+    method = cell.attach(model)
+    trained = method.trainable()
+    counts = method.counts()
+    expected = cell.row.trained(anatomy, method)
+    assert counts["method"] + counts["norms"] == expected and counts["head"] == 0
+    assert sum(tensor.numel() for tensor in trained.values()) == expected
+    flags = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert flags == set(trained)
+
+
+def _refuses(cell: Cell, changes: dict[str, Any], *words: str) -> None:
+    """The method stops with one line holding ``words``, before anything has changed."""
+    model = make(cell.family)
+    left, values = trace(model), snapshot(model)
+    with pytest.raises(ScionError) as refusal:
+        cell.attach(model, **changes)
+    message = str(refusal.value)
+    assert all(word in message for word in words) and "\n" not in message, message
+    assert differences(left, trace(model)) == [] and same(values, snapshot(model))
+
+
+def _takes(cell: Cell, argument: str) -> bool:
+    return argument in cell.new().config
+
+
+@invariant(9, "a target that matches nothing stops the run")
+def test_targets(cell: Cell) -> None:
+    name = {"name": "mine"}
+    _refuses(cell, {"layers": (0, 99), **name}, "99", "mine", "layers 0 to")
+    _refuses(cell, {"norms": ("norm2", "normm"), **name}, "'normm'", "mine")
+    if _takes(cell, "targets"):
+        good = tuple(cell.new().config["targets"] or ("mlp.up",))
+        _refuses(cell, {"targets": ("mlp.dwn",), **name}, "'mlp.dwn'", "mlp.down", "mine")
+        _refuses(cell, {"targets": (*good, "mlp.dwn"), **name}, "'mlp.dwn'", "mlp.down", "mine")
+    if _takes(cell, "exclude"):
+        _refuses(cell, {"exclude": ("nrom1",), **name}, "'nrom1'", "norm1", "mine")
+
+
+@invariant(9, "a target that matches nothing stops the run", where=lambda cell: cell.method != "LinearProbe")
+def test_nothing_to_train(cell: Cell) -> None:
+    """Empty targets or layers train nothing, and say so (what stands outside the blocks may remain)."""
+    for changes in [{"layers": ()}, *([{"targets": ()}] if _takes(cell, "targets") else [])]:
+        model = make(cell.family)
+        left = trace(model)
+        try:
+            method = cell.new(**changes, norms=()).attach(model)
+        except ScionError as refusal:
+            assert cell.method in str(refusal) and differences(left, trace(model)) == []
+        else:
+            assert method.trainable(), f"{method} trains nothing, silently"
+
+
+@invariant(9, "a target that matches nothing stops the run")
+def test_unknown_option(cell: Cell) -> None:
+    with pytest.raises(ScionError, match=r"no option 'layres'.*'layers'"):
+        peft.make(cell.method, {"layres": [0]})
+    with pytest.raises(ScionError, match=f"no method is called.*{cell.method}"):
+        peft.make(cell.method[:-1] + "x", {})
+
+
+@invariant(10, "bad values stop before anything changes")
+def test_bad_values(cell: Cell) -> None:
+    for changes, words in (*cell.row.bad, ({"name": "a.b"}, "'a.b'"), ({"name": ""}, "''")):
+        model = make(cell.family)
+        left = trace(model)
+        with pytest.raises(ScionError) as refusal:
+            cell.cls(**changes).attach(model)
+        assert words in str(refusal.value) and cell.method in str(refusal.value)
+        assert "\n" not in str(refusal.value)
+        assert differences(left, trace(model)) == []
+
+
+@invariant(10, "bad values stop before anything changes")
+def test_name_taken(cell: Cell) -> None:
+    model = make(cell.family)
+    method = cell.attach(model)
+    left = trace(model)
+    with pytest.raises(ScionError, match=f"{cell.method}: a method of that name is attached"):
+        cell.new().attach(model)
+    with pytest.raises(ScionError, match="another model"):
+        method.attach(make(cell.family))
+    assert differences(left, trace(model)) == []
+
+
+@invariant(11, "a slice target leaves the other rows bit-equal", where=lambda cell: cell.row.weights)
+def test_slice(cell: Cell) -> None:
+    model, inputs = make(cell.family), batch(cell.family)
+    sites = dissect(model).blocks[0].sites
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def look(model: nn.Module) -> None:
+        found: dict[str, torch.Tensor] = {}
+
+        def listen(role: str) -> Any:
+            def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+                found[role] = sites[role].take(output).clone()
+
+            return sites[role].module.register_forward_hook(hook)
+
+        handles = [listen(role) for role in ("q", "k", "v")]
+        outputs(model, inputs)
+        for handle in handles:
+            handle.remove()
+        seen.append(found)
+
+    look(model)
+    randomize(cell.new(targets=("q",), layers=(0,), dropout=0.0).attach(model))
+    look(model)
+    assert not torch.equal(seen[0]["q"], seen[1]["q"])
+    assert torch.equal(seen[0]["k"], seen[1]["k"]) and torch.equal(seen[0]["v"], seen[1]["v"])
+
+
+# ------------------------------------------------------------------------------------------------- tied weights
+
+METHOD_VARIANTS = [(method, variant) for method, row in METHODS.items() for variant in row.variants]
+
+
+@pytest.mark.parametrize(("method", "variant"), METHOD_VARIANTS)
+def test_tied_weights_stay_tied(method: str, variant: str) -> None:
+    """12: what a method does to a tied weight, it does on both sides."""
+    if method == "BitFit":
+        with pytest.raises(ScionError, match="no bias"):
+            peft.method_class(method)().attach(tied_llama())
+        return
+    cell, model, plain = Cell(method, variant, "llama"), tied_llama(), tied_llama()
+    graft: Any
+    inputs = batch("llama")
+    attached = cell.attach(model)
+    randomize(attached)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    names = list(attached.trainable())
+    assert len({id(tensor) for tensor in attached.trainable().values()}) == len(names)
+    if cell.cls.moves_base:  # the effective values, in a plain model
+        with torch.no_grad():
+            for name, tensor in plain.named_parameters():
+                graft = attached.module._modules.get(key_of(name))
+                value = dict(model.named_parameters())[name]
+                tensor.copy_(value if graft is None else graft.weight(value))
+        with torch.no_grad():
+            assert distance(model(inputs).logits, plain(inputs).logits) < 1e-5
+    if any("embed_tokens" in graft.site.weight_name for graft in attached.grafts):
+        with pytest.raises(ScionError, match="tied"):
+            attached.merge()
+
+
+@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.weights])
+def test_one_side_of_a_tied_weight(method: str) -> None:
+    """12: adapting one side warns; merging it would change the other side too, and refuses."""
+    model = tied_llama()
+    values = snapshot(model)
+    with pytest.warns(UserWarning, match="lm_head.*tied|tied.*lm_head"):
+        attached = peft.method_class(method)(rank=2, targets=("q", "lm_head")).attach(model)  # type: ignore[call-arg]
+    randomize(attached)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    left = trace(model)
+    with pytest.raises(ScionError, match="tied"):
+        attached.merge()
+    assert same(values, snapshot(model)) and differences(left, trace(model)) == []

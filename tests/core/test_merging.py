@@ -1,0 +1,193 @@
+"""Invariants 30 to 35: into the weights, and out again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from core import peft
+from core.artifact import RECORD, TENSORS
+from core.errors import ScionError
+from core.method import PEFTMethod
+from tests.methods import Cell
+from tests.models import batch, make
+from tests.toolkit import TOLERANCE, differences, distance, invariant, outputs, randomize, same, snapshot, trace
+
+
+def mergeable(cell: Cell) -> bool:
+    return cell.mergeable
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@invariant(30, "merged equals unmerged; 32 unmerge restores all bits", where=mergeable)
+def test_merge(cell: Cell, dtype: torch.dtype) -> None:
+    model, inputs = make(cell.family, dtype=dtype), batch(cell.family, dtype=dtype)
+    method = cell.attach(model)
+    randomize(method, size=0.05)
+    values, expected, held = snapshot(model), outputs(model, inputs), list(model.state_dict())
+    method.merge()
+    assert not method.attached and method.trainable() == {}
+    assert distance(outputs(model, inputs), expected) < TOLERANCE[dtype]
+    method.unmerge()
+    assert same(values, snapshot(model)) and torch.equal(outputs(model, inputs), expected)
+    assert list(model.state_dict()) == held and method.attached
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == set(method.trainable())
+
+
+@invariant(31, "merging twice warns", where=mergeable)
+def test_merge_twice(cell: Cell) -> None:
+    model, inputs = make(cell.family), batch(cell.family)
+    method = cell.attach(model)
+    randomize(method)
+    method.merge()
+    values, expected = snapshot(model), outputs(model, inputs)
+    with pytest.warns(UserWarning, match=f"{cell.method} is merged already"):
+        method.merge()
+    assert same(values, snapshot(model)) and torch.equal(outputs(model, inputs), expected)
+    method.unmerge()
+    with pytest.raises(ScionError, match=f"{cell.method} is not merged"):
+        method.unmerge()
+
+
+@invariant(31, "merging NaN or inf refuses", where=lambda cell: cell.mergeable and cell.trains)
+def test_merge_of_nan(cell: Cell) -> None:
+    for value in (float("nan"), float("inf")):
+        model = make(cell.family)
+        method = cell.attach(model)
+        randomize(method)
+        with torch.no_grad():
+            list(method.trainable().values())[-1].view(-1)[0] = value
+        left, values = trace(model), snapshot(model)
+        with pytest.raises(ScionError, match=f"{cell.method}: .*not finite"):
+            method.merge()
+        assert differences(left, trace(model)) == [] and method.attached
+        assert all(torch.equal(now, values[name]) or not torch.isfinite(values[name]).all()
+                   for name, now in snapshot(model).items())
+
+
+@invariant(32, "an unmerged method is saved as ever", where=mergeable)
+def test_save_after_unmerge(cell: Cell, tmp_path: Path) -> None:
+    """With the base's own fingerprint, whatever was in the weights meanwhile."""
+    model = make(cell.family)
+    method = cell.attach(model)
+    randomize(method)
+    method.save(tmp_path / "before")
+    method.merge()
+    method.unmerge()
+    method.save(tmp_path / "after")
+    for name in (TENSORS, RECORD):
+        assert (tmp_path / "before" / name).read_bytes() == (tmp_path / "after" / name).read_bytes()
+
+
+@invariant(32, "unmerge after the weights changed refuses", where=lambda cell: cell.mergeable and cell.trains)
+def test_unmerge_of_other_weights(cell: Cell) -> None:
+    model = make(cell.family)
+    method = cell.attach(model)
+    randomize(method)
+    changed = next(iter(method.start), None) or method.grafts[0].site.weight_name
+    method.merge()
+    with torch.no_grad():
+        model.get_parameter(changed).add_(1)
+    values = snapshot(model)
+    with pytest.raises(ScionError, match="has changed since it was merged"):
+        method.unmerge()
+    assert same(values, snapshot(model))
+
+
+def _merge_both(methods: list[PEFTMethod], model: nn.Module, inputs: Tensor, refuses: bool) -> None:
+    """Merge one after the other: the function stays what it was with both attached, or, where one of them reads the
+    weight that the other changes, a merge refuses and changes nothing."""
+    values, both, left = snapshot(model), outputs(model, inputs), trace(model)
+    base = values
+    first, second = methods
+    try:
+        first.merge()
+        assert distance(outputs(model, inputs), both) < 1e-10
+        left, values = trace(model), snapshot(model)
+        second.merge()
+    except ScionError as refusal:
+        assert refuses and "another method" in str(refusal)
+        assert same(values, snapshot(model)) and differences(left, trace(model)) == []
+        assert distance(outputs(model, inputs), both) < 1e-10
+        return
+    assert distance(outputs(model, inputs), both) < 1e-10
+    with pytest.raises(ScionError, match="unmerge what came later first"):
+        first.unmerge()
+    second.unmerge()
+    first.unmerge()
+    assert same(base, snapshot(model)) and distance(outputs(model, inputs), both) < 1e-10
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["in order", "in reverse"])
+@invariant(33, "merging two, one after the other", where=lambda cell: cell.mergeable and cell.trains
+           and not cell.moves_base)
+def test_merge_two(cell: Cell, order: tuple[int, int]) -> None:
+    model, inputs = make(cell.family, dtype=torch.float64), batch(cell.family, dtype=torch.float64)
+    methods = [cell.attach(model, name=name) for name in ("early", "late")]
+    for seed, method in enumerate(methods):
+        randomize(method, seed=seed, size=0.05)
+    _merge_both([methods[i] for i in order], model, inputs, refuses=not cell.row.commutes)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["in order", "in reverse"])
+@pytest.mark.parametrize("early", ["cell", "lora"])
+@invariant(33, "merging two, one after the other", where=lambda cell: cell.row.weights)
+def test_merge_beside_lora(cell: Cell, early: str, order: tuple[int, int]) -> None:
+    """Another method's graft at the same sites."""
+    model, inputs = make(cell.family, dtype=torch.float64), batch(cell.family, dtype=torch.float64)
+    lora = peft.method_class("LoRA")(rank=2, name="beside")  # type: ignore[call-arg]
+    method = cell.new(dropout=0.0, targets=("q", "v"))
+    methods = [method, lora] if early == "cell" else [lora, method]
+    for seed, one in enumerate(methods):
+        one.attach(model)
+        randomize(one, seed=seed, size=0.05)
+    _merge_both([methods[i] for i in order], model, inputs, refuses=not cell.row.commutes)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["in order", "in reverse"])
+@pytest.mark.parametrize("early", ["reader", "other"])
+@pytest.mark.parametrize("other", ["qkv", "sparse"])
+def test_merge_beside_a_reader_of_the_weight(other: str, early: str, order: tuple[int, int]) -> None:
+    """33: DoRA reads the weight's norm; a graft on the whole fused weight, or on the parameter, changes it too."""
+    model, inputs = make("timm_vit", dtype=torch.float64), batch("timm_vit", dtype=torch.float64)
+    reader = Cell("DoRA", "q, v", "timm_vit").new()
+    beside = Cell("LoRA", "q, v", "timm_vit").new(targets=("qkv",)) if other == "qkv" else Cell(
+        "LTSFT", "sparse", "timm_vit").new(density=0.2)
+    methods = [reader, beside] if early == "reader" else [beside, reader]
+    for seed, method in enumerate(methods):
+        method.attach(model)
+        if method is beside and other == "sparse":
+            Cell("LTSFT", "sparse", "timm_vit").make_ready(method)
+        randomize(method, seed=seed, size=0.05)
+    _merge_both([methods[i] for i in order], model, inputs, refuses=True)
+
+
+@invariant(34, "a merged model is a plain backbone", where=mergeable)
+def test_merged_is_plain(cell: Cell) -> None:
+    model, inputs = make(cell.family), batch(cell.family)
+    left = trace(model)
+    method = cell.attach(model)
+    randomize(method)
+    method.merge()
+    merged = outputs(model, inputs)
+    assert differences(left, trace(model)) == []
+    plain = make(cell.family, seed=1)
+    plain.load_state_dict(model.state_dict(), strict=True)
+    assert torch.equal(outputs(plain, inputs), merged)
+    with pytest.raises(ScionError, match="merged"):
+        method.save("never written")
+
+
+@invariant(35, "what cannot be merged says so", where=lambda cell: not cell.mergeable)
+def test_no_merge(cell: Cell) -> None:
+    model = make(cell.family)
+    method = cell.attach(model)
+    randomize(method)
+    left, values = trace(model), snapshot(model)
+    with pytest.raises(ScionError, match=f"{cell.method} cannot be merged") as refusal:
+        method.merge()
+    assert cell.cls.inference_cost in str(refusal.value)
+    assert differences(left, trace(model)) == [] and same(values, snapshot(model))

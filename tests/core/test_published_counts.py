@@ -1,0 +1,86 @@
+"""Published parameter counts, to the unit, on full-size architectures built on the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from core.peft import method_class
+
+
+def vit() -> nn.Module:
+    import timm
+
+    return timm.create_model("vit_base_patch16_224", num_classes=0)
+
+
+def swin() -> nn.Module:
+    import timm
+
+    return timm.create_model("swin_tiny_patch4_window7_224", num_classes=0)
+
+
+def bert() -> nn.Module:
+    from transformers import BertConfig, BertModel
+
+    return BertModel(BertConfig())
+
+
+def ast(frames: int = 500) -> nn.Module:
+    from domains.audio import AST
+
+    return AST("MIT/ast-finetuned-audioset-10-10-0.4593", pretrained=False, frames=frames)
+
+
+SIX = ("q", "k", "v", "o", "mlp.up", "mlp.down")
+# (backbone, method, options, method's count, norms' count)
+ROWS: list[tuple[Callable[[], nn.Module], str, dict[str, Any], int, int]] = [
+    (vit, "FullFineTuning", {}, 85_798_656, 0),
+    (bert, "FullFineTuning", {}, 109_482_240, 0),
+    (swin, "FullFineTuning", {}, 27_519_354, 0),
+    (ast, "FullFineTuning", {}, 85_708_032, 0),
+    (lambda: ast(400), "FullFineTuning", {}, 85_615_872, 0),
+    (lambda: ast(100), "FullFineTuning", {}, 85_339_392, 0),
+    (vit, "LinearProbe", {"norms": ("norm1", "norm2", "norm")}, 0, 38_400),
+    (bert, "LinearProbe", {"norms": ("norm1", "norm2", "norm")}, 0, 38_400),
+    (vit, "BitFit", {}, 102_912, 0),
+    (bert, "BitFit", {}, 102_912, 0),
+    (bert, "BitFit", {"targets": ("q", "mlp.up")}, 46_080, 0),
+    (ast, "BitFit", {"exclude": ("patch_embed",)}, 102_144, 0),
+    (vit, "Houlsby", {"bottleneck": 8}, 313_536, 0),
+    (bert, "Houlsby", {"bottleneck": 64}, 2_379_264, 0),
+    (vit, "Houlsby", {"reduction": 16}, 1_789_056, 0),
+    (vit, "Houlsby", {"bottleneck": 64, "norms": ("norm1", "norm2", "norm")}, 2_379_264, 38_400),
+    (ast, "Houlsby", {"reduction": 64, "norms": ("norm1", "norm2")}, 461_088, 36_864),  # 497,952 in the paper's table
+    (ast, "LinearProbe", {"norms": ("norm",)}, 0, 1_536),
+    (ast, "LoRA", {"rank": 6}, 221_184, 0),
+    (ast, "LoRA", {"rank": 12}, 442_368, 0),
+    (vit, "LoRA", {}, 294_912, 0),
+    (bert, "LoRA", {}, 294_912, 0),
+    (bert, "LoRA", {"targets": ("q", "k", "v", "o")}, 589_824, 0),
+    (bert, "LoRA", {"targets": SIX}, 1_327_104, 0),
+    (vit, "LoRA", {"targets": SIX}, 1_327_104, 0),
+    (vit, "LoRA", {"targets": ("qkv",)}, 294_912, 0),
+    (vit, "LoRA", {"targets": ("qkv", "o")}, 442_368, 0),
+    (vit, "LoRA", {"targets": ("qkv", "o", "mlp.up", "mlp.down")}, 1_179_648, 0),
+    (bert, "DoRA", {}, 313_344, 0),
+    (vit, "DoRA", {"targets": ("qkv",)}, 322_560, 0),
+    (vit, "PrefixTuning", {"tokens": 20}, 368_640, 0),
+    (bert, "PrefixTuning", {"tokens": 20, "reparametrize": 512}, 9_864_704, 0),
+    (bert, "PrefixTuning", {"tokens": 30, "reparametrize": 512}, 9_872_384, 0),
+    (ast, "PrefixTuning", {"tokens": 12}, 221_184, 0),
+]
+
+
+@pytest.mark.parametrize(("backbone", "name", "options", "count", "norms"), ROWS,
+                         ids=[f"{i}-{row[1]}" for i, row in enumerate(ROWS)])
+def test_published_count(backbone: Callable[[], nn.Module], name: str, options: dict[str, Any], count: int, norms: int
+                         ) -> None:
+    with torch.device("meta"):
+        model = backbone()
+    counts = method_class(name)(**options).attach(model).counts()
+    assert (counts["method"], counts["norms"]) == (count, norms)

@@ -1,0 +1,234 @@
+"""Invariants 45 to 47, 49 and 50: types, devices, compilation, and what a forward costs."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from core import load_adapter, peft
+from core.anatomy import dissect
+from core.graft import VERBS
+from core.method import methods_on
+from tests.methods import METHODS, Cell
+from tests.models import WIDTH, batch, make
+from tests.toolkit import distance, invariant, loss_of, operators, outputs, problem, randomize, same, saved_bytes
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=_name)
+@invariant(45, "half-precision base: float32 adapters, right values")
+def test_half_precision(cell: Cell, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Within 3e-2 of the same rounded values computed in float64."""
+    model, inputs = make(cell.family, dtype=dtype), batch(cell.family, dtype=dtype)
+    method = cell.attach(model)
+    for name, tensor in method.tensors().items():
+        if tensor.is_floating_point():
+            assert tensor.dtype == (torch.float32 if name.startswith("peft.") else dtype), name
+    randomize(method, size=0.05)
+    found = outputs(model, inputs)
+    assert found.dtype == dtype and bool(torch.isfinite(found).all())
+    method.save(tmp_path)
+    exact = make(cell.family, dtype=torch.float64)
+    with torch.no_grad(), method.disabled():
+        for name, tensor in exact.named_parameters():
+            tensor.copy_(model.get_parameter(name))
+    load_adapter(tmp_path, exact)
+    assert distance(found, outputs(exact, inputs.double() if inputs.is_floating_point() else inputs)) < 3e-2
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=_name)
+@invariant(45, "half-precision base: float32 adapters, right values")
+def test_autocast(cell: Cell, dtype: torch.dtype) -> None:
+    """A float32 base under autocast: near the full-precision output, and gradients in float32."""
+    model = make(cell.family)
+    method = cell.attach(model)
+    randomize(method, size=0.05)
+    batches, head = problem(cell.family)
+    expected = outputs(model, batches[0][0])
+    with torch.autocast("cpu", dtype):
+        found = model(batches[0][0])
+        loss = loss_of(model, head, *batches[0])
+    assert distance(found.detach(), expected) < 3e-2
+    assert loss.requires_grad == cell.trains
+    if loss.requires_grad:
+        loss.backward()
+    for name, tensor in method.trainable().items():
+        assert tensor.dtype == torch.float32 and tensor.grad is not None, name
+        assert tensor.grad.dtype == torch.float32 and bool(torch.isfinite(tensor.grad).all()), name
+
+
+@invariant(46, "built on meta, then loaded; .to() takes all along")
+def test_meta(cell: Cell, tmp_path: Path) -> None:
+    real, inputs = make(cell.family), batch(cell.family)
+    method = cell.attach(real)
+    randomize(method)
+    method.save(tmp_path)
+    ghost = make(cell.family).to("meta")
+    twin = cell.new().attach(ghost)
+    assert all(tensor.is_meta for tensor in twin.tensors().values())
+    ghost.load_state_dict(real.state_dict(), assign=True, strict=True)
+    assert same(method.tensors(), twin.tensors())
+    for name, buffer in real.named_buffers():  # those outside the state dict have no value to load
+        if ghost.get_buffer(name).is_meta:
+            ghost.get_submodule(name.rpartition(".")[0]).register_buffer(name.rpartition(".")[2], buffer, False)
+    assert torch.equal(outputs(ghost.eval(), inputs), outputs(real, inputs))
+    assert set(twin.trainable()) == {name for name, p in ghost.named_parameters() if p.requires_grad}
+
+
+@invariant(46, "built on meta, then loaded; .to() takes all along")
+def test_to(cell: Cell) -> None:
+    model, inputs = make(cell.family), batch(cell.family, dtype=torch.float64)
+    method = cell.attach(model)
+    randomize(method)
+    trained = set(method.trainable())
+    model.double()
+    floating = [tensor for tensor in method.tensors().values() if tensor.is_floating_point()]
+    assert all(tensor.dtype == torch.float64 for tensor in floating)
+    assert set(method.trainable()) == trained and outputs(model, inputs).dtype == torch.float64
+    with method.disabled():
+        off = outputs(model, inputs)
+    assert distance(off, outputs(make(cell.family).double(), inputs)) < 1e-10
+    model.float()
+    with method.disabled():
+        assert torch.equal(outputs(model, batch(cell.family)), outputs(make(cell.family), batch(cell.family)))
+    model.to("meta")
+    assert all(tensor.is_meta for tensor in method.tensors().values()) and set(method.trainable()) == trained
+
+
+@invariant(47, "torch.compile, whole graph, gives eager's output", rotate=True)
+def test_compile(cell: Cell) -> None:
+    model, inputs = make(cell.family), batch(cell.family)
+    method = cell.attach(model)
+    randomize(method)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert distance(compiled(inputs).detach(), outputs(model, inputs)) < 1e-5
+    if cell.trains:
+        found = []
+        for run in (compiled, model):
+            model.zero_grad()
+            run(inputs).square().sum().backward()
+            found.append([t.grad.clone() for t in method.trainable().values() if t.grad is not None])
+        assert found[0] and len(found[0]) == len(found[1])
+        scale = max(gradient.abs().max().item() for gradient in found[1])
+        assert all((one - two).abs().max().item() < 1e-5 * scale for one, two in zip(*found, strict=True))
+
+
+@functools.cache
+def _verbs() -> dict[str, Cell]:
+    """A cell for each verb that a method of the registry uses."""
+    found: dict[str, Cell] = {}
+    for method, row in METHODS.items():
+        for variant in row.variants:
+            cell = Cell(method, variant, "timm_vit")
+            for graft in cell.attach(make("timm_vit")).grafts:
+                for verb in graft.verbs:
+                    found.setdefault(verb, cell)
+    return found
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_inductor(verb: str) -> None:
+    """47: the real compiler, once a verb."""
+    cell = _verbs().get(verb)
+    if cell is None:
+        assert verb == "before", f"no method uses {verb}"  # remove when one does
+        return
+    if not (shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")):
+        pytest.skip("no C++ compiler here")
+    model = make(cell.family)
+    randomize(cell.attach(model))
+    block = dissect(model).blocks[0].module
+    hidden = torch.rand(2, 5, WIDTH, generator=torch.Generator().manual_seed(0)) - 0.5
+    torch._dynamo.reset()
+    with torch.no_grad():
+        assert distance(torch.compile(block, fullgraph=True)(hidden), block(hidden)) < 1e-5
+
+
+@invariant(49, "operators a graft adds, bytes kept for backward")
+def test_operators(cell: Cell) -> None:
+    model, inputs = make(cell.family), batch(cell.family)
+    base = len(operators(model, inputs))
+    method = cell.attach(model)
+    randomize(method)
+    added = len(operators(model.eval(), inputs)) - base
+    assert added <= cell.row.operators * len(method.grafts)  # fewer than none where a library's attention gets shorter
+    assert bool(added) == bool(method.grafts)
+
+
+@functools.cache
+def _kept(method: str, family: str) -> int:
+    model = make(family)
+    Cell(method, next(iter(METHODS[method].variants)), family).attach(model, backbone_mode="eval")
+    return saved_bytes(model.train(), batch(family, 8))
+
+
+@invariant(49, "operators a graft adds, bytes kept for backward", where=lambda cell: cell.variant == next(iter(
+    cell.row.variants)))
+def test_saved_bytes(cell: Cell) -> None:
+    """No method keeps more than its row's share of what full fine-tuning keeps."""
+    model = make(cell.family)
+    cell.attach(model, backbone_mode="eval")
+    kept = saved_bytes(model.train(), batch(cell.family, 8))
+    assert kept <= cell.row.saved * _kept("FullFineTuning", cell.family)
+
+
+@invariant(49, "operators a graft adds, bytes kept for backward", where=lambda cell: "layers" in cell.new().config
+           and cell.method != "LinearProbe")
+def test_no_graph_below_the_first_graft(cell: Cell) -> None:
+    """Trained tensors in the last block alone: nothing is kept for the blocks below."""
+    kept = []
+    for layers in (None, (-1,)):
+        model = make(cell.family)
+        changes = {"norms": ()} | ({"targets": ("mlp.down",)} if cell.method == "BitFit" else {})
+        cell.attach(model, layers=layers, backbone_mode="eval", **changes)
+        kept.append(saved_bytes(model.train(), batch(cell.family, 8)))
+    assert kept[1] < 0.75 * kept[0]
+
+
+@invariant(50, "a disabled method adds no operator")
+def test_disabled_is_free(cell: Cell) -> None:
+    model, inputs = make(cell.family), batch(cell.family)
+    base = operators(model, inputs)
+    method = cell.attach(model)
+    with method.disabled():
+        assert operators(model, inputs) == base
+
+
+@pytest.mark.parametrize("method", ["LoRA", "DoRA"])
+def test_no_dearer_than_peft(method: str) -> None:
+    """49: operators and saved bytes of a training step, beside peft's on the same model and targets."""
+    reference: Any = pytest.importorskip("peft", reason="peft is not installed")
+    inputs = batch("ast", 8)
+    mine, theirs = make("ast").train(), make("ast").train()
+    peft.method_class(method)(rank=4, targets=("q", "v")).attach(mine)  # type: ignore[call-arg]
+    config = reference.LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj", "v_proj"], use_dora=method == "DoRA")
+    theirs.model = reference.inject_adapter_in_model(config, theirs.model)
+    for module in theirs.modules():  # as ours: frozen parts without dropout
+        if isinstance(module, nn.Dropout):
+            module.eval()
+    assert len(methods_on(mine)) == 1
+    assert saved_bytes(mine, inputs) <= saved_bytes(theirs, inputs)
+    assert len(operators(mine, inputs)) <= len(operators(theirs, inputs))
+
+
+def test_adapter_loads_onto_a_half_precision_copy(tmp_path: Path) -> None:
+    """45: the fingerprint knows a model's half-precision copy."""
+    cell = Cell("LoRA", "q, v", "bert")
+    method = cell.attach(make("bert"))
+    randomize(method)
+    method.save(tmp_path)
+    half = make("bert", dtype=torch.bfloat16)
+    loaded = load_adapter(tmp_path, half)
+    assert same(method.tensors(), loaded.tensors())

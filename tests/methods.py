@@ -1,0 +1,314 @@
+"""The methods of the matrix: one row each.
+
+A row says how a method is built, how many numbers it trains, and which sums its card prints. Abilities are read from
+the class (`identity_at_start`, `mergeable`, `moves_base`, `needs`), learning rates from `recommended`: neither is
+repeated here. Adding a method = its file under core/peft + one row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from core import peft
+from core.anatomy import Anatomy
+from core.method import PEFTMethod, key_of
+from tests.models import FAMILIES
+
+Config = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to build a method: its arguments, and what happens after it is attached."""
+
+    config: Config = field(default_factory=dict)
+    ready: Callable[[PEFTMethod], None] | None = None
+    """Brings an attached method into a later stage."""
+    everywhere: bool = False
+    """Run on every family in the structural tier, as the first variant is; else on one family, in rotation."""
+    trains: bool = True
+    """Whether it trains anything inside a backbone without a head."""
+    moves_base: bool | None = None
+    """Whether it trains the backbone's own tensors in this stage; None is what the class declares."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the tests must know of a method beyond what it declares."""
+
+    variants: dict[str, Variant]
+    """The first is the method with settings for tiny models."""
+    trained: Callable[[Anatomy, PEFTMethod], int]
+    """Closed formula of the number of trained parameters, on the plain backbone."""
+    cards: tuple[tuple[str, Config, int], ...] = ()
+    """Counts that the card prints: (model in `CARD_MODELS`, arguments, count)."""
+    bad: tuple[tuple[Config, str], ...] = ()
+    """Arguments refused at construction or at attach, and what the message says."""
+    random: bool = False
+    """Start values depend on the seed."""
+    weights: bool = False
+    """`targets` are linear maps, parts of fused ones included."""
+    commutes: bool = True
+    """Two of its adapters give the same function in either order."""
+    stopped: tuple[str, ...] = ()
+    """Endings of the names of tensors whose gradient, by the paper, is not the function's derivative."""
+    operators: int = 0
+    """Operators that one graft may add to a forward."""
+    saved: float = 1.0
+    """Bytes that the first variant keeps for backward, at most, as a share of full fine-tuning's on the same model."""
+    schedule: Callable[[], None] | None = None
+    """Asserts that what changes in training (a rank, a mask) follows the method's formula."""
+    artifact: Config = field(default_factory=dict)
+    """Arguments, beside the first variant's, that make the stored regression adapter small."""
+
+
+# ------------------------------------------------------------------------------------------------- counts
+
+
+def _linear(anatomy: Anatomy, method: Any) -> list[tuple[int, int]]:
+    return [(site.in_features, site.out_features) for site in anatomy.sites(method.targets, method.layers)]
+
+
+def _lora(anatomy: Anatomy, method: Any) -> int:
+    return sum(method.rank * (i + o) for i, o in _linear(anatomy, method))
+
+
+def _dora(anatomy: Anatomy, method: Any) -> int:
+    return sum(method.rank * (i + o) + o for i, o in _linear(anatomy, method))
+
+
+def _houlsby(anatomy: Anatomy, method: Any) -> int:
+    sites = anatomy.sites(method.targets, method.layers)
+    bottlenecks = sum(2 * method.width(s.width) * s.width + method.width(s.width) + s.width for s in sites)
+    return bottlenecks + _norms(anatomy, method.norms)
+
+
+def _prefix(anatomy: Anatomy, method: Any) -> int:
+    widths = [2 * site.heads.key * site.heads.width for site in anatomy.sites("attend", method.layers) if site.heads]
+    if not method.hidden or method.folded:
+        return method.tokens * sum(widths)
+    dim = anatomy.blocks[0].dim
+    return method.tokens * dim + (dim + 1) * method.hidden + (method.hidden + 1) * sum(widths)
+
+
+def _norms(anatomy: Anatomy, roles: tuple[str, ...]) -> int:
+    return sum(p.numel() for site in anatomy.sites(roles) for p in site.module.parameters()) if roles else 0
+
+
+def _everything(anatomy: Anatomy, method: Any) -> int:
+    return sum(p.numel() for p in anatomy.root.parameters())
+
+
+def _biases(anatomy: Anatomy, method: Any) -> int:
+    if method.roles is not None:
+        return sum(site.module.bias.numel() for site in anatomy.sites(method.roles, method.layers))  # type: ignore
+    modules = {id(site.module): site.module for site in anatomy.all_sites() if isinstance(
+        getattr(site.module, "bias", None), nn.Parameter)}
+    return sum(module.bias.numel() for module in modules.values())  # type: ignore[operator]
+
+
+def _ltsft(anatomy: Anatomy, method: Any) -> int:
+    if method.stage == "dense":
+        return _everything(anatomy, method)
+    return method.count or round(method.density * _everything(anatomy, method))
+
+
+# ------------------------------------------------------------------------------------------------- stages
+
+
+def _to_sparse(method: Any) -> None:
+    """As after a dense stage that moved everything at random."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in method.trainable().values():
+            tensor += 0.01 * (torch.rand(tensor.shape, generator=generator) - 0.5).to(tensor)
+    method.advance()
+
+
+def _mask_follows_formula() -> None:
+    """LT-SFT: the mask is the K largest moves over all tensors together."""
+    from tests.models import make
+
+    model = make("timm_vit")
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    method: Any = peft.method_class("LTSFT")(count=100).attach(model)  # type: ignore[call-arg]
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in method.trainable().values():
+            parameter += torch.randn(parameter.shape, generator=generator)
+    moves = torch.cat([(method.trainable()[name] - value).abs().flatten() for name, value in start.items()])
+    expected = set(moves.argsort(descending=True)[:100].tolist())
+    method.advance()
+    offsets, total = {}, 0
+    for name, value in start.items():
+        offsets[key_of(name)] = total
+        total += value.numel()
+    found = {offsets[key] + int(i) for key, graft in method.module.named_children() for i in graft.index}
+    assert found == expected
+
+
+# ------------------------------------------------------------------------------------------------- the table
+
+RANK = {"rank": 4}
+WIDE = {"targets": ("q", "k", "v", "o", "mlp.up", "mlp.down")}
+FEW = {"layers": (0,), "exclude": ("q", "k", "v", "mlp.up", "mlp.down")}
+
+METHODS: dict[str, Row] = {
+    "BitFit": Row(
+        {"all": Variant(), "mlp": Variant({"targets": ("mlp.up", "mlp.down"), "layers": (-1,)})},
+        trained=_biases,
+        cards=(("vit_b16", {}, 102_912), ("bert_base", {}, 102_912)),
+        bad=(({"targets": ("q", "qq")}, "'qq'"), ({"exclude": ("nrom",)}, "'norm'")),
+        saved=0.72,
+        artifact={"targets": ("o", "mlp.down")},
+    ),
+    "DoRA": Row(
+        {"q, v": Variant(RANK), "all": Variant({"rank": 2, "alpha": 4, **WIDE})},
+        trained=_dora,
+        cards=(("bert_base", {}, 313_344),),
+        bad=(({"rank": 0}, "rank 0"), ({"rank": -1}, "rank -1"), ({"dropout": 1.5}, "dropout 1.5"),
+             ({"targets": ("q", "block")}, "linear weight"), ({"targets": ("mlp.upp",)}, "'mlp.up'")),
+        random=True, weights=True, commutes=False, stopped=(".A", ".B"), operators=26, saved=0.92,
+        artifact={"rank": 1},
+    ),
+    "FullFineTuning": Row(
+        {"all": Variant()},
+        trained=_everything,
+        cards=(("vit_b16", {}, 85_798_656), ("bert_base", {}, 109_482_240)),
+        bad=(({"exclude": ("pol",)}, "'pol'"),),
+        artifact=FEW,
+    ),
+    "Houlsby": Row(
+        {"zero_up": Variant({"bottleneck": 4}), "near_identity": Variant({"reduction": 8, "init": "near_identity"}),
+         "norms": Variant({"bottleneck": 4, "norms": ("norm1", "norm2")}, moves_base=True)},
+        trained=_houlsby,
+        cards=(("vit_b16", {}, 2_379_264), ("bert_base", {}, 2_379_264)),
+        bad=(({"bottleneck": 0}, "bottleneck 0"), ({"reduction": -2}, "reduction -2"),
+             ({"targets": ("q",)}, "no hidden state"), ({"targets": ("atention",)}, "'attention'")),
+        random=True, commutes=False, operators=4, saved=0.68,
+        artifact={"bottleneck": 1},
+    ),
+    "LTSFT": Row(
+        {"dense": Variant({"density": 0.01}), "sparse": Variant({"density": 0.01}, _to_sparse, everywhere=True,
+                                                                   moves_base=False)},
+        trained=_ltsft,
+        bad=(({"density": 0.0}, "density 0"), ({"density": 1.5}, "density 1.5"), ({"count": 0}, "count 0"),
+             ({"count": 10**9}, "count 1000000000"), ({"count": 10, "density": 0.5}, "not both")),
+        operators=1,
+        schedule=_mask_follows_formula,
+        artifact={"density": None, "count": 64, **FEW},
+    ),
+    "LinearProbe": Row(
+        {"head": Variant(trains=False), "norm": Variant({"norms": ("norm",)}, moves_base=True)},
+        trained=lambda anatomy, method: _norms(anatomy, method.norms),
+        cards=(("vit_b16", {}, 0), ("vit_b16", {"norms": ("norm",)}, 1536)),
+        bad=(({"norms": ("nrm",)}, "'nrm'"),),
+        saved=0.0,
+        artifact={"norms": ("norm",)},
+    ),
+    "LoRA": Row(
+        {"q, v": Variant(RANK), "all": Variant({"rank": 2, "alpha": 4, **WIDE}),
+         "dropout": Variant({**RANK, "dropout": 0.5})},
+        trained=_lora,
+        cards=(("vit_b16", {}, 294_912), ("bert_base", {}, 294_912)),
+        bad=(({"rank": 0}, "rank 0"), ({"rank": -1}, "rank -1"), ({"dropout": 1.5}, "dropout 1.5"),
+             ({"targets": ("q", "block")}, "linear weight"), ({"targets": ("mlp.upp",)}, "'mlp.up'")),
+        random=True, weights=True, operators=5, saved=0.76,
+        artifact={"rank": 1},
+    ),
+    "PrefixTuning": Row(
+        {"direct": Variant({"tokens": 3}), "reparametrized": Variant({"tokens": 3, "reparametrize": 8}),
+         "folded": Variant({"tokens": 3, "reparametrize": 8}, lambda method: method.fold())},  # type: ignore[attr-defined]
+        trained=_prefix,
+        cards=(("bert_base", {}, 368_640), ("bert_base", {"reparametrize": True}, 9_864_704)),
+        bad=(({"tokens": 0}, "tokens 0"), ({"reparametrize": -1}, "reparametrize -1")),
+        random=True, operators=13, saved=0.71,
+        artifact={"tokens": 1},
+    ),
+}
+
+REFUSED: dict[tuple[str, str], str] = {
+    ("BitFit", "llama"): "no module of LlamaModel has a bias, so there is nothing to train",
+}
+"""Cells that cannot exist, each with the mathematical reason: at most a tenth of all."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A method in one variant on one family."""
+
+    method: str
+    variant: str
+    family: str
+
+    def __str__(self) -> str:
+        return f"{self.method}[{self.variant}]-{self.family}".replace(", ", ",")
+
+    @property
+    def row(self) -> Row:
+        return METHODS[self.method]
+
+    @property
+    def cls(self) -> type[PEFTMethod]:
+        return peft.method_class(self.method)
+
+    @property
+    def refused(self) -> str | None:
+        """Why this cell cannot exist."""
+        return REFUSED.get((self.method, self.family))
+
+    @property
+    def mergeable(self) -> bool:
+        return self.cls.mergeable
+
+    def new(self, **changes: Any) -> PEFTMethod:
+        """The method, not attached."""
+        return self.cls(**{**self.row.variants[self.variant].config, **changes})
+
+    def attach(self, model: nn.Module, **changes: Any) -> PEFTMethod:
+        """The method on ``model``, in the variant's stage."""
+        method = self.new(**changes).attach(model)
+        self.make_ready(method)
+        return method
+
+    def make_ready(self, method: PEFTMethod) -> None:
+        ready = self.row.variants[self.variant].ready
+        if ready is not None:
+            ready(method)
+
+    @property
+    def trains(self) -> bool:
+        """Whether the method has tensors in the backbone at all."""
+        return self.row.variants[self.variant].trains
+
+    @property
+    def moves_base(self) -> bool:
+        """Whether it trains the backbone's own tensors in this stage."""
+        declared = self.row.variants[self.variant].moves_base
+        return self.cls.moves_base if declared is None else declared
+
+
+def cells(everything: bool, number: int = 0, rotate: bool = False) -> list[Cell]:
+    """The cells of invariant ``number``.
+
+    Args:
+        everything: all variants on all families.
+        number: shifts the rotation, so that one method does not meet the same family in every invariant.
+        rotate: one family a variant instead of all.
+    """
+    families = list(FAMILIES)
+    found = []
+    for m, (method, row) in enumerate(METHODS.items()):
+        for v, (name, variant) in enumerate(row.variants.items()):
+            wide = v == 0 or variant.everywhere
+            if everything or (wide and not rotate):
+                found += [Cell(method, name, family) for family in families]
+            elif wide or not rotate:
+                turn = families[(m + v + number) % len(families):] + families[:(m + v + number) % len(families)]
+                found.append(next(cell for f in turn if not (cell := Cell(method, name, f)).refused))
+    return found
