@@ -162,8 +162,8 @@ class Site:
         """A vector [out] shaped so that it broadcasts over the site's output."""
         return vector if self.kind != "conv" else vector.view(-1, *[1] * (self.full_weight.dim() - 2))
 
-    def low_rank(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        """``up @ down`` applied to the site's input as its own weight would be, without forming the product.
+    def low_rank(self, x: Tensor, down: Tensor, up: Tensor, scale: float = 1.0) -> Tensor:
+        """``scale up @ down`` applied to the site's input as its own weight would be, without forming the product.
 
         Args:
             x: the site's input, in the type of ``down``.
@@ -171,14 +171,15 @@ class Site:
             up: [out, rank].
         """
         if self.kind != "conv":
-            return F.linear(F.linear(x, down), up)
+            hidden = F.linear(x, down)
+            return F.linear(hidden if scale == 1 else hidden * scale, up)
         conv: Any = self.module
         run = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[self.full_weight.dim() - 2]
         kernel = self.full_weight.shape[1:]
         if conv.groups > 1:  # each group sees other channels: the product is the weight itself
-            return run(x, (up @ down).view(-1, *kernel), None, conv.stride, conv.padding, conv.dilation, conv.groups)
+            return run(x, (scale * up @ down).view(-1, *kernel), None, conv.stride, conv.padding, conv.dilation, conv.groups)
         hidden = run(x, down.view(-1, *kernel), None, conv.stride, conv.padding, conv.dilation)
-        return run(hidden, up.view(*up.shape, *[1] * len(kernel[1:])))
+        return run(hidden if scale == 1 else hidden * scale, up.view(*up.shape, *[1] * len(kernel[1:])))
 
     def matrix(self, weight: Tensor) -> Tensor:
         """The site's part of ``weight`` (the module's layout) as a matrix [out, in]."""

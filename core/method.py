@@ -402,7 +402,7 @@ class PEFTMethod(Recorded, Callback, ABC):
             for name, (before, now) in merged.items():
                 merged[name] = (before, now.to(before.dtype))
                 parameters[name].copy_(merged[name][1])
-            for name in self.start:  # the base's own tensors, moved: they stay, and must be the same when they come back
+            for name in self.start:  # the base's own tensors, moved: they must be the same when the method comes back
                 value = parameters[name].detach().clone()
                 merged[name] = (value, value)
         self._disconnect()
@@ -410,8 +410,8 @@ class PEFTMethod(Recorded, Callback, ABC):
         self._leave_home(root)
 
     def _check_neighbours(self, graft: Graft) -> None:
-        """Refuse to merge where another graft works on the same weight and one of the two reads it: whichever is merged
-        first, the other would then compute something else."""
+        """Refuse to merge where another graft works on the same weight and one of the two reads it: whichever is
+        merged first, the other would then compute something else."""
         carrier = grafts.Carrier.of(graft.site.module)
         for other in carrier.grafts if carrier else []:
             if other is not graft and (other.reads_weight or graft.reads_weight) and overlap(graft.site, other.site):
@@ -575,6 +575,8 @@ class MethodModule(nn.Module):
         home: Home = self.method.root.peft  # type: ignore[union-attr, assignment]
         if saved["class"] != type(self.method).__name__:
             raise ScionError(f"the checkpoint holds {saved['class']} where {type(self.method).__name__} is attached")
+        if home.without_values:  # built on the meta device: the values arrive with this very checkpoint
+            home.fingerprint, home.without_values = saved["base"], False
         if saved["base"] != home.fingerprint:
             raise ScionError(f"{self.method.name} was trained on another base ({saved['base']}) than this one "
                              f"({home.fingerprint}): build the same backbone with the same weights")
@@ -600,6 +602,7 @@ class Home(nn.Module):
         heads = anatomy.head_names()
         self.heads = sorted(heads)
         self.fingerprint = fingerprint(root, without=heads)
+        self.without_values = any(p.is_meta for p in root.parameters())
         self.head = head
         self.flags = {name: p.requires_grad for name, p in root.named_parameters()}
 

@@ -11,7 +11,7 @@ from core.peft.weights.lora import LoRA, LoRAGraft
 
 
 class DoRAGraft(LoRAGraft):
-    """y + s B A x + (g - 1) (W x + s B A x), with g = m / ||W + s B A|| for each output.
+    """t + (g - 1) (t - b), with t = W x + b + s B A x, and g = m / ||W + s B A|| for each output.
 
     The same function as m (W + s B A) x / ||W + s B A|| + b, written so that W x is not computed again and an unchanged
     weight gives y to the last bit.
@@ -21,30 +21,24 @@ class DoRAGraft(LoRAGraft):
 
     def __init__(self, site: Site, rank: int, scale: float, dropout: float) -> None:
         super().__init__(site, rank, scale, dropout)
-        weight = site.matrix(site.full_weight.detach())
-        wide = weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
-        self.magnitude = nn.Parameter(self._norm(wide, self.A.to(wide), self.B.to(wide)))
+        self.magnitude = nn.Parameter(self._norm())
 
-    def _norm(self, weight: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        """Row norms of W + s B A, without forming B A: ||W||^2 + 2 s <W A^T, B> + s^2 <B A A^T, B>."""
-        cross = (weight @ down.t() * up).sum(1)
-        square = (up @ (down @ down.t()) * up).sum(1)
-        return (weight.square().sum(1) + 2 * self.scale * cross + self.scale**2 * square).clamp_min(0).sqrt()
-
-    def _gain(self) -> Tensor:
-        with torch.no_grad():  # the norm counts as a constant in backward (section 4.3)
-            weight = self.site.matrix(self.site.full_weight).to(self.A.dtype)
-            norm = self._norm(weight, self.A, self.B)
-        return self.magnitude / norm
+    @torch.no_grad()
+    def _norm(self) -> Tensor:
+        """||W + s B A|| of each row; it counts as a constant in backward (section 4.3)."""
+        weight = self.site.matrix(self.site.full_weight)
+        wide = torch.promote_types(weight.dtype, self.A.dtype)
+        return torch.addmm(weight.to(wide), self.B.to(weight.device, wide), self.A.to(weight.device, wide),
+                           alpha=self.scale).norm(dim=1)
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        delta = self.site.low_rank(self.dropout(x.to(self.A.dtype)), self.A, self.scale * self.B)
-        out, bias = self.site.take(y), self.site.bias
-        mapped = out + delta if bias is None else out - self.site.per_channel(bias) + delta
-        return self.site.put(y, out + delta + self.site.per_channel(self._gain() - 1) * mapped)
+        out = self.site.take(y) + self.site.low_rank(self.dropout(x.to(self.A.dtype)), self.A, self.B, self.scale)
+        mapped = out if self.site.bias is None else out - self.site.per_channel(self.site.bias)
+        gain = self.site.per_channel(self.magnitude / self._norm() - 1).to(out.dtype)
+        return self.site.put(y, torch.addcmul(out, gain, mapped))
 
     def merged(self, weight: Tensor) -> Tensor:
-        return self._gain().to(weight.dtype)[:, None] * super().merged(weight)
+        return (self.magnitude / self._norm()).to(weight.dtype)[:, None] * super().merged(weight)
 
 
 class DoRA(LoRA):

@@ -27,7 +27,7 @@ class LoRAGraft(Graft):
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        delta = self.site.low_rank(self.dropout(x.to(self.A.dtype)), self.A, self.scale * self.B)
+        delta = self.site.low_rank(self.dropout(x.to(self.A.dtype)), self.A, self.B, self.scale)
         return self.site.put(y, self.site.take(y) + delta)
 
     def merged(self, weight: Tensor) -> Tensor:
