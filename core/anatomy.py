@@ -177,7 +177,8 @@ class Site:
         run = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[self.full_weight.dim() - 2]
         kernel = self.full_weight.shape[1:]
         if conv.groups > 1:  # each group sees other channels: the product is the weight itself
-            return run(x, (scale * up @ down).view(-1, *kernel), None, conv.stride, conv.padding, conv.dilation, conv.groups)
+            weight = (scale * up @ down).view(-1, *kernel)
+            return run(x, weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
         hidden = run(x, down.view(-1, *kernel), None, conv.stride, conv.padding, conv.dilation)
         return run(hidden if scale == 1 else hidden * scale, up.view(*up.shape, *[1] * len(kernel[1:])))
 

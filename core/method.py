@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import warnings
 from abc import ABC
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -187,6 +188,7 @@ class PEFTMethod(Recorded, Callback, ABC):
         module = MethodModule(self)
         self._fill(module, anatomy)
 
+        self._warn_of_ties(model, module)
         if home is None:
             home = Home(model, anatomy, self.head)
             home.enter(model)
@@ -202,6 +204,18 @@ class PEFTMethod(Recorded, Callback, ABC):
         model.train(model.training)
         return self
 
+    def _warn_of_ties(self, model: nn.Module, module: nn.Module) -> None:
+        """One side of a tied weight is adapted alone, which is legitimate, but nothing to happen unnoticed."""
+        names: dict[int, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(name)
+        for graft in module.modules():
+            if isinstance(graft, Graft) and graft.site.kind != "module":
+                tied = [name for name in names[id(graft.site.full_weight)] if name != graft.site.weight_name]
+                if tied:
+                    warnings.warn(f"{self.name}: {graft.site.weight_name} is tied to {listed(tied)}, which stays as it "
+                                  "is", stacklevel=3)
+
     def examine(self, model: nn.Module) -> Anatomy:
         """The anatomy of ``model``, if this method can stand on it; changes nothing.
 
@@ -213,6 +227,10 @@ class PEFTMethod(Recorded, Callback, ABC):
             if role not in anatomy.roles:
                 raise ScionError(f"{self.name} needs the role {role!r}, which {anatomy.family} does not have "
                                  f"(it has {listed(anatomy.roles, 40)})")
+        targets = self.config.get("targets")
+        if targets is not None and not list(targets):
+            raise ScionError(f"{self.name}: targets is empty, so there would be nothing to train; its roles are "
+                             f"{listed(anatomy.roles, 40)}")
         self.check(anatomy)
         self.sites(anatomy)
         self.moved(anatomy)
@@ -223,6 +241,8 @@ class PEFTMethod(Recorded, Callback, ABC):
         sites = self.sites(anatomy)
         with seeded(self.seed, self.name):
             self.shared(module, sites)
+        device, dtype = home_of(next(anatomy.root.parameters()))
+        module.to(device=device, dtype=dtype)
         for site in sites:
             module.add_module(key_of(site.name), self._build(site, anatomy))
 
@@ -233,8 +253,8 @@ class PEFTMethod(Recorded, Callback, ABC):
         around = site.module if site.block is None else anatomy.blocks[site.block].module
         tensor = next(site.module.parameters(), None)
         tensor = next(around.parameters(), next(anatomy.root.parameters())) if tensor is None else tensor
-        half = tensor.dtype in (torch.float16, torch.bfloat16)
-        return graft.to(device=tensor.device, dtype=torch.float32 if half else tensor.dtype)
+        device, dtype = home_of(tensor)
+        return graft.to(device=device, dtype=dtype)
 
     def _norm_names(self, anatomy: Anatomy) -> list[str]:
         if not self.norms:
@@ -374,8 +394,6 @@ class PEFTMethod(Recorded, Callback, ABC):
         """
         root = self._need_root()
         if self._merged is not None:
-            import warnings
-
             warnings.warn(f"{self.name} is merged already", stacklevel=2)
             return
         if not self.mergeable:
@@ -415,8 +433,8 @@ class PEFTMethod(Recorded, Callback, ABC):
         carrier = grafts.Carrier.of(graft.site.module)
         for other in carrier.grafts if carrier else []:
             if other is not graft and (other.reads_weight or graft.reads_weight) and overlap(graft.site, other.site):
-                raise ScionError(f"{self.name} cannot be merged while another method stands at {other.site.name}: one of "
-                                 "the two depends on the weight that merging changes")
+                raise ScionError(f"{self.name} cannot be merged while another method stands at {other.site.name}: one "
+                                 "of the two depends on the weight that merging changes")
 
     def unmerge(self) -> None:
         """Restore the weights bit for bit and put the method back.
@@ -580,6 +598,7 @@ class MethodModule(nn.Module):
         if saved["base"] != home.fingerprint:
             raise ScionError(f"{self.method.name} was trained on another base ({saved['base']}) than this one "
                              f"({home.fingerprint}): build the same backbone with the same weights")
+        self.method.restructure(saved.get("structure", {}))
 
 
 def decode_extra_state(state: Tensor) -> dict[str, Any]:
@@ -672,6 +691,12 @@ def home_in(model: nn.Module) -> tuple[str, nn.Module] | None:
         if isinstance(module._modules.get("peft"), Home):
             return name, module
     return None
+
+
+def home_of(tensor: Tensor) -> tuple[torch.device, torch.dtype]:
+    """Device and type of what is grafted beside ``tensor``: small updates of half-precision weights need float32."""
+    half = tensor.dtype in (torch.float16, torch.bfloat16)
+    return tensor.device, torch.float32 if half else tensor.dtype
 
 
 def overlap(one: Site, other: Site) -> bool:
