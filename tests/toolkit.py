@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -80,6 +81,10 @@ def outputs(model: nn.Module, inputs: Tensor) -> Tensor:
         return model(inputs)
 
 
+_PLAIN = {bool, int, float, str, type(None)}
+_SIZED = {dict, OrderedDict, list, set, tuple}
+
+
 def trace(model: nn.Module) -> dict[str, Any]:
     """All that a method might leave behind: for each module its class, its attributes, the sizes of its containers
     (hooks, parametrizations) and its plain flags; for each parameter identity, type and ``requires_grad``."""
@@ -87,12 +92,8 @@ def trace(model: nn.Module) -> dict[str, Any]:
     for path, module in model.named_modules():
         attributes: dict[str, Any] = {"class": type(module)}
         for name, value in vars(module).items():
-            if isinstance(value, (bool, int, float, str, type(None))):
-                attributes[name] = value
-            elif isinstance(value, (dict, list, set, tuple)):
-                attributes[name] = (type(value), len(value))
-            else:
-                attributes[name] = type(value)
+            kind = type(value)
+            attributes[name] = value if kind in _PLAIN else (kind, len(value)) if kind in _SIZED else kind
         found[path] = attributes
     for path, parameter in model.named_parameters(remove_duplicate=False):
         found[f"{path}()"] = (id(parameter), type(parameter), parameter.dtype, parameter.shape, parameter.requires_grad,

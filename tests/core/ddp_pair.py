@@ -1,8 +1,9 @@
-"""Two processes that train every method of a list together, for `test_ddp`."""
+"""What each of the two processes of `test_ddp` does: train every method of a list, together with the other."""
 
 from __future__ import annotations
 
 import copy
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tests.models import WIDTH, make
 from tests.toolkit import CLASSES, problem, randomize
 
 STEPS = 3
+PATIENCE = timedelta(minutes=3)
 
 
 class Classifier(nn.Module):
@@ -54,9 +56,9 @@ def trained(cell: Cell, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
 
 
 def work(rank: int, folder: str, cells: list[Cell]) -> None:
-    """One of the two processes: every cell in turn, its result or its error into a file."""
+    """Every cell in turn, its result or its error into a file."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=PATIENCE)
     for cell in cells:
         result: Any
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import time
 from pathlib import Path
@@ -9,32 +10,33 @@ from typing import Any
 
 import pytest
 import torch
-from torch.multiprocessing.spawn import spawn
 
-from tests.core.ddp_pair import trained, work
+from tests.core.ddp_pair import PATIENCE, trained, work
 from tests.methods import Cell, cells
 from tests.toolkit import EVERYTHING, invariant
 
 NUMBER = 48
-PATIENCE = 600.0
 
 
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
-    """The folder in which one pair of processes, shared by all of pytest's workers, left its results."""
+    """The folder with the results of one pair of processes, this one and a child, for all of pytest's workers."""
     base = tmp_path_factory.getbasetemp()
     folder = (base if worker_id == "master" else base.parent) / "ddp"
     try:
         folder.mkdir()
     except FileExistsError:  # another worker runs the pair
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + PATIENCE.total_seconds()
         while not (folder / "done").exists():
             assert time.monotonic() < deadline, "the pair of processes did not finish"
             time.sleep(0.2)
         return folder
     try:
         everything = [cell for cell in cells(EVERYTHING, NUMBER, rotate=True) if not cell.refused]
-        spawn(work, (str(folder), everything), nprocs=2)
+        other = multiprocessing.get_context("spawn").Process(target=work, args=(1, str(folder), everything), daemon=True)  # noqa: E501
+        other.start()
+        work(0, str(folder), everything)
+        other.join()
     finally:
         (folder / "done").touch()
     return folder
