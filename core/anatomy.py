@@ -58,8 +58,11 @@ class Rows:
     stop: int = 0
     index: tuple[int, ...] | None = None
 
+    def indices(self) -> Sequence[int]:
+        return self.index if self.index is not None else range(self.start, self.stop)
+
     def __len__(self) -> int:
-        return len(self.index) if self.index is not None else self.stop - self.start
+        return len(self.indices())
 
     def take(self, tensor: Tensor, dim: int = 0) -> Tensor:
         """These rows of ``tensor`` along ``dim``; a view where they are contiguous."""
@@ -98,6 +101,8 @@ class Site:
     """Channels of the hidden state that leaves the site; they are its last axis."""
     parameter: str = "weight"
     """Which of the module's parameters the verb ``weight`` sees."""
+    tied: tuple[nn.Module, ...] = ()
+    """Other modules that hold the same parameter under the same name."""
     while_active: dict[str, Any] = field(default_factory=dict)
     """Attributes of the module that must have these values while a graft is active here."""
 
@@ -422,7 +427,9 @@ def dissect(model: nn.Module) -> Anatomy:
 def parameter_site(model: nn.Module, name: str) -> Site:
     """A site that is one named parameter of any module, for methods that treat all parameters alike."""
     path, _, leaf = name.rpartition(".")
-    return Site(name=name, role="parameter", path=path, module=model.get_submodule(path), parameter=leaf)
+    module, parameter = model.get_submodule(path), model.get_parameter(name)
+    tied = tuple(m for m in model.modules() if m is not module and m._parameters.get(leaf) is parameter)
+    return Site(name=name, role="parameter", path=path, module=module, parameter=leaf, tied=tied)
 
 
 def linear_sites(anatomy: Anatomy) -> dict[str, Site]:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from core.anatomy import dissect
 from core.errors import ScionError, listed
-from core.method import Home, PEFTMethod, decode_extra_state, home_in, methods_on
+from core.method import Home, PEFTMethod, decode_extra_state, methods_on, uncompiled
 
 FORMAT = 1
 TENSORS, RECORD = "adapter.safetensors", "adapter.json"
@@ -85,13 +86,15 @@ def save_adapter(methods: list[PEFTMethod], folder: str | Path, extra: dict[str,
     return target
 
 
-def load_adapter(source: str | Path, model: nn.Module, base: Literal["same", "any"] = "same") -> Any:
+def load_adapter(source: str | Path, model: nn.Module, base: Literal["same", "any"] | nn.Module = "same") -> Any:
     """Attach the methods saved in ``source`` to ``model`` and load their tensors.
 
     Args:
         source: an adapter folder, a run folder, or a Lightning checkpoint.
         model: the same backbone that the methods were saved from, plain.
-        base: ``any`` carries them to other weights of the same shape, with a warning.
+        base: ``any`` carries them to other weights of the same shapes, with a warning. Where a method moved the base's
+            own tensors, the file holds their values; to carry the change of them, give the base that it was trained on
+            (an ``nn.Module``) instead.
 
     Returns:
         The method, or the list of methods where several were saved.
@@ -145,7 +148,11 @@ def split_checkpoint(state: dict[str, Any], where: str) -> tuple[dict[str, Any],
                if name.endswith("._extra_state") and "peft." in name]
     if not records:
         raise ScionError(f"{where}: this checkpoint holds no PEFT method")
-    prefix = records[0][0].rpartition("peft.")[0]
+    roots = list(dict.fromkeys(name.rpartition("peft.")[0] for name, _ in records))
+    if len(roots) > 1:
+        raise ScionError(f"{where}: holds methods on several backbones ({listed(roots)}): make the module, attach the "
+                         "methods, and load the checkpoint into that")
+    prefix = roots[0]
     tensors = {name.removeprefix(prefix): tensor for name, tensor in state.items()
                if name.startswith(prefix) and not name.endswith("_extra_state")}
     outside = {f"{OUTSIDE}{name}": tensor for name, tensor in state.items() if not name.startswith(prefix)}
@@ -157,22 +164,18 @@ OUTSIDE = "outside."
 """Prefix of tensors that belong to the LightningModule around the backbone (a task's head)."""
 
 
-def restore(record: dict[str, Any], tensors: dict[str, Tensor], model: nn.Module, base: str = "same", where: str = ""
-            ) -> list[PEFTMethod]:
+def restore(record: dict[str, Any], tensors: dict[str, Tensor], model: nn.Module,
+            base: Literal["same", "any"] | nn.Module = "same", where: str = "") -> list[PEFTMethod]:
     """Make the methods of ``record``, attach them to ``model`` and load ``tensors`` strictly."""
     from core import peft
 
+    model = uncompiled(model)
     anatomy = dissect(model)
     print_now = fingerprint(model, without=anatomy.head_names())
     expected = record["base"]["fingerprint"]
-    if print_now != expected:
-        _refuse_other_shapes(tensors, model, where)
-        if base == "same":
-            raise ScionError(f"{where}: the adapter belongs to another base (fingerprint {expected}, here "
-                             f"{print_now}); load it onto the backbone it was trained on, or pass base='any' to "
-                             "carry it over")
-        import warnings
-
+    other = print_now != expected
+    if other and base != "same":
+        tensors = _carried(tensors, model, anatomy.head_names(), base, expected, where)
         warnings.warn(f"{where}: carried from base {expected} to {print_now}", stacklevel=3)
     methods = [peft.make(spec["class"], {**spec["config"], "name": spec["name"]}) for spec in record["methods"]]
     done: list[PEFTMethod] = []
@@ -181,15 +184,50 @@ def restore(record: dict[str, Any], tensors: dict[str, Tensor], model: nn.Module
             method.attach(model)
             done.append(method)
             method.restructure(spec.get("structure", {}))
-        load_tensors(methods, tensors, where)
-    except Exception:
+        load_tensors(methods, tensors, where, write=not other or base != "same")
+        if other and base == "same":
+            raise ScionError("all names and shapes fit")
+    except Exception as error:
         for method in reversed(done):
             method.remove()
-        raise
+        if not isinstance(error, ScionError):
+            raise
+        what = str(error).removeprefix(f"{where}: ")
+        if other and base == "same":
+            what = (f"the adapter belongs to another base (fingerprint {expected}, here {print_now}; {what}); load it "
+                    "onto the backbone it was trained on, or pass base='any' to carry it over")
+        raise ScionError(f"{where}: {what}") from None
     return methods
 
 
-def load_tensors(methods: list[PEFTMethod], tensors: dict[str, Tensor], where: str = "") -> None:
+def _carried(tensors: dict[str, Tensor], model: nn.Module, heads: set[str], base: Literal["any"] | nn.Module | str,
+             expected: str, where: str) -> dict[str, Tensor]:
+    """``tensors`` for another base: of the base's own tensors the change is carried, not the value."""
+    moved = [name for name in tensors if not name.startswith(("peft.", OUTSIDE)) and name not in heads]
+    if not moved:
+        return tensors
+    here = dict(model.named_parameters())
+    for name in moved:
+        if name not in here or here[name].shape != tensors[name].shape:
+            shape = list(here[name].shape) if name in here else "absent"
+            raise ScionError(f"{where}: {name} is {list(tensors[name].shape)} in the file, {shape} here")
+    if not isinstance(base, nn.Module):
+        raise ScionError(f"{where}: holds values of its base's own tensors ({listed(moved, 2)}), not the change of "
+                         "them, so that alone it cannot be carried to another base; pass base=<the backbone it was "
+                         "trained on>")
+    trained_on = uncompiled(base)
+    if fingerprint(trained_on, without=dissect(trained_on).head_names()) != expected:
+        raise ScionError(f"{where}: the module given as base is not the one that the adapter was trained on "
+                         f"(fingerprint {expected})")
+    start = dict(trained_on.named_parameters())
+    changed: dict[str, Tensor] = {}
+    for name in moved:
+        change = tensors[name].double().cpu() - start[name].detach().double().cpu()
+        changed[name] = (here[name].detach().double().cpu() + change).to(tensors[name].dtype)
+    return {**tensors, **changed}
+
+
+def load_tensors(methods: list[PEFTMethod], tensors: dict[str, Tensor], where: str = "", write: bool = True) -> None:
     """Copy saved tensors into attached methods; missing, extra and misshapen ones are refused before any is written."""
     root = methods[0]._need_root()
     home: Home = root.peft  # type: ignore[assignment]
@@ -205,17 +243,10 @@ def load_tensors(methods: list[PEFTMethod], tensors: dict[str, Tensor], where: s
     for name, tensor in into.items():
         if tensor.shape != given[name].shape:
             raise ScionError(f"{where}: {name} is {list(given[name].shape)} in the file, {list(tensor.shape)} here")
-    with torch.no_grad():
-        for name, tensor in into.items():
-            tensor.copy_(given[name])
-
-
-def _refuse_other_shapes(tensors: dict[str, Tensor], model: nn.Module, where: str) -> None:
-    parameters = dict(model.named_parameters())
-    for name, tensor in tensors.items():
-        if not name.startswith(("peft.", OUTSIDE)) and name in parameters and parameters[name].shape != tensor.shape:
-            raise ScionError(f"{where}: the adapter belongs to another architecture: {name} is {list(tensor.shape)} in "
-                             f"the file, {list(parameters[name].shape)} here")
+    if write:
+        with torch.no_grad():
+            for name, tensor in into.items():
+                tensor.copy_(given[name])
 
 
 # ------------------------------------------------------------------------------------------------- checkpoints
@@ -231,15 +262,14 @@ def keep_only_owned(module: nn.Module) -> None:
 
 def base_names(module: nn.Module) -> set[str]:
     """Names, in ``module``'s state dict, of the frozen base tensors that no method owns."""
-    found = home_in(module)
-    if found is None:
-        return set()
-    path, root = found
-    home: Home = root.peft  # type: ignore[assignment]
-    owned = home.owned()
-    prefix = f"{path}." if path else ""
-    return {prefix + name for name in nn.Module.state_dict(root)
-            if name not in owned and not name.startswith("peft.")}
+    names: set[str] = set()
+    for path, root in module.named_modules():
+        home = root._modules.get("peft")
+        if isinstance(home, Home):
+            owned, prefix = home.owned(), f"{path}." if path else ""
+            names |= {prefix + name for name in nn.Module.state_dict(root)
+                      if name not in owned and not name.startswith("peft.")}
+    return names
 
 
 def _leave_out_base(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

@@ -58,7 +58,7 @@ class Route(PEFTMethod):
             if method.moves_base or method.norms:
                 raise ScionError(f"Route: {method.name} trains the backbone itself, which all rows of a batch share")
         self.config["methods"] = self.methods
-        self.identity = all(method.identity_at_start for method in self.methods)
+        self.identity_at_start = all(method.identity_at_start for method in self.methods)
 
     def check(self, anatomy: Anatomy) -> None:
         for method in self.methods:

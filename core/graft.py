@@ -353,15 +353,16 @@ def apply_weight(graft: Graft, weight: Tensor) -> Tensor:
 
 def connect(graft: Graft) -> None:
     """Place the graft at its site, behind those that stand there."""
-    module = graft.site.module
-    (Carrier.of(module) or Carrier(module)).add(graft)
+    for module in (graft.site.module, *graft.site.tied):
+        (Carrier.of(module) or Carrier(module)).add(graft)
 
 
 def disconnect(graft: Graft) -> None:
     """Take the graft from its site; the last one takes the hooks along."""
-    carrier = Carrier.of(graft.site.module)
-    if carrier is not None:
-        carrier.drop(graft)
+    for module in (graft.site.module, *graft.site.tied):
+        carrier = Carrier.of(module)
+        if carrier is not None:
+            carrier.drop(graft)
 
 
 def refresh(graft: Graft) -> None:

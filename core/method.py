@@ -55,8 +55,10 @@ class PEFTMethod(Recorded, Callback, ABC):
             the recommended one.
     """
 
-    identity_at_start: ClassVar[bool] = True
-    """Attaching leaves the output as it is."""
+    identity_at_start: bool = True
+    """Attaching leaves the output as it is; an option may say otherwise on the instance."""
+    trains_backbone: ClassVar[bool] = True
+    """Trains something in the backbone, or refuses; a probe does not."""
     mergeable: ClassVar[bool] = False
     """``merge`` can write the method into the weights."""
     moves_base: ClassVar[bool] = False
@@ -165,6 +167,7 @@ class PEFTMethod(Recorded, Callback, ABC):
         Raises:
             ScionError: unknown anatomy, targets that match nothing, values that do not fit; nothing has changed then.
         """
+        model = uncompiled(model)
         if self.root is not None:
             if self.root is model:
                 return self
@@ -184,9 +187,16 @@ class PEFTMethod(Recorded, Callback, ABC):
         anatomy = self.examine(model)
         norms = self._norm_names(anatomy)
         moved = list(dict.fromkeys([*self.moved(anatomy), *norms]))
+        for other in home.methods.values() if home is not None else ():
+            both = [name for name in moved if name in other.start]
+            if both:
+                raise ScionError(f"{self.name}: {listed(both, 2)} is trained by {other.name} already; a tensor of the "
+                                 "backbone has one owner")
         parameters = dict(model.named_parameters())
         module = MethodModule(self)
         self._fill(module, anatomy)
+        if self.trains_backbone and not moved and not any(True for _ in module.parameters()):
+            raise ScionError(f"{self.name}: layers={self.layers} leaves nothing to train")
 
         self._warn_of_ties(model, module)
         if home is None:
@@ -212,7 +222,7 @@ class PEFTMethod(Recorded, Callback, ABC):
         for graft in module.modules():
             if isinstance(graft, Graft) and graft.site.kind != "module":
                 tied = [name for name in names[id(graft.site.full_weight)] if name != graft.site.weight_name]
-                if tied:
+                if tied and not graft.site.tied:
                     warnings.warn(f"{self.name}: {graft.site.weight_name} is tied to {listed(tied)}, which stays as it "
                                   "is", stacklevel=3)
 
@@ -231,6 +241,7 @@ class PEFTMethod(Recorded, Callback, ABC):
         if targets is not None and not list(targets):
             raise ScionError(f"{self.name}: targets is empty, so there would be nothing to train; its roles are "
                              f"{listed(anatomy.roles, 40)}")
+        anatomy.layer_indices(self.layers, self.name)
         self.check(anatomy)
         self.sites(anatomy)
         self.moved(anatomy)
@@ -624,6 +635,8 @@ class Home(nn.Module):
         self.without_values = any(p.is_meta for p in root.parameters())
         self.head = head
         self.flags = {name: p.requires_grad for name, p in root.named_parameters()}
+        self.odd = {name: module.training for name, module in root.named_modules() if module.training != root.training}
+        """Modules that are not in the root's mode, with theirs."""
 
     def enter(self, root: nn.Module) -> None:
         """Become ``root.peft`` and freeze the backbone."""
@@ -650,6 +663,8 @@ class Home(nn.Module):
         for name, parameter in root.named_parameters():
             parameter.requires_grad_(self.flags.get(name, parameter.requires_grad))
         root.train(training)
+        for name, mode in self.odd.items():
+            root.get_submodule(name).training = mode
 
     def _apply(self, fn: Any, recurse: bool = True) -> Home:
         def keep(tensor: Tensor) -> Tensor:
@@ -699,11 +714,15 @@ def home_of(tensor: Tensor) -> tuple[torch.device, torch.dtype]:
     return tensor.device, torch.float32 if half else tensor.dtype
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module inside ``torch.compile``'s wrapper, whose names are those without it."""
+    inner = getattr(model, "_orig_mod", model)
+    return inner if isinstance(inner, nn.Module) else model
+
+
 def overlap(one: Site, other: Site) -> bool:
     """Whether two sites of one module share outputs: all do but disjoint parts of a fused projection."""
-    if one.rows is None or other.rows is None or one.rows.index is not None or other.rows.index is not None:
-        return True
-    return one.rows.start < other.rows.stop and other.rows.start < one.rows.stop
+    return one.rows is None or other.rows is None or not set(one.rows.indices()).isdisjoint(other.rows.indices())
 
 
 def key_of(name: str) -> str:

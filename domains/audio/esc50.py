@@ -164,6 +164,8 @@ class ESC50(DataModule):
 
         Asked before a backbone is built, so the folder and the table are looked at here: a mistake is told at once.
         """
+        if self._frames is not None and self._measured:  # known from a run, or from the data read by now
+            return self._frames
         place = self._where()
         if self._frames is None:
             from domains.audio import mini

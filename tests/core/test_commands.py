@@ -218,7 +218,7 @@ def test_merge_gives_a_plain_checkpoint(finished: Path, tmp_path: Path) -> None:
     assert [file.name for file in out.parent.iterdir()] == ["merged"]  # no temporary folder is left
 
 
-@pytest.mark.parametrize("names", [("LoRA", "LoRA"), ("DoRA", "LoRA"), ("LoRA", "BitFit"), ("FullFineTuning",)])
+@pytest.mark.parametrize("names", [("LoRA", "LoRA"), ("LoRA", "BitFit"), ("FullFineTuning",)])
 def test_stacks_merge_in_order(run_of: Callable[..., Path], names: tuple[str, ...], tmp_path: Path) -> None:
     from transformers import ASTModel
 
@@ -231,6 +231,8 @@ def test_stacks_merge_in_order(run_of: Callable[..., Path], names: tuple[str, ..
 
 
 def test_methods_that_cannot_be_merged_are_named(run_of: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(ScionError, match="DoRA0 cannot be merged while another method stands at"):
+        commands.merge(str(run_of("DoRA", "LoRA")), str(tmp_path / "out"))
     with pytest.raises(ScionError, match="Houlsby1 cannot be written into the weights"):
         commands.merge(str(run_of("LoRA", "Houlsby")), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()

@@ -64,6 +64,7 @@ class Houlsby(PEFTMethod):
             raise ScionError(f"Houlsby: bottleneck {bottleneck} must be at least 1, reduction {reduction} positive")
         self.bottleneck, self.reduction, self.targets = bottleneck, reduction, tuple(targets)
         self.init: Init = init
+        self.identity_at_start = init == "zero_up"
 
     def width(self, dim: int) -> int:
         """The bottleneck of a block of width ``dim``."""
@@ -71,7 +72,7 @@ class Houlsby(PEFTMethod):
 
     def check(self, anatomy: Anatomy) -> None:
         for site in self.sites(anatomy):
-            if not site.width:
+            if site.role not in ("attention", "mlp", "block"):
                 raise ScionError(f"{self.name}: {site.name} is no hidden state of a block; take 'attention', 'mlp' or "
                                  "'block'")
 

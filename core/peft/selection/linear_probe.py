@@ -18,6 +18,7 @@ class LinearProbe(PEFTMethod):
     """
 
     mergeable = True
+    trains_backbone = False
     inference_cost = "none"
     recommended = {"lr": 1e-3, "weight_decay": 0.1}
 

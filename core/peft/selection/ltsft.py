@@ -103,7 +103,8 @@ class LTSFT(PEFTMethod):
         root = self._need_root()
         parameters = dict(root.named_parameters())
         for name, start in self.start.items():
-            parameters[name].data.copy_(start)
+            if not start.is_meta:
+                parameters[name].data.copy_(start)
             parameters[name].requires_grad_(False)
         self.start = {}
         for name, index in positions.items():
@@ -129,9 +130,14 @@ class LTSFT(PEFTMethod):
         return factor * torch.stack(moves).sum() / self.total
 
     def structure(self) -> dict[str, Any]:
-        counts = {g.site.name: g.values.numel() for g in self.grafts if isinstance(g, SparseGraft)}
-        return {"stage": self.stage, "counts": counts}
+        grafts = [graft for graft in self.grafts if isinstance(graft, SparseGraft)]
+        return {"stage": self.stage, "counts": {g.site.name: g.values.numel() for g in grafts},
+                "shapes": {g.site.name: list(g.site.full_weight.shape) for g in grafts}}
 
     def restructure(self, structure: dict[str, Any]) -> None:
         if structure.get("stage") == "sparse" and self.stage == "dense":
+            here = {name: list(value.shape) for name, value in self.start.items()}
+            for name, shape in structure.get("shapes", {}).items():
+                if here.get(name) != shape:
+                    raise ScionError(f"{self.name}: {name} is {shape} in the file, {here.get(name, 'absent')} here")
             self._become_sparse({name: torch.zeros(k, dtype=torch.int32) for name, k in structure["counts"].items()})

@@ -109,7 +109,7 @@ class PrefixTuning(PEFTMethod):
             return
         for graft in self.grafts:
             assert isinstance(graft, PrefixGraft)
-            graft.prefix = nn.Parameter(graft.values().detach().clone())
+            graft.prefix = nn.Parameter(graft.values().detach().clone(), requires_grad=self.is_trained)
             graft.source = [None]
         del self.module.reparametrization
         self.reparametrization, self.folded = None, True
