@@ -45,6 +45,7 @@ def quick_lightning() -> Iterator[None]:
     finally:
         if stands_in and sys.modules.get(COMPILER) is compiler:
             del sys.modules[COMPILER]
-            vars(torch).pop("_dynamo", None)
+            if "_dynamo" in vars(torch):
+                delattr(torch, "_dynamo")
         imports.RequirementCache.__bool__ = cached  # type: ignore[method-assign]
         imports.package_available = available

@@ -35,6 +35,8 @@ class Variant:
     """Whether it trains anything inside a backbone without a head."""
     moves_base: bool | None = None
     """Whether it trains the backbone's own tensors in this stage; None is what the class declares."""
+    learns: Config = field(default_factory=dict)
+    """Arguments for invariant 16, where a share of a tiny model times the recommended learning rate cannot reach."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +197,7 @@ METHODS: dict[str, Row] = {
     ),
     "LTSFT": Row(
         {"dense": Variant({"density": 0.01}), "sparse": Variant({"density": 0.01}, _to_sparse, everywhere=True,
-                                                                   moves_base=False)},
+                                                                   moves_base=False, learns={"density": 1.0})},
         trained=_ltsft,
         bad=(({"density": 0.0}, "density 0"), ({"density": 1.5}, "density 1.5"), ({"count": 0}, "count 0"),
              ({"count": 10**9}, "count 1000000000"), ({"count": 10, "density": 0.5}, "not both")),

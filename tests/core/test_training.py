@@ -99,7 +99,7 @@ def test_only_declared_move(cell: Cell) -> None:
 def test_learns(cell: Cell) -> None:
     """A frozen random head of unit variance, 2 batches of 2 with random labels, the method's own learning rate."""
     model = make(cell.family)
-    method = cell.attach(model)
+    method = cell.attach(model, **cell.row.variants[cell.variant].learns)
     batches, head = problem(cell.family)
 
     both = tuple(torch.cat(part) for part in zip(*batches, strict=True))
