@@ -24,8 +24,8 @@ test test-all: export OMP_NUM_THREADS := 1
 # One run, then a table: a probe, LoRA and full training, on the small pretrained network and on the same one with random
 # weights (full training at a rate that suits a small network), three seeds each.
 demo: $(STAMP)
-	$(BIN)/lightning run domains/audio/esc50.yaml $(NANO) --trainer.max_epochs 4
-	$(BIN)/lightning run domains/audio/esc50.yaml $(NANO) --trainer.max_epochs 4 --run_dir runs/demo $(SEEDS) \
+	$(BIN)/lightning run domains/audio/esc50.yaml $(NANO) --trainer.max_epochs 3
+	$(BIN)/lightning run domains/audio/esc50.yaml $(NANO) --trainer.max_epochs 3 --run_dir runs/demo $(SEEDS) \
 		--over "peft=LinearProbe,LoRA,{class: FullFineTuning, lr: 0.001}" --over model.backbone.pretrained=true,false
 
 test: $(STAMP)
@@ -49,14 +49,14 @@ clean:
 	rm -rf .venv build dist .pytest_cache .ruff_cache
 
 # uv takes about a minute where pip takes several. It reads no pip configuration: an index given to pip in the environment
-# is passed on, and where uv is not to be had, or does not get through, pip does the work.
+# is passed on, certificates are the system's, and where uv is not to be had, or does not get through, pip does the work.
 $(STAMP):
 	@test -n "$(PYTHON)" || { echo "Scion needs Python 3.11 or newer with its venv module (on Debian and Ubuntu:" \
 		"python3-venv); set PYTHON=/path/to/python if yours has another name." >&2; exit 1; }
 	@$(BIN)/python -c 'import pip' 2>/dev/null || { echo "Making .venv with $(PYTHON)"; $(PYTHON) -m venv --clear .venv; }
 	@echo "Installing; the packages take about 5 GB"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv \
-		&& UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$$PIP_INDEX_URL}" \
+		&& UV_SYSTEM_CERTS=1 UV_NATIVE_TLS=1 UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$$PIP_INDEX_URL}" \
 			$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --editable ".[$(EXTRAS)]" \
 		|| $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable ".[$(EXTRAS)]"
 	@rm -f .venv/installed-*
