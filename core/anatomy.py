@@ -259,10 +259,7 @@ class Anatomy:
         who = f"{asker}: " if asker else ""
         if not wanted:
             raise ScionError(f"{who}targets is empty; {self.family} has the roles {listed(known, 40)}")
-        for role in wanted:
-            if role not in known:
-                raise ScionError(f"{who}target {role!r} matches nothing in {self.family}{nearest(role, known)}; "
-                                 f"its roles are {listed(known, 40)}")
+        check_roles(wanted, known, self.family, asker)
         keep = self.layer_indices(layers, asker)
         found = [site for role in wanted for site in self.stem.get(role, [])]
         for block in self.blocks:
@@ -274,14 +271,7 @@ class Anatomy:
 
     def layer_indices(self, layers: Sequence[int] | None, asker: str = "") -> set[int]:
         """Block indices, negative ones counted from the end; None means all."""
-        total = len(self.blocks)
-        if layers is None:
-            return set(range(total))
-        for layer in layers:
-            if not -total <= layer < total:
-                raise ScionError(f"{asker + ': ' if asker else ''}layer {layer} does not exist; {self.family} has the "
-                                 f"layers 0 to {total - 1}")
-        return {layer % total for layer in layers}
+        return check_layers(layers, len(self.blocks), self.family, asker)
 
     def head_names(self) -> set[str]:
         """Names of the parameters of the task head; a language model's head is not among them."""
@@ -291,6 +281,24 @@ class Anatomy:
         """Names of all parameters of norms."""
         return {name for site in self.all_sites() if site.role in ("norm", "norm1", "norm2")
                 for name in _parameter_names(site)}
+
+
+def check_roles(wanted: Iterable[str], known: Iterable[str], family: str, asker: str = "") -> None:
+    """Refuse a role that is not among the ``known`` ones of a backbone."""
+    known = list(known)
+    for role in wanted:
+        if role not in known:
+            raise ScionError(f"{asker}{': ' if asker else ''}target {role!r} matches nothing in {family}"
+                             f"{nearest(role, known)}; its roles are {listed(known, 40)}")
+
+
+def check_layers(layers: Sequence[int] | None, total: int, family: str, asker: str = "") -> set[int]:
+    """Indices of the blocks that ``layers`` means, of ``total`` ones; None means all."""
+    for layer in layers or ():
+        if not -total <= layer < total:
+            raise ScionError(f"{asker}{': ' if asker else ''}layer {layer} does not exist; {family} has the layers 0 "
+                             f"to {total - 1}")
+    return set(range(total)) if layers is None else {layer % total for layer in layers}
 
 
 def _parameter_names(site: Site) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,6 +29,12 @@ class Backbone(nn.Module, Recorded, ABC):
     def __init__(self) -> None:
         super().__init__()
         self.origin = {}
+
+    @classmethod
+    def outline(cls, name: str) -> tuple[Sequence[str], int] | None:
+        """The roles and the number of blocks of the model of that name, if they are known without building it: a wrong
+        target is then told before the model's library is imported."""
+        return None
 
     @abstractmethod
     def forward(self, inputs: Tensor) -> Tensor:

@@ -59,7 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from core.errors import ScionError
 
     main_parser = parser()
-    arguments, rest = main_parser.parse_known_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words  # wherever it stands
+    arguments, rest = main_parser.parse_known_args([word for word in words if word != "--debug"])
     if arguments.version:
         from core import __version__
 
@@ -73,8 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(arguments, rest)
     except ScionError as error:
-        if arguments.debug:
-            raise
+        if debug:
+            import traceback
+
+            traceback.print_exc()
+            return 2
         print(f"lightning {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -91,6 +96,8 @@ def _dispatch(arguments: argparse.Namespace, rest: list[str]) -> int:
         from core.run import run
 
         return run(found, arguments.run_dir, arguments.overwrite)
+    if arguments.command in ("merge", "predict"):
+        _glance(arguments.run)
     _quick_imports()
     from core import commands
 
@@ -103,6 +110,23 @@ def _dispatch(arguments: argparse.Namespace, rest: list[str]) -> int:
     if arguments.command == "merge":
         return commands.merge(arguments.run, arguments.out) or 0
     return commands.predict(arguments.run, arguments.files, arguments.json) or 0
+
+
+def _glance(run: str) -> None:
+    """Refuse what can be seen from a run folder's records alone, before anything heavy is imported."""
+    import json
+    from pathlib import Path
+
+    from core.errors import ScionError
+
+    try:
+        adapter = json.loads((Path(run) / "adapter" / "adapter.json").read_text())["base"]["fingerprint"]
+        trained_on = json.loads((Path(run) / "metrics.json").read_text())["backbone"]["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # told in detail by those who need them
+    if adapter != trained_on:
+        raise ScionError(f"{run}/adapter: the adapter belongs to another base (fingerprint {adapter}) than the run "
+                         f"({trained_on}); put the run's own adapter back")
 
 
 def _quick_imports() -> None:

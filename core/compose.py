@@ -67,6 +67,10 @@ class Route(PEFTMethod):
                     raise ScionError(f"{method.name} needs the role {role!r}, which {anatomy.family} does not have")
             method.check(anatomy)
 
+    def foresee(self, roles: Sequence[str], blocks: int, family: str) -> None:
+        for method in self.methods:
+            method.foresee(roles, blocks, family)
+
     def _fill(self, module: nn.Module, anatomy: Anatomy) -> None:
         for i, method in enumerate(self.methods):
             branch = nn.Module()

@@ -25,7 +25,7 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from core import graft as grafts
-from core.anatomy import Anatomy, Site, dissect
+from core.anatomy import Anatomy, Site, check_layers, check_roles, dissect
 from core.data import seed_of
 from core.errors import ScionError, listed, nearest
 from core.graft import Graft
@@ -246,6 +246,11 @@ class PEFTMethod(Recorded, Callback, ABC):
         self.sites(anatomy)
         self.moved(anatomy)
         return anatomy
+
+    def foresee(self, roles: Sequence[str], blocks: int, family: str) -> None:
+        """Refuse targets and layers that a backbone with these roles and blocks does not have, before it is built."""
+        check_roles(self.config.get("targets") or (), roles, family, self.name)
+        check_layers(self.layers, blocks, family, self.name)
 
     def _fill(self, module: nn.Module, anatomy: Anatomy) -> None:
         """Put the method's shared tensors and grafts into ``module``."""

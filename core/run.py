@@ -62,27 +62,32 @@ def assemble(point: Point, config: dict[str, Any] | None = None, read: bool = Tr
     config = config or point.config
     seed = config["seed_everything"]
     L.seed_everything(seed, verbose=False)
+    # What is wrong is told as early as it can be known: before the backbone's library is imported, before the backbone
+    # is built, before the data is read.
+    check_trainer(config["trainer"])
     methods = make_methods(config, point.domain)
     data: DataModule = make(config["data"], "data", point.domain, DataModule)
     if data.seed is None:
         data.seed = seed
     part = config["model"]["backbone"]
     cls = find_class(part["class_path"], "model.backbone", point.domain)
-    wanted = [name for name, p in signature(cls).parameters.items()
-              if p.default is None and part["init_args"].get(name) is None]
-    linked = {name: getattr(data, name) for name in wanted if getattr(data, name, None) is not None}
-    # A quick no from the backbone comes before a long reading of the data.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        backbone: Backbone = make(part, "model.backbone", point.domain, Backbone, **linked)
+    outline = cls.outline(str(part["init_args"].get("name", "auto"))) if issubclass(cls, Backbone) else None
+    if outline:
+        for method in methods:
+            method.foresee(*outline, cls.__name__)
     task: Task = make(config["model"].get("task") or {"class_path": "Classification", "init_args": {}}, "model.task",
                       point.domain, Task)
-    # So do what the methods and the task have to say.
-    for method in methods:
-        method.examine(backbone)
     classes = data.peek()
     if classes is not None:
         task.check(classes)
+    wanted = [name for name, p in signature(cls).parameters.items()
+              if p.default is None and part["init_args"].get(name) is None]
+    linked = {name: getattr(data, name) for name in wanted if getattr(data, name, None) is not None}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        backbone: Backbone = make(part, "model.backbone", point.domain, Backbone, **linked)
+    for method in methods:
+        method.examine(backbone)
     if read or classes is None:
         data.setup("fit")
         classes = data.classes
@@ -358,13 +363,21 @@ def _begin_with(adapter: Path, stage: Stage, tuner: FineTuner, methods: list[PEF
             *(kept.get(method.name, method) for method in methods)]
 
 
-def _trainer(config: dict[str, Any], home: Path, callbacks: list[L.Callback], selects: tuple[str, str]) -> L.Trainer:
-    arguments = dict(config["trainer"])
-    every = arguments.pop("checkpoint_every_n_steps", None)  # ours: a checkpoint within the epoch
+OUR_ARGUMENTS = ("checkpoint_every_n_steps",)
+"""Arguments under ``trainer`` that Lightning does not know: a checkpoint within the epoch."""
+
+
+def check_trainer(arguments: dict[str, Any]) -> None:
+    """Refuse an argument that is neither the Trainer's nor ours."""
     known = [name for name in signature(L.Trainer).parameters if name not in ("callbacks", "logger", "plugins")]
     for name in arguments:
-        if name not in known:
+        if name not in (*known, *OUR_ARGUMENTS):
             raise ScionError(f"trainer.{name}: Lightning's Trainer has no such argument{nearest(name, known)}")
+
+
+def _trainer(config: dict[str, Any], home: Path, callbacks: list[L.Callback], selects: tuple[str, str]) -> L.Trainer:
+    arguments = dict(config["trainer"])
+    every = arguments.pop("checkpoint_every_n_steps", None)
     (home / "checkpoints").mkdir(parents=True, exist_ok=True)
     where: dict[str, Any] = {"dirpath": home / "checkpoints", "enable_version_counter": False}
     if arguments.pop("enable_checkpointing", True):

@@ -12,7 +12,7 @@ https://arxiv.org/abs/2312.03694, where the feature is the mean over all tokens.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,10 @@ SHAPES: dict[str, dict[str, Any]] = {
              "initializer_range": 0.08},  # 1 / sqrt(128): at the usual 0.02 so narrow a network hardly starts to learn
 }
 """Architectures that can be built without their weights, by name."""
+
+ROLES = ("patch_embed", "embed", "norm", "block", "q", "k", "v", "o", "mlp.up", "mlp.down", "attend", "attention",
+         "mlp", "norm1", "norm2")
+"""The roles of every AST."""
 
 NANO = Path(__file__).parent / "nano"
 """The small AST that ``make_nano.py`` trained: config.json and model.safetensors."""
@@ -88,6 +92,10 @@ class AST(Backbone):
         self.dim = config.hidden_size
         self.frames, self.bins = config.max_length, config.num_mel_bins
         self.origin = {"name": name, "pretrained": pretrained, "kind": kind, **({"note": note} if note else {})}
+
+    @classmethod
+    def outline(cls, name: str) -> tuple[Sequence[str], int] | None:
+        return (ROLES, SHAPES[name]["num_hidden_layers"]) if name in SHAPES else None
 
     def forward(self, inputs: Tensor) -> Tensor:
         """filterbank [batch, frames, bins] -> features [batch, dim]"""

@@ -382,7 +382,7 @@ def _glance(file: Path) -> None:
     if not file.is_file():
         raise ScionError(f"{file}: the table lists it, but there is no such file")
     try:
-        if file.stat().st_size > 0 and soundfile.info(file).frames > 0:
+        if file.stat().st_size > 0 and soundfile.info(file).frames > 0 and not features.missing_bytes(file):
             return
     except soundfile.LibsndfileError:
         pass

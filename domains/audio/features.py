@@ -9,6 +9,7 @@ Filterbank: https://kaldi-asr.org; SpecAugment: https://arxiv.org/abs/1904.08779
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,10 +51,12 @@ def read_waveform(file: str | Path, seconds: float | None = None) -> Tensor:
         if file.stat().st_size == 0:
             raise ScionError(f"{file}: the sound file is empty (0 bytes); fetch it again or take it out of the list")
         with soundfile.SoundFile(file) as sound:
-            rate = sound.samplerate
+            rate, whole = sound.samplerate, sound.frames
             # a little more than asked for: the resampler's filter looks beyond the end
             most = -1 if seconds is None else math.ceil((seconds + 0.1) * rate)
             data = sound.read(most, dtype="float32", always_2d=True)
+        if missing_bytes(file) or len(data) < min(whole, most if most >= 0 else whole):
+            raise ScionError(f"{file}: the sound file is cut short; fetch it again or take it out of the list")
     except OSError as error:
         raise ScionError(f"{file}: cannot be read ({error.strerror or error})") from None
     except soundfile.LibsndfileError as error:
@@ -66,6 +69,23 @@ def read_waveform(file: str | Path, seconds: float | None = None) -> Tensor:
         raise ScionError(f"{file}: the sound file holds values that are not numbers")
     waveform = resample(waveform, rate)
     return waveform if seconds is None else waveform[: round(seconds * RATE)]
+
+
+def missing_bytes(file: Path) -> int:
+    """Bytes that a RIFF file's chunks announce and the file does not have; libsndfile reads such a file as if it were
+    whole. Sizes that a stream's writer left open do not count, nor does padding at the end."""
+    size = file.stat().st_size
+    with open(file, "rb") as stream:
+        if stream.read(4) != b"RIFF":
+            return 0
+        position = 12
+        while position + 8 <= size:
+            stream.seek(position)
+            kind, length = struct.unpack("<4sI", stream.read(8))
+            if kind == b"data":
+                return 0 if length in (0, 0xFFFFFFFF, 0x7FFFFFFF) else max(0, position + 8 + length - size)
+            position += 8 + length + length % 2
+    return 0
 
 
 def resample(waveform: Tensor, rate: int) -> Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from core.anatomy import dissect
 from core.errors import ScionError
 from domains.audio import AST, backbones
 from domains.audio.backbones import DEFAULT, resize_positions
@@ -22,6 +23,15 @@ def test_size_of_ast_base(frames: int, size: int) -> None:
     assert backbone.dim == 768 and backbone.model.config._attn_implementation == "sdpa"
     tokens = {500: 590, 400: 470, 100: 110}[frames]
     assert backbone.model.embeddings.position_embeddings.shape == (1, tokens, 768)
+
+
+def test_outline_is_what_is_built() -> None:
+    for name in backbones.SHAPES:
+        with torch.device("meta"):
+            anatomy = dissect(AST(name=name, pretrained=False))
+        assert AST.outline(name) == (backbones.ROLES, len(anatomy.blocks))
+        assert set(backbones.ROLES) == set(anatomy.roles)
+    assert AST.outline("auto") is None
 
 
 def test_feature_is_the_mean_over_all_tokens() -> None:

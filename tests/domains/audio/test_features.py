@@ -77,7 +77,13 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "text.wav").write_text("this is no sound\n" * 20)
     soundfile.write(tmp_path / "silent.wav", np.zeros(0, np.float32), 16_000)
     soundfile.write(tmp_path / "nan.wav", np.full(4000, np.nan, np.float32), 16_000, subtype="FLOAT")
-    for name, words in (("empty.wav", "0 bytes"), ("text.wav", "no readable sound"), ("silent.wav", "no samples"),
+    for suffix in ("wav", "flac", "ogg"):
+        whole = tmp_path / f"whole.{suffix}"
+        soundfile.write(whole, _tone(800, 16_000, 2), 16_000)
+        assert len(features.read_waveform(whole)) == 32_000 and not features.missing_bytes(whole)
+        (tmp_path / f"cut.{suffix}").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    for name, words in (("cut.wav", "cut short"), ("cut.flac", "sound file"), ("cut.ogg", "sound file"),
+                        ("empty.wav", "0 bytes"), ("text.wav", "no readable sound"), ("silent.wav", "no samples"),
                         ("nan.wav", "not numbers"), ("absent.wav", "cannot be read")):
         with pytest.raises(ScionError, match=words) as caught:
             features.read_waveform(tmp_path / name)
