@@ -175,17 +175,29 @@ class Site:
             down: [rank, in].
             up: [out, rank].
         """
-        if self.kind != "conv":
-            hidden = F.linear(x, down)
-            return F.linear(hidden if scale == 1 else hidden * scale, up)
         conv: Any = self.module
-        run = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[self.full_weight.dim() - 2]
-        kernel = self.full_weight.shape[1:]
-        if conv.groups > 1:  # each group sees other channels: the product is the weight itself
-            weight = (scale * up @ down).view(-1, *kernel)
-            return run(x, weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
-        hidden = run(x, down.view(-1, *kernel), None, conv.stride, conv.padding, conv.dilation)
-        return run(hidden if scale == 1 else hidden * scale, up.view(*up.shape, *[1] * len(kernel[1:])))
+        if self.kind == "conv" and conv.groups > 1:  # each group sees other channels: the product is the weight itself
+            weight = (scale * up @ down).view(-1, *self.full_weight.shape[1:])
+            return self._convolve(x, weight, conv.stride, conv.padding, conv.dilation, conv.groups)
+        hidden = self.project(x, down)
+        return self.mix(hidden if scale == 1 else hidden * scale, up)
+
+    def project(self, x: Tensor, matrix: Tensor) -> Tensor:
+        """``matrix`` [rank, in] applied to the site's input as its own weight would be -> rank channels."""
+        if self.kind != "conv":
+            return F.linear(x, matrix)
+        conv: Any = self.module
+        return self._convolve(x, matrix.view(-1, *self.full_weight.shape[1:]), conv.stride, conv.padding, conv.dilation)
+
+    def mix(self, y: Tensor, matrix: Tensor) -> Tensor:
+        """``matrix`` [out, in] applied to the channels of what stands on the site's output side."""
+        if self.kind != "conv":
+            return F.linear(y, matrix)
+        return self._convolve(y, matrix.view(*matrix.shape, *[1] * (self.full_weight.dim() - 2)))
+
+    def _convolve(self, x: Tensor, weight: Tensor, *geometry: Any) -> Tensor:
+        run = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[weight.dim() - 2]
+        return run(x, weight, None, *geometry)
 
     def matrix(self, weight: Tensor) -> Tensor:
         """The site's part of ``weight`` (the module's layout) as a matrix [out, in]."""
@@ -234,6 +246,12 @@ class Anatomy:
         for site in self.all_sites():
             counts[site.role] = counts.get(site.role, 0) + 1
         return counts
+
+    def linear_roles(self) -> list[str]:
+        """Roles in the blocks that are linear maps; of a fused projection the whole, not its parts."""
+        roles = dict.fromkeys(site.role for block in self.blocks for site in block.sites.values()
+                              if site.kind != "module")
+        return [role for role in roles if role not in (("q", "k", "v") if "qkv" in roles else ())]
 
     def all_sites(self) -> Iterator[Site]:
         """Every site, stem first, then block by block."""

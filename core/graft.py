@@ -38,6 +38,8 @@ class Graft(nn.Module):
 
     reads_weight: bool = False
     """Its function depends on the frozen weight itself, so that nothing may be merged into that while it stands."""
+    reads_output: bool = False
+    """Its function depends on the output that arrives, so that what stands before it must be merged before it."""
 
     def __init__(self, site: Site) -> None:
         super().__init__()
@@ -48,6 +50,8 @@ class Graft(nn.Module):
         """Rows of the batch that it serves, as indices; None is all of them."""
         self.route: Tensor | None = None
         """The whole route, one entry a sample, of which ``batch`` is a part."""
+        self.place = 0
+        """Its method's place in the order of attachment."""
         self.variant = 0
         """The entry in ``route`` that means this graft."""
 
@@ -73,6 +77,10 @@ class Graft(nn.Module):
         if type(self).weight is Graft.weight:
             raise ScionError(f"{type(self).__name__} cannot be merged: what it does is no linear map of the weight")
         return self.weight(weight)
+
+    def merged_bias(self, bias: Tensor) -> Tensor | None:
+        """The site's bias b [out] (zeros where the module has none) with this graft written into it; None leaves it."""
+        return None
 
     @property
     def verbs(self) -> tuple[str, ...]:
@@ -240,6 +248,7 @@ class Carrier:
 
     def add(self, graft: Graft) -> None:
         self.grafts.append(graft)
+        self.grafts.sort(key=lambda graft: graft.place)  # one that returns by unmerge returns to its place
         self.refresh()
 
     def drop(self, graft: Graft) -> None:

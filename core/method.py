@@ -97,6 +97,7 @@ class PEFTMethod(Recorded, Callback, ABC):
             raise ScionError(f"{type(self).__name__}: lr {lr} must be positive")
         self.suggested = {**self.recommended, **({} if lr is None else {"lr": lr})}
         self.root: nn.Module | None = None
+        self.place = 0  # in the order of attachment
         self.module: MethodModule = MethodModule(self)
         self.start: dict[str, Tensor] = {}  # start values of the base tensors that this method moves
         self._merged: dict[str, tuple[Tensor, Tensor]] | None = None  # name -> (before, after)
@@ -203,6 +204,8 @@ class PEFTMethod(Recorded, Callback, ABC):
             home = Home(model, anatomy, self.head)
             home.enter(model)
         self.root, self.module, self.norm_names = model, module, norms
+        home.attached += 1
+        self.place = home.attached
         self.start = {name: parameters[name].detach().to("cpu", copy=True) if not parameters[name].is_meta
                       else parameters[name].detach() for name in moved}
         home.add(self)
@@ -252,6 +255,14 @@ class PEFTMethod(Recorded, Callback, ABC):
         check_roles(self.config.get("targets") or (), roles, family, self.name)
         check_layers(self.layers, blocks, family, self.name)
 
+    def need_linear(self, anatomy: Anatomy) -> None:
+        """Refuse sites that are no linear map; for `check`."""
+        for site in self.sites(anatomy):
+            if site.kind == "module":
+                roles = dict.fromkeys(site.role for site in anatomy.all_sites() if site.kind != "module")
+                raise ScionError(f"{self.name}: {site.name} ({type(site.module).__name__}) has no linear weight; roles "
+                                 f"that have one: {', '.join(roles)}")
+
     def _fill(self, module: nn.Module, anatomy: Anatomy) -> None:
         """Put the method's shared tensors and grafts into ``module``."""
         sites = self.sites(anatomy)
@@ -283,6 +294,7 @@ class PEFTMethod(Recorded, Callback, ABC):
 
     def _connect(self) -> None:
         for graft in self.grafts:
+            graft.place = self.place
             grafts.connect(graft)
 
     def _disconnect(self) -> None:
@@ -417,6 +429,9 @@ class PEFTMethod(Recorded, Callback, ABC):
         parameters = dict(root.named_parameters())
         shared = {name for name, _ in root.named_parameters(remove_duplicate=False)} - set(parameters)
         merged: dict[str, tuple[Tensor, Tensor]] = {}
+        for name, tensor in self.tensors().items():
+            if not bool(torch.isfinite(tensor).all()):
+                raise ScionError(f"{self.name}: {name} holds values that are not finite: it cannot be merged")
         with torch.no_grad():
             for graft in self.grafts:
                 site = graft.site
@@ -426,13 +441,11 @@ class PEFTMethod(Recorded, Callback, ABC):
                     raise ScionError(f"{self.name}: {name} is tied to another tensor, which merging would change too")
                 before, now = merged.get(name, (parameters[name].detach().clone(), parameters[name].detach()))
                 wide = now.float() if now.dtype in (torch.float16, torch.bfloat16) else now
-                now = site.unmatrix(graft.merged(site.matrix(wide)), wide)
+                merged[name] = (before, site.unmatrix(graft.merged(site.matrix(wide)), wide))
+                self._merge_bias(graft, parameters, merged)
+            for name, (_, now) in merged.items():
                 if not bool(torch.isfinite(now).all()):
                     raise ScionError(f"{self.name}: merging would write values that are not finite into {name}")
-                merged[name] = (before, now)
-            for name in self.start:
-                if not bool(torch.isfinite(parameters[name]).all()):
-                    raise ScionError(f"{self.name}: {name} holds values that are not finite")
             for name, (before, now) in merged.items():
                 merged[name] = (before, now.to(before.dtype))
                 parameters[name].copy_(merged[name][1])
@@ -443,11 +456,33 @@ class PEFTMethod(Recorded, Callback, ABC):
         self._merged, self._home = merged, root.peft  # type: ignore[assignment]
         self._leave_home(root)
 
+    def _merge_bias(self, graft: Graft, parameters: dict[str, nn.Parameter], merged: dict[str, tuple[Tensor, Tensor]]
+                    ) -> None:
+        site = graft.site
+        name = f"{site.path}.bias" if site.path else "bias"
+        if name not in parameters:
+            shift = graft.merged_bias(torch.zeros(site.out_features, device=site.full_weight.device))
+            if shift is not None and bool(shift.any()):
+                raise ScionError(f"{self.name}: {site.name} has no bias, so there is no place for the shift that "
+                                 "merging leaves")
+            return
+        before, now = merged.get(name, (parameters[name].detach().clone(), parameters[name].detach()))
+        wide = now.float() if now.dtype in (torch.float16, torch.bfloat16) else now
+        part = graft.merged_bias(wide if site.rows is None else site.rows.take(wide))
+        if part is not None:
+            merged[name] = (before, part if site.rows is None else site.rows.put(wide, part.to(wide.dtype)))
+
     def _check_neighbours(self, graft: Graft) -> None:
         """Refuse to merge where another graft works on the same weight and one of the two reads it: whichever is
         merged first, the other would then compute something else."""
         carrier = grafts.Carrier.of(graft.site.module)
-        for other in carrier.grafts if carrier else []:
+        standing = carrier.grafts if carrier else []
+        for other in standing[: standing.index(graft)] if graft in standing else []:
+            if (other.reads_output or graft.reads_output) and overlap(graft.site, other.site) and (
+                    other not in self.grafts):
+                raise ScionError(f"{self.name} cannot be merged before another method that was attached earlier at "
+                                 f"{other.site.name}: merge in the order of attachment")
+        for other in standing:
             if other is not graft and (other.reads_weight or graft.reads_weight) and overlap(graft.site, other.site):
                 raise ScionError(f"{self.name} cannot be merged while another method stands at {other.site.name}: one "
                                  "of the two depends on the weight that merging changes")
@@ -473,6 +508,8 @@ class PEFTMethod(Recorded, Callback, ABC):
             home = self._home  # the one that knows the base as it was at the first attach
             assert home is not None
             home.enter(root)
+        if home is not self._home:  # all that stand there now came later
+            self.place = min(method.place for method in home.methods.values()) - 1
         self._merged = self._home = None
         home.add(self)
         self._connect()
@@ -630,6 +667,8 @@ class Home(nn.Module):
         from core.artifact import fingerprint
 
         self.methods: dict[str, PEFTMethod] = {}
+        self.attached = 0
+        """Methods attached so far."""
         self.keep_float32 = False
         """Whether ``.to(bfloat16)`` leaves the methods' tensors as they are: so within a Trainer, whose true
         half-precision plugins convert the whole module, while small updates need float32."""
@@ -655,6 +694,7 @@ class Home(nn.Module):
 
     def add(self, method: PEFTMethod) -> None:
         self.methods[method.name] = method
+        self.methods = dict(sorted(self.methods.items(), key=lambda item: item[1].place))
         self.add_module(key_of(method.name), method.module)
 
     def drop(self, method: PEFTMethod) -> None:

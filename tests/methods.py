@@ -63,6 +63,8 @@ class Row:
     """Operators that one graft may add to a forward."""
     saved: float = 1.0
     """Bytes that the first variant keeps for backward, at most, as a share of full fine-tuning's on the same model."""
+    stored: float = 1.0
+    """Numbers that the file may hold for each trained one (positions, indices)."""
     schedule: Callable[[], None] | None = None
     """Asserts that what changes in training (a rank, a mask) follows the method's formula."""
     artifact: Config = field(default_factory=dict)
@@ -96,6 +98,23 @@ def _prefix(anatomy: Anatomy, method: Any) -> int:
         return method.tokens * sum(widths)
     dim = anatomy.blocks[0].dim
     return method.tokens * dim + (dim + 1) * method.hidden + (method.hidden + 1) * sum(widths)
+
+
+def _mos(anatomy: Anatomy, method: Any) -> int:
+    sites = method.sites(anatomy)
+    return sum(method.budget * (s.in_features + s.out_features) for s in sites)
+
+
+def _hydra(anatomy: Anatomy, method: Any) -> int:
+    def branch(i: int, o: int, rank: int, bias: bool) -> int:
+        return rank * (i + o) + (rank + o if bias else 0)
+
+    total = 0
+    for site in anatomy.sites(method.targets, method.layers):
+        bias = site.bias is not None if method.bias is None else method.bias
+        total += branch(site.in_features, site.out_features, method.rank, bias)
+        total += branch(site.out_features, site.out_features, method.sequential_rank, bias)
+    return total
 
 
 def _norms(anatomy: Anatomy, roles: tuple[str, ...]) -> int:
@@ -162,7 +181,8 @@ FEW = {"layers": (0,), "exclude": ("q", "k", "v", "mlp.up", "mlp.down")}
 
 METHODS: dict[str, Row] = {
     "BitFit": Row(
-        {"all": Variant(), "mlp": Variant({"targets": ("mlp.up", "mlp.down"), "layers": (-1,)})},
+        {"all": Variant(), "mlp": Variant({"targets": ("mlp.up", "mlp.down"), "layers": (-1,)},
+                                          learns={"lr": 3e-2})},
         trained=_biases,
         cards=(("vit_b16", {}, 102_912), ("bert_base", {}, 102_912)),
         bad=(({"targets": ("q", "qq")}, "'qq'"), ({"exclude": ("nrom",)}, "'norm'")),
@@ -201,12 +221,13 @@ METHODS: dict[str, Row] = {
         trained=_ltsft,
         bad=(({"density": 0.0}, "density 0"), ({"density": 1.5}, "density 1.5"), ({"count": 0}, "count 0"),
              ({"count": 10**9}, "count 1000000000"), ({"count": 10, "density": 0.5}, "not both")),
-        operators=1,
+        operators=1, stored=2.0,
         schedule=_mask_follows_formula,
         artifact={"density": None, "count": 64, **FEW},
     ),
     "LinearProbe": Row(
-        {"head": Variant(trains=False), "norm": Variant({"norms": ("norm",)}, moves_base=True)},
+        {"head": Variant(trains=False), "norm": Variant({"norms": ("norm",)}, moves_base=True,
+                                                        learns={"lr": 1e-2})},
         trained=lambda anatomy, method: _norms(anatomy, method.norms),
         cards=(("vit_b16", {}, 0), ("vit_b16", {"norms": ("norm",)}, 1536)),
         bad=(({"norms": ("nrm",)}, "'nrm'"),),
@@ -223,9 +244,31 @@ METHODS: dict[str, Row] = {
         random=True, weights=True, operators=5, saved=0.76,
         artifact={"rank": 1},
     ),
+    "MoS": Row(
+        {"shared": Variant({"rank": 2, "targets": ("q", "mlp.down")}),
+         "no private": Variant({"rank": 2, "private": 0, "shards": 4, "alpha": 8, **WIDE})},
+        trained=_mos,
+        cards=(("vit_b16", {"targets": ("qkv", "o", "mlp.up", "mlp.down")}, 294_912),),
+        bad=(({"rank": 0}, "rank 0"), ({"budget": 0}, "budget 0"), ({"private": 3}, "private 3"),
+             ({"rank": 3, "private": 2}, "must be the same"), ({"shards": 7}, "does not divide"),
+             ({"rank": 99}, "at most"), ({"targets": ("q", "block")}, "linear weight")),
+        random=True, weights=True, operators=12, saved=0.9, stored=1.2,
+        artifact={"rank": 2},
+    ),
+    "Hydra": Row(
+        {"both": Variant(), "no bias": Variant({"rank": 4, "sequential_rank": 3, "bias": False, "scale": 0.5, **WIDE})},
+        trained=_hydra,
+        cards=(("vit_b16", {}, 239_712),),
+        bad=(({"rank": 0}, "rank 0"), ({"sequential_rank": 0}, "sequential_rank 0"), ({"dropout": 1.5}, "dropout 1.5"),
+             ({"targets": ("q", "block")}, "linear weight"), ({"targets": ("mlp.upp",)}, "'mlp.up'")),
+        random=True, weights=True, commutes=False, operators=16, saved=0.9,
+        artifact={"rank": 1, "sequential_rank": 1},
+    ),
     "PrefixTuning": Row(
-        {"direct": Variant({"tokens": 3}), "reparametrized": Variant({"tokens": 3, "reparametrize": 8}),
-         "folded": Variant({"tokens": 3, "reparametrize": 8}, lambda method: method.fold())},  # type: ignore[attr-defined]
+        {"direct": Variant({"tokens": 3}, learns={"tokens": 20}),
+         "reparametrized": Variant({"tokens": 3, "reparametrize": 8}),
+         "folded": Variant({"tokens": 3, "reparametrize": 8}, lambda method: method.fold(),  # type: ignore[attr-defined]
+                           learns={"tokens": 20})},
         trained=_prefix,
         cards=(("bert_base", {}, 368_640), ("bert_base", {"reparametrize": True}, 9_864_704)),
         bad=(({"tokens": 0}, "tokens 0"), ({"reparametrize": -1}, "reparametrize -1")),

@@ -132,7 +132,7 @@ def loss_of(model: nn.Module, head: Tensor, inputs: Tensor, labels: Tensor) -> T
 
 def optimizer_of(method: PEFTMethod, lr: float | None = None, weight_decay: float | None = None) -> torch.optim.AdamW:
     """AdamW in the method's groups, at its recommended settings unless others are given."""
-    settings: dict[str, Any] = {"lr": method.recommended["lr"] if lr is None else lr,
+    settings: dict[str, Any] = {"lr": method.suggested["lr"] if lr is None else lr,
                 "weight_decay": method.recommended["weight_decay"] if weight_decay is None else weight_decay}
     return torch.optim.AdamW(method.param_groups() or [{"params": [nn.Parameter(torch.zeros(1))]}], **settings)
 

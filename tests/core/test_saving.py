@@ -79,7 +79,7 @@ def test_adapter_file(cell: Cell, tmp_path: Path) -> None:
     stored = method.counts()["stored"]
     assert stored == _numbers(tensors)
     trained = _numbers(dict(method.trainable()))
-    assert stored <= (2 if cell.method == "LTSFT" and not cell.moves_base else 1) * trained
+    assert stored <= (1 if cell.moves_base else cell.row.stored) * trained
     assert adapter_bytes(tmp_path) <= 4 * stored + 160 * len(tensors) + 4096
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted([TENSORS, RECORD])
 

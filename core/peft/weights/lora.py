@@ -64,15 +64,7 @@ class LoRA(PEFTMethod):
         self.alpha = rank if alpha is None else alpha
 
     def check(self, anatomy: Anatomy) -> None:
-        for site in self.sites(anatomy):
-            if site.kind == "module":
-                raise ScionError(f"{self.name}: {site.name} ({type(site.module).__name__}) has no linear weight; roles "
-                                 f"that have one: {', '.join(linear_roles(anatomy))}")
+        self.need_linear(anatomy)
 
     def build(self, site: Site) -> Graft:
         return LoRAGraft(site, self.rank, self.alpha / self.rank, self.dropout)
-
-
-def linear_roles(anatomy: Anatomy) -> list[str]:
-    """Roles of a backbone that are linear maps."""
-    return list(dict.fromkeys(site.role for site in anatomy.all_sites() if site.kind != "module"))
