@@ -105,6 +105,10 @@ class PEFTMethod(Recorded, Callback, ABC):
         self._waiting: dict[str, Tensor] | None = None  # tensors not yet seen with a gradient
         self._backwards = 0
         self._resume: dict[str, Any] | None = None
+        self.steps, self.total = 0, 0  # of the optimizer, where the method has something to do after each
+        self._following: Any = None
+        self._around: nn.Module | None = None  # the module whose parameters the optimizer has
+        self._late: list[Tensor] = []  # tensors that came after data-parallel training had begun
 
     # --------------------------------------------------------------------------------- what a method defines
 
@@ -149,6 +153,23 @@ class PEFTMethod(Recorded, Callback, ABC):
     def loss_terms(self, module: Any, batch: Any, outputs: Any) -> Tensor | None:
         """A term to add to the task's loss in FineTuner, or None."""
         return None
+
+    @property
+    def adds_loss(self) -> bool:
+        """Whether the method is not itself without its `loss_terms`."""
+        return False
+
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """What a method with a schedule does after each step of the optimizer. Gradients are still there;
+        ``self.steps`` counts the steps, this one included, and ``self.total`` is their number in the whole run."""
+
+    def training_state(self) -> dict[str, Any]:
+        """What training needs beside the method's tensors (running scores, say): tensors and JSON, for checkpoints
+        only."""
+        return {}
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """Undo of `training_state`."""
 
     # --------------------------------------------------------------------------------- attaching
 
@@ -547,6 +568,9 @@ class PEFTMethod(Recorded, Callback, ABC):
             else:
                 self.attach(root)
         keep_only_owned(pl_module)
+        if self.adds_loss and stage == "fit" and not hasattr(pl_module, "methods"):
+            warnings.warn(f"{self.name}: {type(pl_module).__name__} does not add the method's own loss; add "
+                          f"method.loss_terms(self, batch, outputs) to yours, or use core.FineTuner", stacklevel=2)
         if self.attached:
             self.root.peft.keep_float32 = True  # type: ignore[union-attr]
 
@@ -587,6 +611,64 @@ class PEFTMethod(Recorded, Callback, ABC):
 
         pl_module.__dict__["configure_model"] = configure_model
 
+    # ------------------------------------------------------------------------------- following an optimizer
+
+    @property
+    def is_scheduled(self) -> bool:
+        """Whether the method acts after each optimizer step."""
+        return type(self).after_step is not PEFTMethod.after_step
+
+    def follow(self, optimizer: torch.optim.Optimizer, total: int, around: nn.Module | None = None) -> Any:
+        """Let a scheduled method act after each step of ``optimizer``; a Trainer's callback does this by itself.
+
+        Args:
+            optimizer: holds the method's tensors.
+            total: steps of the whole run.
+            around: the module whose parameters the optimizer has, in their order; None is the root.
+
+        Returns:
+            A handle whose ``remove()`` ends it.
+        """
+        self.total, self._around = total, around
+
+        def hook(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+            self.steps += 1
+            if self.is_trained and self._merged is None:
+                self.after_step(optimizer)
+
+        return optimizer.register_step_post_hook(hook)
+
+    def enter_optimizer(self, optimizer: torch.optim.Optimizer, fresh: Sequence[nn.Parameter]) -> None:
+        """Give ``fresh`` tensors of this method to ``optimizer``, beside those that it has: in the same group (so that
+        schedules go on) and in the order in which a new optimizer would have them (so that its state can be loaded)."""
+        mine = {id(tensor): tensor for tensor in self.trainable().values()}
+        order = {id(p): i for i, p in enumerate((self._around or self._need_root()).parameters())}
+        for tensor in fresh:
+            for group in optimizer.param_groups:
+                known = [p for p in group["params"] if id(p) in mine and (p.dim() > 1) == (tensor.dim() > 1)]
+                if known:
+                    places = [order.get(id(p), 0) for p in group["params"]]
+                    group["params"].append(tensor)
+                    if places == sorted(places):
+                        group["params"].sort(key=lambda p: order.get(id(p), 0))
+                    break
+            else:
+                raise ScionError(f"{self.name}: the optimizer has none of its tensors")
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            self._late += fresh
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule,
+                                 optimizer: torch.optim.Optimizer) -> None:
+        for tensor in self._late:  # DistributedDataParallel averages the gradients of those that it was made with
+            gradient = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+            torch.distributed.all_reduce(gradient)
+            tensor.grad = gradient / torch.distributed.get_world_size()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._following is not None:
+            self._following.remove()
+            self._following, self._around, self._late = None, None, []
+
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.attached:
             self._waiting = {name: t for name, t in self.trainable().items() if name not in self.idle()}
@@ -610,15 +692,26 @@ class PEFTMethod(Recorded, Callback, ABC):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         loader: Any = trainer.train_dataloader
         place = loader.state_dict() if hasattr(loader, "state_dict") else None
-        checkpoint["resume"] = {"random_states": random_states(), "loader": place}
+        resume = checkpoint.setdefault("resume", {"methods": {}})
+        resume |= {"random_states": random_states(), "loader": place}
+        if self.is_scheduled:
+            resume["methods"][self.name] = {"steps": self.steps, **self.training_state()}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._resume = checkpoint.get("resume")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         resume, self._resume = self._resume, None
+        if self.is_scheduled and self._following is None:
+            total = int(trainer.estimated_stepping_batches)
+            self.steps = 0
+            self._following = self.follow(trainer.optimizers[0], total, pl_module)
         if resume is None:
             return
+        mine = dict(resume.get("methods", {}).get(self.name, {}))
+        if mine:
+            self.steps = mine.pop("steps")
+            self.load_training_state(mine)
         restore_random_states(resume["random_states"])
         loader: Any = trainer.train_dataloader
         if resume["loader"] is not None and hasattr(loader, "load_state_dict"):
@@ -626,7 +719,8 @@ class PEFTMethod(Recorded, Callback, ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         # Lightning hangs its logging functions, and with them the Trainer, on every callback.
-        return {key: value for key, value in self.__dict__.items() if key not in ("log", "log_dict")}
+        return {key: None if key == "_following" else value for key, value in self.__dict__.items()
+                if key not in ("log", "log_dict")}
 
 
 class MethodModule(nn.Module):

@@ -100,6 +100,21 @@ def _prefix(anatomy: Anatomy, method: Any) -> int:
     return method.tokens * dim + (dim + 1) * method.hidden + (method.hidden + 1) * sum(widths)
 
 
+def _adalora(anatomy: Anatomy, method: Any) -> int:
+    return sum(method.rank * (i + o + 1) for i, o in _linear(anatomy, method))
+
+
+def _triadapt(anatomy: Anatomy, method: Any) -> int:
+    total = 0
+    for graft in method.grafts:
+        rank = 0
+        for width in graft.blocks:
+            rank += width
+            total += 2 * width * rank
+        total += rank * (graft.site.in_features + graft.site.out_features)
+    return total
+
+
 def _mos(anatomy: Anatomy, method: Any) -> int:
     sites = method.sites(anatomy)
     return sum(method.budget * (s.in_features + s.out_features) for s in sites)
@@ -149,6 +164,84 @@ def _to_sparse(method: Any) -> None:
         for tensor in method.trainable().values():
             tensor += 0.01 * (torch.rand(tensor.shape, generator=generator) - 0.5).to(tensor)
     method.advance()
+
+
+def _grown(method: Any) -> None:
+    """As after two checks: every other site has grown."""
+    for graft in method.grafts[::2]:
+        method.grow(graft)
+        method.grow(graft)
+
+
+def _budget_follows_formula() -> None:
+    """AdaLoRA: a cubic fall from rank to target_rank a site; as many singular values are left, the most important."""
+    from tests.models import make
+
+    method: Any = peft.method_class("AdaLoRA")(rank=4, target_rank=2, warmup=4, cooldown=6, interval=2)  # type: ignore[call-arg]
+    model = make("timm_vit")
+    method.attach(model)
+    optimizer = torch.optim.SGD(method.trainable().values(), lr=0.0)
+    method.follow(optimizer, total=20)
+    generator = torch.Generator().manual_seed(0)
+    sites = len(method.grafts)
+    with torch.no_grad():
+        for graft in method.grafts:
+            graft.E.normal_(generator=generator)
+    for step in range(1, 21):
+        for tensor in method.trainable().values():
+            tensor.grad = torch.randn(tensor.shape, generator=generator)
+        optimizer.step()
+        left = sum(int((graft.E != 0).sum()) for graft in method.grafts)
+        share = 1 - (min(max(step, 4), 14) - 4) / 10
+        wanted = int(2 * sites + 2 * sites * share**3)
+        assert method.budget(step) == (wanted, step > 4 and (step >= 14 or step % 2 == 0))
+        assert left == wanted or step < 14 and step % 2 or step <= 4 and left == 4 * sites
+
+
+def _rank_follows_formula() -> None:
+    """TriAdaptLoRA: the sites with the largest growth of |C| / blocks gain ranks, until the budget is met."""
+    from tests.models import make
+
+    method: Any = peft.method_class("TriAdaptLoRA")(rank=4, growth=2, warmup=2, interval=2)  # type: ignore[call-arg]
+    model = make("timm_vit")
+    method.attach(model)
+    optimizer = torch.optim.AdamW(method.trainable().values(), lr=0.0)
+    method.follow(optimizer, total=12)
+    sites = len(method.grafts)
+    before: list[float] = [0.0] * sites
+    for step in range(1, 13):
+        ranks = [sum(graft.blocks) for graft in method.grafts]
+        old = list(method.trainable().values())
+        for tensor in old:
+            tensor.grad = torch.zeros_like(tensor)
+        with torch.no_grad():
+            for i, graft in enumerate(method.grafts):
+                graft.L[0] += 0.1 * ((i * 7 + step) % sites)
+        optimizer.step()
+        now = [sum(graft.blocks) for graft in method.grafts]
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        assert held == {id(p) for p in method.trainable().values()} and all(id(p) in held for p in old)
+        left = 4 * sites - sum(ranks)
+        if step <= 2 or step % 2 or left <= 0:
+            assert now == ranks
+            continue
+        cores = [torch.zeros(r, r) for r in ranks]
+        for core, graft in zip(cores, method.grafts, strict=True):
+            end = 0
+            for rows, columns in zip(list(graft.L), list(graft.U), strict=True):
+                if end + len(rows) > len(core):
+                    break
+                core[end:end + len(rows), :end + len(rows)] += rows.detach()
+                core[:end + len(rows), end:end + len(rows)] += columns.detach()
+                end += len(rows)
+        counts = [1 if r == 1 else (r - 1) // 2 + 1 for r in ranks]
+        norms = [float(core.norm()) / n for core, n in zip(cores, counts, strict=True)]
+        scores = [a - b for a, b in zip(norms, before, strict=True)]
+        before = norms
+        wanted = max(1, min(sites, int(left * (step - 2) / 10)))
+        best = sorted(scores, reverse=True)[wanted - 1]
+        assert now == [r + 2 * (score >= best) for r, score in zip(ranks, scores, strict=True)]
+    assert 4 * sites <= sum(now) < 4 * sites + 2 * sites
 
 
 def _mask_follows_formula() -> None:
@@ -242,6 +335,29 @@ METHODS: dict[str, Row] = {
         bad=(({"rank": 0}, "rank 0"), ({"rank": -1}, "rank -1"), ({"dropout": 1.5}, "dropout 1.5"),
              ({"targets": ("q", "block")}, "linear weight"), ({"targets": ("mlp.upp",)}, "'mlp.up'")),
         random=True, weights=True, operators=5, saved=0.76,
+        artifact={"rank": 1},
+    ),
+    "AdaLoRA": Row(
+        {"q, v": Variant({"rank": 4, "target_rank": 2}),
+         "all": Variant({"rank": 3, "target_rank": 1, "alpha": 6, "warmup": 0, "cooldown": 1, "interval": 1, **WIDE})},
+        trained=_adalora,
+        cards=(("bert_base", {}, 442_656),),
+        bad=(({"rank": 0}, "rank 0"), ({"target_rank": 13}, "target_rank 13"), ({"interval": 0}, "interval 0"),
+             ({"beta": 1.0}, "beta 1"), ({"targets": ("q", "block")}, "linear weight")),
+        random=True, weights=True, operators=7, saved=0.8,
+        schedule=_budget_follows_formula,
+        artifact={"rank": 1, "target_rank": 1},
+    ),
+    "TriAdaptLoRA": Row(
+        {"q, v": Variant({"rank": 4, "targets": ("q", "v")}),
+         "grown": Variant({"rank": 4, "growth": 2, "scale": "alpha/reference", **WIDE}, _grown)},
+        trained=_triadapt,
+        cards=(("bert_base", {}, 166_032),),
+        bad=(({"rank": 0}, "rank 0"), ({"init_rank": 9}, "init_rank 9"), ({"growth": 0}, "growth 0"),
+             ({"interval": 0}, "interval 0"), ({"scale": "alpha"}, "'alpha'"),
+             ({"targets": ("q", "block")}, "linear weight")),
+        random=True, weights=True, operators=18, saved=0.9,
+        schedule=_rank_follows_formula,
         artifact={"rank": 1},
     ),
     "MoS": Row(

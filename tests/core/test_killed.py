@@ -17,6 +17,9 @@ from pathlib import Path
 import pytest
 
 ALL = bool(os.environ.get("SCION_ALL"))
+METHODS = ["LoRA", "LTSFT", "AdaLoRA", "TriAdaptLoRA", "MoS"]
+"""A static one, one in stages, one with a schedule, one that grows, one with shared tensors and indices."""
+OPTIONS = {"LoRA": ["--peft.dropout", "0.1"], "MoS": ["--peft.rank", "2"]}
 PARTS = '''
 import torch
 from torch.utils.data import TensorDataset
@@ -120,14 +123,14 @@ def finish(point, folder: Path) -> bytes:
     return weights(folder)
 
 
-@pytest.mark.parametrize("method", ["LoRA", "LTSFT"])
+@pytest.mark.parametrize("method", METHODS)
 def test_killed_behind_a_checkpoint(point_of, tmp_path: Path, method: str) -> None:
     from core import run
 
-    point = point_of("--peft", method, *(["--peft.dropout", "0.1"] if method == "LoRA" else []))
+    point = point_of("--peft", method, *OPTIONS.get(method, []))
     run.execute(point, tmp_path / "unbroken")
     reference = weights(tmp_path / "unbroken")
-    total = 12 if method == "LoRA" else 24
+    total = 24 if method == "LTSFT" else 12
     stops = range(1, total + 1) if ALL else (1, 4, total // 2 + 1)
     for stop in stops:
         folder = tmp_path / f"stop{stop}"
@@ -135,11 +138,11 @@ def test_killed_behind_a_checkpoint(point_of, tmp_path: Path, method: str) -> No
         assert finish(point, folder) == reference, f"killed behind checkpoint {stop}"
 
 
-@pytest.mark.parametrize("method", ["LoRA", "LTSFT"])
+@pytest.mark.parametrize("method", METHODS)
 def test_killed_at_random(point_of, tmp_path: Path, method: str) -> None:
     from core import run
 
-    point = point_of("--peft", method, "--peft.name", "x")
+    point = point_of("--peft", method, "--peft.name", "x", *OPTIONS.get(method, []))
     run.execute(point, tmp_path / "warm")
     began = time.monotonic()
     os.waitpid(child(point, tmp_path / "unbroken"), 0)

@@ -117,6 +117,10 @@ class LTSFT(PEFTMethod):
             grafts.connect(graft)
         self.stage = "sparse"
 
+    @property
+    def adds_loss(self) -> bool:
+        return any(self.l1.values())
+
     def loss_terms(self, module: Any, batch: Any, outputs: Any) -> Tensor | None:
         factor = self.l1[self.stage]
         if not factor:

@@ -1,0 +1,142 @@
+"""AdaLoRA: singular triplets that compete for a shrinking budget (Zhang et al. 2023, arXiv:2303.10512)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from core.anatomy import Site
+from core.errors import ScionError
+from core.graft import Graft
+from core.peft.weights.lora import LoRA
+
+
+class AdaLoRAGraft(Graft):
+    """y + s B (E A) x, with A [rank, in], B [out, rank] and one singular value E for each of the ranks."""
+
+    def __init__(self, site: Site, rank: int, scale: float, dropout: float) -> None:
+        super().__init__(site)
+        self.A = nn.Parameter(torch.empty(rank, site.in_features).normal_(std=0.02))
+        self.B = nn.Parameter(torch.empty(site.out_features, rank).normal_(std=0.02))
+        self.E = nn.Parameter(torch.zeros(rank, 1))
+        self.dropout = nn.Dropout(dropout)
+        self.scale = scale
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        delta = self.site.low_rank(self.dropout(x.to(self.A.dtype)), self.E * self.A, self.B, self.scale)
+        return self.site.put(y, self.site.take(y) + delta)
+
+    def merged(self, weight: Tensor) -> Tensor:
+        return weight + self.scale * (self.B @ (self.E * self.A)).to(weight.dtype)
+
+
+class AdaLoRA(LoRA):
+    """LoRA as singular triplets, of which those with the least importance are zeroed, over all sites together.
+
+    Equation: y = W x + s B diag(E) A x, s = alpha / rank; loss + gamma mean (|A A^T - I| + |B^T B - I|).
+        Importance of an entry: I = |w dL/dw|, I_ <- beta I_ + (1 - beta) I, U <- beta U + (1 - beta) |I - I_|,
+        s = I_ U; of a triplet: s(E_i) + mean s(A_i) + mean s(B_i); the best b(t) triplets keep their E, the others'
+        are set to zero; b falls as a cube from rank to target_rank a site
+    Trains: rank (in + out) + rank a target; BERT-base, q and v, rank 12: 442,656
+    Merges: W + s B diag(E) A
+    Source: Zhang et al. 2023, arXiv:2303.10512, sections 3.1 to 3.3, algorithm 1. Learning rate as LoRA's here; gamma
+        of the authors' scripts (0.5 in Hugging Face peft); warmup, cooldown and interval after their MNLI run
+
+    Args:
+        rank: ranks of each target at the start.
+        target_rank: mean ranks of a target at the end, at most ``rank``; None is two thirds of it (the paper's 12 and
+            8).
+        warmup: share of all steps (below 1), or their number, before anything is zeroed.
+        cooldown: share of all steps, or their number, at the end with the final budget.
+        interval: steps between two selections while the budget falls.
+        beta: smoothing of importance and of its uncertainty, in [0, 1).
+        gamma: weight of the orthogonality term.
+        alpha: numerator of the scale; None is the rank.
+        dropout: probability of dropping an input of A, in [0, 1).
+        targets: roles to adapt.
+    """
+
+    def __init__(self, rank: int = 12, target_rank: int | None = None, warmup: float = 0.1, cooldown: float = 0.5,
+                 interval: int = 10, beta: float = 0.85, gamma: float = 0.1, alpha: float | None = None,
+                 dropout: float = 0.0, targets: Sequence[str] = ("q", "v"), **common: Any) -> None:
+        super().__init__(rank, alpha, dropout, targets, **common)
+        self.target_rank = max(1, round(rank * 2 / 3)) if target_rank is None else target_rank
+        if not 1 <= self.target_rank <= rank:
+            raise ScionError(f"AdaLoRA: target_rank {target_rank} must lie between 1 and rank {rank}")
+        if warmup < 0 or cooldown < 0 or interval < 1:
+            raise ScionError(f"AdaLoRA: warmup {warmup} and cooldown {cooldown} must not be negative, interval "
+                             f"{interval} at least 1")
+        if not 0 <= beta < 1 or gamma < 0:
+            raise ScionError(f"AdaLoRA: beta {beta} must lie in [0, 1), gamma {gamma} must not be negative")
+        self.warmup, self.cooldown, self.interval = warmup, cooldown, interval
+        self.beta, self.gamma = beta, gamma
+        self.scores: dict[str, Tensor] = {}  # "<tensor>/mean" and "<tensor>/spread"
+
+    def build(self, site: Site) -> Graft:
+        return AdaLoRAGraft(site, self.rank, self.alpha / self.rank, self.dropout)
+
+    @property
+    def adds_loss(self) -> bool:
+        return self.gamma > 0
+
+    def loss_terms(self, module: Any, batch: Any, outputs: Any) -> Tensor | None:
+        if not self.gamma:
+            return None
+        grams = [m for g in self._grafts for m in (g.A @ g.A.t(), g.B.t() @ g.B)]
+        return self.gamma * torch.stack([(m - torch.eye(len(m)).to(m)).norm() for m in grams]).mean()
+
+    @property
+    def _grafts(self) -> list[AdaLoRAGraft]:
+        return [graft for graft in self.grafts if isinstance(graft, AdaLoRAGraft)]
+
+    def idle(self) -> set[str]:  # of triplets without a singular value
+        return {name for name in self.trainable() if name.endswith((".A", ".B"))}
+
+    def budget(self, step: int) -> tuple[int, bool]:
+        """The triplets that may stay after ``step`` steps, over all sites, and whether they are selected now."""
+        count = len(self.grafts)
+        first, last = self.rank * count, self.target_rank * count
+        start = self.warmup * self.total if self.warmup < 1 else self.warmup
+        end = self.total - (self.cooldown * self.total if self.cooldown < 1 else self.cooldown)
+        if step <= start:
+            return first, False
+        if step >= end:
+            return last, True
+        left = 1 - (step - start) / (end - start)
+        return int(last + (first - last) * left**3), step % self.interval == 0
+
+    @torch.no_grad()
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        for name, tensor in self.module.named_parameters():
+            if tensor.grad is not None:
+                self._observe(name, (tensor * tensor.grad).abs())
+        keep, now = self.budget(self.steps)
+        if not now or not self.scores:
+            return
+        worth = torch.cat([self._worth(graft) for graft in self._grafts])
+        dropped = torch.ones_like(worth, dtype=torch.bool)
+        dropped[worth.topk(keep).indices] = False
+        for graft, lost in zip(self._grafts, dropped.split([len(g.E) for g in self._grafts]), strict=True):
+            graft.E[lost] = 0
+
+    def _observe(self, name: str, importance: Tensor) -> None:
+        zero = torch.zeros_like(importance)
+        mean = self.scores.get(f"{name}/mean", zero).to(importance).lerp(importance, 1 - self.beta)
+        spread = self.scores.get(f"{name}/spread", zero).to(importance).lerp((importance - mean).abs(), 1 - self.beta)
+        self.scores[f"{name}/mean"], self.scores[f"{name}/spread"] = mean, spread
+
+    def _worth(self, graft: AdaLoRAGraft) -> Tensor:
+        """Importance of the graft's triplets [rank]."""
+        names = {id(tensor): name for name, tensor in self.module.named_parameters()}
+        a, b, e = (self.scores[f"{names[id(t)]}/mean"] * self.scores[f"{names[id(t)]}/spread"]
+                   for t in (graft.A, graft.B, graft.E))
+        return e[:, 0] + a.mean(1) + b.mean(0)
+
+    def training_state(self) -> dict[str, Any]:
+        return {"scores": dict(self.scores)}
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        self.scores = dict(state["scores"])
