@@ -150,6 +150,10 @@ class PEFTMethod(Recorded, Callback, ABC):
         decayed, plain_ = [t for t in tensors if t.dim() > 1], [t for t in tensors if t.dim() < 2]
         return [group for group in ({"params": decayed}, {"params": plain_, "weight_decay": 0.0}) if group["params"]]
 
+    def make_optimizer(self, groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer | None:
+        """The optimizer of a method that is one, for its own groups; None leaves them to the run's optimizer."""
+        return None
+
     def loss_terms(self, module: Any, batch: Any, outputs: Any) -> Tensor | None:
         """A term to add to the task's loss in FineTuner, or None."""
         return None
@@ -568,6 +572,10 @@ class PEFTMethod(Recorded, Callback, ABC):
             else:
                 self.attach(root)
         keep_only_owned(pl_module)
+        is_optimizer = type(self).make_optimizer is not PEFTMethod.make_optimizer
+        if is_optimizer and stage == "fit" and not hasattr(pl_module, "methods"):
+            warnings.warn(f"{self.name} is an optimizer: {type(pl_module).__name__}.configure_optimizers should return "
+                          "method.make_optimizer(method.param_groups()), as core.FineTuner does", stacklevel=2)
         if self.adds_loss and stage == "fit" and not hasattr(pl_module, "methods"):
             warnings.warn(f"{self.name}: {type(pl_module).__name__} does not add the method's own loss; add "
                           f"method.loss_terms(self, batch, outputs) to yours, or use core.FineTuner", stacklevel=2)

@@ -18,6 +18,7 @@ from core.backbone import Backbone
 from core.errors import ScionError, listed, nearest
 from core.graft import checkpoint_activations
 from core.method import PEFTMethod, home_in, methods_on
+from core.optim import Together
 from core.spec import plain
 from core.tasks.base import Task
 
@@ -181,20 +182,19 @@ class FineTuner(L.LightningModule):
 
         The task head and other tensors that no method owns take the first method's recommendation.
         """
+        return [group for _, groups in self._groups() for group in groups]
+
+    def _groups(self) -> list[tuple[PEFTMethod | None, list[dict[str, Any]]]]:
+        """Groups by the method that they belong to; those of None are nobody's."""
         methods = [method for method in self.methods if method.is_trained]
         first = methods[0].suggested if methods else PEFTMethod.recommended
-        groups: list[dict[str, Any]] = []
-        seen: set[int] = set()
-        for method in methods:
-            for group in method.param_groups():
-                groups.append(self._group(group, method.suggested))
-                seen |= {id(tensor) for tensor in group["params"]}
+        found: list[tuple[PEFTMethod | None, list[dict[str, Any]]]] = [
+            (method, [self._group(group, method.suggested) for group in method.param_groups()]) for method in methods]
+        seen = {id(tensor) for _, groups in found for group in groups for tensor in group["params"]}
         rest = [p for p in self.parameters() if p.requires_grad and id(p) not in seen]
-        for decayed in (True, False):
-            tensors = [p for p in rest if (p.dim() > 1) == decayed]
-            if tensors:
-                groups.append(self._group({"params": tensors} | ({} if decayed else {"weight_decay": 0.0}), first))
-        return groups
+        loose = [{"params": [p for p in rest if p.dim() > 1]},
+                 {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
+        return [*found, (None, [self._group(group, first) for group in loose if group["params"]])]
 
     def _group(self, group: dict[str, Any], recommended: dict[str, float]) -> dict[str, Any]:
         lr = recommended["lr"] if self.optimizer.lr == "auto" else self.optimizer.lr
@@ -207,13 +207,21 @@ class FineTuner(L.LightningModule):
         if self.optimizer.name not in known:
             raise ScionError(f"optimizer.name: torch.optim has no {self.optimizer.name!r}"
                              f"{nearest(self.optimizer.name, known)}")
-        groups = self.param_groups()
-        if not groups:
-            raise ScionError("nothing to train: every tensor is frozen and there is no head")
+        options, made, ordinary = self.optimizer.options, [], []
         try:
-            optimizer = getattr(torch.optim, self.optimizer.name)(groups, **self.optimizer.options)
+            for method, groups in self._groups():
+                own = method.make_optimizer(groups, **options) if method is not None and groups else None
+                if own is None:
+                    ordinary += groups
+                else:
+                    made.append(own)
+            if ordinary:
+                made.insert(0, getattr(torch.optim, self.optimizer.name)(ordinary, **options))
         except TypeError as error:
             raise ScionError(f"optimizer.options: {error}") from None
+        if not made:
+            raise ScionError("nothing to train: every tensor is frozen and there is no head")
+        optimizer = made[0] if len(made) == 1 else Together(made)
         total = int(self.trainer.estimated_stepping_batches)
         schedule = self.schedule
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule.factor(step, total))

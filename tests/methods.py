@@ -115,6 +115,10 @@ def _triadapt(anatomy: Anatomy, method: Any) -> int:
     return total
 
 
+def _full(anatomy: Anatomy, method: Any) -> int:
+    return sum(anatomy.root.get_parameter(name).numel() for name in method.moved(anatomy))
+
+
 def _mos(anatomy: Anatomy, method: Any) -> int:
     sites = method.sites(anatomy)
     return sum(method.budget * (s.in_features + s.out_features) for s in sites)
@@ -244,6 +248,33 @@ def _rank_follows_formula() -> None:
     assert 4 * sites <= sum(now) < 4 * sites + 2 * sites
 
 
+def _galore_follows_formula() -> None:
+    """GaLore: at full rank and scale 1, rotated back, the first step is Adam's on the rotated gradient; the state of a
+    matrix holds two moments of rank max(m, n) and a basis of rank min(m, n); the rest has AdamW."""
+    from tests.models import make
+
+    model = make("timm_vit")
+    method: Any = peft.method_class("GaLore")(rank=4, scale=0.5, interval=2)  # type: ignore[call-arg]
+    method.attach(model)
+    optimizer: Any = method.make_optimizer(method.param_groups(), lr=1e-2, weight_decay=0.0)
+    start = {name: tensor.detach().clone() for name, tensor in method.trainable().items()}
+    generator = torch.Generator().manual_seed(0)
+    for tensor in method.trainable().values():
+        tensor.grad = torch.randn(tensor.shape, generator=generator)
+    optimizer.step()
+    for name, tensor in method.trainable().items():
+        moved = tensor.detach() - start[name]
+        if name not in method.projected:
+            torch.testing.assert_close(moved, -1e-2 * tensor.grad.sign(), rtol=1e-3, atol=1e-6)
+            continue
+        m, n = tensor.shape
+        u, _, v = torch.linalg.svd(tensor.grad, full_matrices=False)
+        low = (tensor.grad @ v[:4].t()).sign() @ v[:4] if m >= n else u[:, :4] @ (u[:, :4].t() @ tensor.grad).sign()
+        torch.testing.assert_close(moved, -1e-2 * 0.5 * low, rtol=1e-3, atol=1e-5)
+        state = optimizer.state[tensor]
+        assert state["exp_avg"].numel() == 4 * max(m, n) and state["basis"].numel() == 4 * min(m, n)
+
+
 def _mask_follows_formula() -> None:
     """LT-SFT: the mask is the K largest moves over all tensors together."""
     from tests.models import make
@@ -296,6 +327,16 @@ METHODS: dict[str, Row] = {
         trained=_everything,
         cards=(("vit_b16", {}, 85_798_656), ("bert_base", {}, 109_482_240)),
         bad=(({"exclude": ("pol",)}, "'pol'"),),
+        artifact=FEW,
+    ),
+    "GaLore": Row(
+        {"all": Variant({"rank": 4, "interval": 5}),
+         "few": Variant({"rank": 8, "scale": 1.0, "targets": ("mlp.up",), "layers": (0,)}, learns={"lr": 1e-3})},
+        trained=_full,
+        cards=(("vit_b16", {}, 85_798_656),),
+        bad=(({"rank": 0}, "rank 0"), ({"interval": 0}, "interval 0"), ({"exclude": ("pol",)}, "'pol'"),
+             ({"targets": ("block",)}, "no linear weight")),
+        schedule=_galore_follows_formula,
         artifact=FEW,
     ),
     "Houlsby": Row(
@@ -362,7 +403,7 @@ METHODS: dict[str, Row] = {
     ),
     "MoS": Row(
         {"shared": Variant({"rank": 2, "targets": ("q", "mlp.down")}),
-         "no private": Variant({"rank": 2, "private": 0, "shards": 4, "alpha": 8, **WIDE})},
+         "no private": Variant({"rank": 2, "private": 0, "shards": 4, "alpha": 4, **WIDE})},
         trained=_mos,
         cards=(("vit_b16", {"targets": ("qkv", "o", "mlp.up", "mlp.down")}, 294_912),),
         bad=(({"rank": 0}, "rank 0"), ({"budget": 0}, "budget 0"), ({"private": 3}, "private 3"),

@@ -130,11 +130,13 @@ def loss_of(model: nn.Module, head: Tensor, inputs: Tensor, labels: Tensor) -> T
     return F.cross_entropy(model(inputs) @ head, labels)
 
 
-def optimizer_of(method: PEFTMethod, lr: float | None = None, weight_decay: float | None = None) -> torch.optim.AdamW:
+def optimizer_of(method: PEFTMethod, lr: float | None = None, weight_decay: float | None = None
+                 ) -> torch.optim.Optimizer:
     """AdamW in the method's groups, at its recommended settings unless others are given."""
     settings: dict[str, Any] = {"lr": method.suggested["lr"] if lr is None else lr,
                 "weight_decay": method.recommended["weight_decay"] if weight_decay is None else weight_decay}
-    return torch.optim.AdamW(method.param_groups() or [{"params": [nn.Parameter(torch.zeros(1))]}], **settings)
+    groups = method.param_groups() or [{"params": [nn.Parameter(torch.zeros(1))]}]
+    return method.make_optimizer(groups, **settings) or torch.optim.AdamW(groups, **settings)
 
 
 def train(model: nn.Module, method: PEFTMethod, family: str, steps: int = 3, lr: float | None = 1e-2,

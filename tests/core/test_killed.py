@@ -17,9 +17,10 @@ from pathlib import Path
 import pytest
 
 ALL = bool(os.environ.get("SCION_ALL"))
-METHODS = ["LoRA", "LTSFT", "AdaLoRA", "TriAdaptLoRA", "MoS"]
-"""A static one, one in stages, one with a schedule, one that grows, one with shared tensors and indices."""
-OPTIONS = {"LoRA": ["--peft.dropout", "0.1"], "MoS": ["--peft.rank", "2"]}
+METHODS = ["LoRA", "LTSFT", "AdaLoRA", "TriAdaptLoRA", "MoS", "GaLore"]
+"""A static one, one in stages, a schedule, growing ranks, shared tensors with indices, an optimizer."""
+OPTIONS = {"LoRA": ["--peft.dropout", "0.1"], "MoS": ["--peft.rank", "2"],
+           "GaLore": ["--peft.rank", "4", "--peft.interval", "5"]}
 PARTS = '''
 import torch
 from torch.utils.data import TensorDataset
