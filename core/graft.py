@@ -46,6 +46,8 @@ class Graft(nn.Module):
         self.site = site
         self.active = True
         """Whether it takes part in the forward."""
+        self.strength = 1.0
+        """Its change is multiplied by this (a method that weighs others sets it)."""
         self.batch: Tensor | None = None
         """Rows of the batch that it serves, as indices; None is all of them."""
         self.route: Tensor | None = None
@@ -202,7 +204,8 @@ def _attend(grafts: list[Graft], x: Tensor, query: Tensor, key: Tensor, value: T
 
 def _around(graft: Graft, inner: Attention, x: Tensor) -> Attention:
     def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        return graft.attend(q, k, v, mask, x, inner)
+        out = graft.attend(q, k, v, mask, x, inner)
+        return out if graft.strength == 1 else _weighed(graft, inner(q, k, v, mask), out)
 
     return call
 
@@ -334,11 +337,11 @@ class Carrier:
     def _on_rows(graft: Graft, verb: Callable[..., Tensor], y: Tensor, x: Tensor | None = None) -> Tensor:
         """Run ``before`` or ``after`` on the rows that the graft serves."""
         if graft.batch is None:
-            return verb(y) if x is None else verb(x, y)
+            return _weighed(graft, y, verb(y) if x is None else verb(x, y))
         rows = _expand(graft.batch, y.shape[0], graft.route)
         if not len(rows):
             return y
-        return y.index_copy(0, rows, verb(y[rows]) if x is None else verb(x[rows], y[rows]))
+        return y.index_copy(0, rows, _weighed(graft, y[rows], verb(y[rows]) if x is None else verb(x[rows], y[rows])))
 
     def _purge(self) -> None:
         """Leave modes that an interrupt kept open: hooks with ``always_call`` do not run on KeyboardInterrupt, and a
@@ -357,7 +360,11 @@ class Carrier:
 
 def apply_weight(graft: Graft, weight: Tensor) -> Tensor:
     """The whole parameter, in its module's layout, as the graft makes it."""
-    return graft.site.unmatrix(graft.weight(graft.site.matrix(weight)), weight)
+    return _weighed(graft, weight, graft.site.unmatrix(graft.weight(graft.site.matrix(weight)), weight))
+
+
+def _weighed(graft: Graft, before: Tensor, after: Tensor) -> Tensor:
+    return after if graft.strength == 1 else torch.lerp(before, after, graft.strength)
 
 
 def connect(graft: Graft) -> None:

@@ -21,7 +21,7 @@ ABSENT: pytest.StashKey[dict[str, int]] = pytest.StashKey()
 """Cells to which an invariant does not apply, by "number|method"."""
 
 
-def cells_of(marker: pytest.Mark) -> tuple[list[Any], Counter[str]]:
+def cells_of(marker: pytest.Mark, test: str) -> tuple[list[Any], Counter[str]]:
     """The cells on which a marked test runs, and how many of each method do not apply."""
     from tests.methods import cells
     from tests.toolkit import EVERYTHING
@@ -29,14 +29,15 @@ def cells_of(marker: pytest.Mark) -> tuple[list[Any], Counter[str]]:
     where = marker.kwargs["where"] or (lambda cell: True)
     number = marker.args[0]
     everything = cells(EVERYTHING, number, rotate=marker.kwargs["rotate"])
-    return [cell for cell in everything if where(cell)], Counter(cell.method for cell in everything if not where(cell))
+    found = [cell for cell in everything if where(cell) and test not in cell.row.absent]
+    return found, Counter(cell.method for cell in everything if cell not in found)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     marker = metafunc.definition.get_closest_marker("invariant")
     if marker is None or "cell" not in metafunc.fixturenames:
         return
-    found, absent = cells_of(marker)
+    found, absent = cells_of(marker, metafunc.function.__name__)
     metafunc.parametrize("cell", found, ids=str)
     for method, count in absent.items():
         metafunc.config.stash[ABSENT][f"{marker.args[0]}|{method}"] = count

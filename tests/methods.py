@@ -67,6 +67,8 @@ class Row:
     """Numbers that the file may hold for each trained one (positions, indices)."""
     schedule: Callable[[], None] | None = None
     """Asserts that what changes in training (a rank, a mask) follows the method's formula."""
+    absent: tuple[str, ...] = ()
+    """Tests of the matrix that do not apply: those that train a method which works on others, alone."""
     artifact: Config = field(default_factory=dict)
     """Arguments, beside the first variant's, that make the stored regression adapter small."""
 
@@ -420,6 +422,15 @@ METHODS: dict[str, Row] = {
              ({"targets": ("q", "block")}, "linear weight"), ({"targets": ("mlp.upp",)}, "'mlp.up'")),
         random=True, weights=True, commutes=False, operators=16, saved=0.9,
         artifact={"rank": 1, "sequential_rank": 1},
+    ),
+    "IST": Row(
+        {"alone": Variant(trains=False)},
+        trained=lambda anatomy, method: 0,
+        bad=(({"share": 0.0}, "share 0"), ({"suppressed": 1.5}, "suppressed 1.5"), ({"candidates": 1}, "candidates 1"),
+             ({"refresh": 0}, "refresh 0")),
+        saved=0.0,
+        absent=("test_nothing_to_train", "test_checkpoint", "test_resume", "test_reproducible",
+                "test_no_graph_below_the_first_graft"),
     ),
     "PrefixTuning": Row(
         {"direct": Variant({"tokens": 3}, learns={"tokens": 20}),

@@ -17,9 +17,11 @@ from pathlib import Path
 import pytest
 
 ALL = bool(os.environ.get("SCION_ALL"))
-METHODS = ["LoRA", "LTSFT", "AdaLoRA", "TriAdaptLoRA", "MoS", "GaLore"]
-"""A static one, one in stages, a schedule, growing ranks, shared tensors with indices, an optimizer."""
+METHODS = ["LoRA", "LTSFT", "AdaLoRA", "TriAdaptLoRA", "MoS", "GaLore", "IST"]
+"""A static one, one in stages, a schedule, growing ranks, shared tensors with indices, an optimizer, one over
+another."""
 OPTIONS = {"LoRA": ["--peft.dropout", "0.1"], "MoS": ["--peft.rank", "2"],
+           "IST": ["--peft", "LoRA", "--peft+=IST"],
            "GaLore": ["--peft.rank", "4", "--peft.interval", "5"]}
 PARTS = '''
 import torch
@@ -143,7 +145,7 @@ def test_killed_behind_a_checkpoint(point_of, tmp_path: Path, method: str) -> No
 def test_killed_at_random(point_of, tmp_path: Path, method: str) -> None:
     from core import run
 
-    point = point_of("--peft", method, "--peft.name", "x", *OPTIONS.get(method, []))
+    point = point_of("--peft", method, *OPTIONS.get(method, []))
     run.execute(point, tmp_path / "warm")
     began = time.monotonic()
     os.waitpid(child(point, tmp_path / "unbroken"), 0)

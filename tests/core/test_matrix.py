@@ -62,19 +62,19 @@ def test_every_method_is_in_every_row_that_can_hold_it() -> None:
     listed = {cell.method for cell in cells(everything=False)}
     assert listed == set(METHODS)
     for (number, name), mark in rows().items():
-        found, absent = cells_of(mark)
+        found, absent = cells_of(mark, name)
         assert {cell.method for cell in found} | set(absent) == set(METHODS), f"{number} {name}"
 
 
 def test_no_row_is_empty() -> None:
     for (number, name), mark in rows().items():
-        assert any(not cell.refused for cell in cells_of(mark)[0]), f"invariant {number} ({name}) runs on no cell"
+        assert any(not cell.refused for cell in cells_of(mark, name)[0]), f"invariant {number} ({name}) runs on no cell"
 
 
 def test_rotation_reaches_every_family() -> None:
     for (number, name), mark in rows().items():
         if mark.kwargs["rotate"] and mark.kwargs["where"] is None:
-            assert {cell.family for cell in cells_of(mark)[0]} == set(FAMILIES), f"{number} {name}"
+            assert {cell.family for cell in cells_of(mark, name)[0]} == set(FAMILIES), f"{number} {name}"
 
 
 def test_refused_cells_are_few_and_reasoned() -> None:

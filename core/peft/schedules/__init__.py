@@ -1,0 +1,1 @@
+"""Methods that decide what other methods train, and when."""

@@ -1,0 +1,179 @@
+"""Sheet 46, IST: the checks by their numbers there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from core import FineTuner
+from core.backbone import Backbone
+from core.data import EpochLoader, EpochSampler
+from core.errors import ScionError
+from core.peft import method_class
+from core.tasks import Classification
+from tests.models import make
+from tests.toolkit import Plain, loader, trainer
+
+IST: Any = method_class("IST")
+
+
+class Deep(Backbone):
+    """A ViT of eight narrow layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        import timm
+
+        self.model = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=16, depth=8,
+                                       num_heads=2, num_classes=0)
+        self.dim = 16
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.model(inputs)
+
+
+def run(folder: Path, *methods: Any, steps: int = 12, checkpoint: Path | None = None, listen: Any = None) -> FineTuner:
+    """Train on noise; ``listen`` is a further callback."""
+    torch.manual_seed(0)
+    module = FineTuner(Deep(), Classification(), classes=list("abcd"), optimizer={"lr": 1e-2, "weight_decay": 0.1})
+    data = TensorDataset(torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(1)), torch.arange(64) % 4)
+    batches = EpochLoader(data, batch_size=8, sampler=EpochSampler(64, shuffle=True, seed=0))
+    fit = trainer(folder, *methods, *([listen] if listen else []), max_steps=steps, enable_checkpointing=bool(listen))
+    fit.fit(module, batches, ckpt_path=checkpoint)
+    return module
+
+
+def hosts() -> list[Any]:
+    return [method_class("LoRA")(rank=2, targets=("q", "mlp.up")), IST(refresh=4)]  # type: ignore[call-arg]
+
+
+def test_2_share_of_layers() -> None:
+    """12 layers: 3 are trained at a step, 6 suppressed; 73,728 of 294,912 numbers."""
+    import timm
+
+    with torch.device("meta"):
+        model = timm.create_model("vit_base_patch16_224", num_classes=0)
+    lora: Any = method_class("LoRA")(rank=8, targets=("qkv",)).attach(model)  # type: ignore[call-arg]
+    ist = IST().attach(model)
+    ist.importance = torch.zeros(12)
+    layers = ist.layers_at(0)
+    assert len(set(layers)) == 3 and all(len(set(s)) == 6 for s in ist.sets_at(10))
+    assert lora.counts()["method"] == 294_912
+    ist.activate(layers)
+    assert sum(t.numel() for t in lora.module.parameters() if t.requires_grad) == 73_728
+    ist.release()
+    assert lora.counts()["method"] == 294_912
+
+
+def test_3_idle_layers_stay_bit_equal(tmp_path: Path) -> None:
+    """With weight decay on; what stands outside the layers (the head) is trained at every step."""
+    from lightning.pytorch import Callback
+
+    class Watch(Callback):
+        seen: list[list[int]] = []
+
+        def on_train_batch_start(self, trainer: Any, module: Any, *_: Any) -> None:
+            self.lora, self.ist = module.methods
+            self.before = [[t.clone() for t in group] for group in self.ist.tensors_of_layers()]
+            self.wanted, self.head = self.ist.layers_at(self.ist.steps), next(module.task.parameters()).clone()
+
+        def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+            after = self.ist.tensors_of_layers()
+            moved = [i for i, (a, b) in enumerate(zip(self.before, after, strict=True))
+                     if not all(torch.equal(x, y) for x, y in zip(a, b, strict=True))]
+            assert moved == self.wanted and len(moved) == 2
+            assert not torch.equal(self.head, next(module.task.parameters()))
+            self.seen.append(moved)
+
+    watch = Watch()
+    module = run(tmp_path, *hosts(), listen=watch)
+    assert len(watch.seen) == 12 and len({tuple(s) for s in watch.seen}) > 3
+    assert all(p.requires_grad for group in module.methods[1].tensors_of_layers() for p in group)  # type: ignore[attr-defined]
+
+
+def test_4_score_update() -> None:
+    ist = IST()
+    ist.importance = torch.zeros(4)
+    ist.score([[0, 1], [1, 2], [2, 3]], [1.0, 0.8, 1.2])
+    torch.testing.assert_close(ist.importance, torch.tensor([-0.0123, 0.1790, 0.0123, -0.1790]), atol=1e-4, rtol=0)
+
+
+def test_5_sampling() -> None:
+    """A layer with a large I is hardly ever trained; frequencies follow sigmoid(-I)."""
+    ist = IST(share=0.25)
+    ist.importance = torch.tensor([5.0, -5.0, -5.0, -5.0])
+    assert sum(ist.layers_at(step) == [0] for step in range(2000)) < 10
+    ist.importance = torch.tensor([1.0, 0.0, -1.0, 0.5])
+    counts = torch.bincount(torch.tensor([ist.layers_at(step)[0] for step in range(4000)]), minlength=4)
+    expected = torch.sigmoid(-ist.importance)
+    expected = 4000 * expected / expected.sum()
+    assert float(((counts - expected) ** 2 / expected).sum()) < 16.3  # chi-square, 3 degrees of freedom, 0.1 %
+
+
+def test_6_comparison_leaves_no_trace(tmp_path: Path) -> None:
+    """Parameters, buffers, modes, scales and random states are what they were; suppression itself has an effect."""
+    from lightning.pytorch import Callback
+
+    class Compare(Callback):
+        done = False
+
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
+            if trainer.global_step != 6:
+                return
+            ist = module.methods[1]
+            state = {name: t.clone() for name, t in module.state_dict().items()}
+            modes = {name: m.training for name, m in module.named_modules()}
+            drawn = torch.get_rng_state()
+            losses = ist._losses([[0, 1, 2, 3], [4, 5, 6, 7], []])
+            assert len(set(losses)) == 3
+            assert all(torch.equal(t, state[name]) for name, t in module.state_dict().items())
+            assert modes == {name: m.training for name, m in module.named_modules()}
+            assert torch.equal(drawn, torch.get_rng_state())
+            assert all(graft.strength == 1 for graft in module.methods[0].grafts)
+            self.done = True
+
+    compare = Compare()
+    run(tmp_path, *hosts(), listen=compare)
+    assert compare.done
+
+
+def test_7_nothing_is_kept_below_the_lowest_layer() -> None:
+    backbone = Deep()
+    method_class("LoRA")(rank=2).attach(backbone)  # type: ignore[call-arg]
+    ist = IST().attach(backbone)
+    ist.importance = torch.zeros(8)
+    ist.activate([5, 6])
+    inputs: dict[int, bool] = {}
+    for index, block in enumerate(backbone.model.blocks):
+        block.register_forward_pre_hook(lambda m, args, i=index: inputs.update({i: args[0].requires_grad}))
+    backbone(torch.randn(2, 3, 16, 16)).sum().backward()
+    assert inputs == {i: i > 5 for i in range(8)}
+
+
+@pytest.mark.parametrize("host", ["LoRA", "DoRA", "Houlsby", "PrefixTuning"])
+def test_8_any_host(host: str, tmp_path: Path) -> None:
+    module = run(tmp_path, method_class(host)(), IST(refresh=3), steps=7)
+    assert module.methods[1].importance.abs().sum() > 0  # type: ignore[attr-defined]
+
+
+def test_resumed_run_equals_the_unbroken_one(tmp_path: Path) -> None:
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    whole = run(tmp_path, *hosts(), listen=ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=6, save_top_k=-1))
+    again = run(tmp_path, *hosts(), checkpoint=tmp_path / "step=6.ckpt")
+    for one, two in zip(whole.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, two)
+    assert torch.equal(whole.methods[1].importance, again.methods[1].importance)  # type: ignore[attr-defined, arg-type]
+
+
+def test_refusals(tmp_path: Path) -> None:
+    with pytest.raises(ScionError, match="put it behind a method"):
+        run(tmp_path, IST())
+    with pytest.raises(ScionError, match="no loss"):
+        module: nn.Module = Plain(make("timm_vit"))
+        trainer(tmp_path, method_class("LoRA")(), IST(), max_steps=1).fit(module, loader("timm_vit"))  # type: ignore[arg-type]
