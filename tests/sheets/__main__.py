@@ -10,9 +10,9 @@ HERE = Path(__file__).parent
 PAGE = HERE.parent.parent / "docs" / "checks.md"
 HEAD = """# Checks of the methods against their papers
 
-Made by `python -m tests.sheets` from the tests in `tests/sheets`, one file a method. The numbers are those of the checks
-in the method's specification; tests without one go beyond it. What every method must hold on every backbone is the matrix
-that `make test` prints; parameter counts from papers are in `tests/core/test_published_counts.py`.
+Made by `python -m tests.sheets` from the tests in `tests/sheets`, one file a method. The numbers are those of the
+checks in the method's specification; tests without one go beyond it. What every method must hold on every backbone is
+the matrix that `make test` prints; parameter counts from papers are in `tests/core/test_published_counts.py`.
 
 | specification | method | check | what | test |
 |---|---|---|---|---|
