@@ -84,6 +84,10 @@ class Graft(nn.Module):
         """The site's bias b [out] (zeros where the module has none) with this graft written into it; None leaves it."""
         return None
 
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """(up [out, rank], down [rank, in]) where the change of the weight is their product; None where it is not."""
+        return None
+
     @property
     def verbs(self) -> tuple[str, ...]:
         """Which of the four verbs this class defines."""

@@ -63,6 +63,8 @@ class Row:
     """Operators that one graft may add to a forward."""
     saved: float = 1.0
     """Bytes that the first variant keeps for backward, at most, as a share of full fine-tuning's on the same model."""
+    state: int = 0
+    """Bytes for each trained number that a checkpoint holds beside it and its two moments."""
     stored: float = 1.0
     """Numbers that the file may hold for each trained one (positions, indices)."""
     schedule: Callable[[], None] | None = None
@@ -170,6 +172,15 @@ def _to_sparse(method: Any) -> None:
         for tensor in method.trainable().values():
             tensor += 0.01 * (torch.rand(tensor.shape, generator=generator) - 0.5).to(tensor)
     method.advance()
+
+
+def _patched(method: Any) -> None:
+    """As made from a saved patch of rank 2, with values of zero."""
+    from core.anatomy import dissect
+
+    sites = dissect(method.root).sites(("mlp.up", "o"))
+    method.restructure({"changes": {site.weight_name: [[site.full_weight.shape[0], 2], [2, site.in_features]]
+                                    for site in sites}})
 
 
 def _grown(method: Any) -> None:
@@ -382,13 +393,13 @@ METHODS: dict[str, Row] = {
     ),
     "AdaLoRA": Row(
         {"q, v": Variant({"rank": 4, "target_rank": 2}),
-         "all": Variant({"rank": 3, "target_rank": 1, "alpha": 6, "warmup": 0, "cooldown": 1, "interval": 1, **WIDE})},
+         "all": Variant({"rank": 3, "target_rank": 1, "alpha": 1, "warmup": 0, "cooldown": 1, "interval": 1, **WIDE})},
         trained=_adalora,
         cards=(("bert_base", {}, 442_656),),
         bad=(({"rank": 0}, "rank 0"), ({"target_rank": 13}, "target_rank 13"), ({"interval": 0}, "interval 0"),
              ({"beta": 1.0}, "beta 1"), ({"targets": ("q", "block")}, "linear weight")),
         random=True, weights=True, operators=7, saved=0.8,
-        schedule=_budget_follows_formula,
+        schedule=_budget_follows_formula, state=8,
         artifact={"rank": 1, "target_rank": 1},
     ),
     "TriAdaptLoRA": Row(
@@ -431,6 +442,14 @@ METHODS: dict[str, Row] = {
         saved=0.0,
         absent=("test_nothing_to_train", "test_checkpoint", "test_resume", "test_reproducible",
                 "test_no_graph_below_the_first_graft"),
+    ),
+    "PortLLM": Row(
+        {"low rank": Variant({"scale": 0.5}, _patched, trains=False)},
+        trained=lambda anatomy, method: 0,
+        bad=(({"patch": "nowhere"}, "patch.json"),),
+        operators=4, saved=0.5,
+        absent=("test_checkpoint", "test_resume", "test_reproducible", "test_nothing_to_train", "test_adapter_file",
+                "test_no_graph_below_the_first_graft", "test_what_the_rows_share_cannot_be_routed"),
     ),
     "PrefixTuning": Row(
         {"direct": Variant({"tokens": 3}, learns={"tokens": 20}),

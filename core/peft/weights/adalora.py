@@ -32,6 +32,9 @@ class AdaLoRAGraft(Graft):
     def merged(self, weight: Tensor) -> Tensor:
         return weight + self.scale * (self.B @ (self.E * self.A)).to(weight.dtype)
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.scale * self.B, self.E * self.A
+
 
 class AdaLoRA(LoRA):
     """LoRA as singular triplets, of which those with the least importance are zeroed, over all sites together.
@@ -43,7 +46,8 @@ class AdaLoRA(LoRA):
     Trains: rank (in + out) + rank a target; BERT-base, q and v, rank 12: 442,656
     Merges: W + s B diag(E) A
     Source: Zhang et al. 2023, arXiv:2303.10512, sections 3.1 to 3.3, algorithm 1. Learning rate as LoRA's here; gamma
-        of the authors' scripts (0.5 in Hugging Face peft); warmup, cooldown and interval after their MNLI run
+        of the authors' scripts (0.5 in Hugging Face peft); warmup, cooldown and interval after their MNLI run. A
+        checkpoint holds the two running scores of each number as well
 
     Args:
         rank: ranks of each target at the start.
@@ -111,8 +115,8 @@ class AdaLoRA(LoRA):
     @torch.no_grad()
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         for name, tensor in self.module.named_parameters():
-            if tensor.grad is not None:
-                self._observe(name, (tensor * tensor.grad).abs())
+            gradient = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+            self._observe(name, (tensor * gradient).abs())
         keep, now = self.budget(self.steps)
         if not now or not self.scores:
             return
@@ -136,7 +140,12 @@ class AdaLoRA(LoRA):
         return e[:, 0] + a.mean(1) + b.mean(0)
 
     def training_state(self) -> dict[str, Any]:
-        return {"scores": dict(self.scores)}
+        kinds = ("mean", "spread")
+        found = {kind: [v.flatten() for name, v in self.scores.items() if name.endswith(f"/{kind}")] for kind in kinds}
+        return {kind: torch.cat(values) for kind, values in found.items() if values}
 
     def load_training_state(self, state: dict[str, Any]) -> None:
-        self.scores = dict(state["scores"])
+        tensors = dict(self.module.named_parameters())
+        sizes = [tensor.numel() for tensor in tensors.values()]
+        self.scores = {f"{name}/{kind}": part.view_as(tensor).clone() for kind, values in state.items()
+                       for (name, tensor), part in zip(tensors.items(), values.split(sizes), strict=True)}

@@ -40,6 +40,9 @@ class DoRAGraft(LoRAGraft):
     def merged(self, weight: Tensor) -> Tensor:
         return (self.magnitude / self._norm()).to(weight.dtype)[:, None] * super().merged(weight)
 
+    def factors(self) -> None:
+        return None
+
 
 class DoRA(LoRA):
     """LoRA on the direction of a weight, and a trained magnitude for each output.

@@ -33,6 +33,9 @@ class LoRAGraft(Graft):
     def merged(self, weight: Tensor) -> Tensor:
         return weight + self.scale * (self.B @ self.A).to(weight.dtype)
 
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        return self.scale * self.B, self.A
+
 
 class LoRA(PEFTMethod):
     """A low-rank change beside a frozen weight: linear maps, Conv1D, convolutions, and parts of a fused projection.

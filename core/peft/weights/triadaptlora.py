@@ -68,8 +68,11 @@ class TriAdaptLoRAGraft(Graft):
         return self.site.put(y, self.site.take(y) + delta)
 
     def merged(self, weight: Tensor) -> Tensor:
-        change = torch.cat(list(self.B), dim=1) @ self.core() @ torch.cat(list(self.A))
-        return weight + self.scale * change.to(weight.dtype)
+        up, down = self.factors()
+        return weight + (up @ down).to(weight.dtype)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.scale * torch.cat(list(self.B), dim=1), self.core() @ torch.cat(list(self.A))
 
 
 class TriAdaptLoRA(LoRA):

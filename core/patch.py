@@ -1,0 +1,306 @@
+"""Patches: what attached methods change in a model, as numbers to add to it, or to another base of the same shapes.
+
+    patch = Patch.take(model)                      # model with LoRA attached and trained
+    patch.save("boolq")
+    applied = Patch.load("boolq").apply(newer)     # merged into the new base, with a warning that it is another
+    applied.remove()                               # and bit for bit out again
+    (0.5 * patch + other).apply(newer)
+
+A change is dense, or low-rank where the method says so. It is frozen to numbers on the base that it was trained on: of
+a method whose formula reads the weight (DoRA), the numbers are carried, not the formula. Source: Khan et al. 2024
+(PortLLM), arXiv:2410.10870, where it was made for LoRA.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from core.anatomy import dissect
+from core.artifact import fingerprint, write_atomically
+from core.errors import ScionError, listed
+from core.method import methods_on, uncompiled
+
+FORMAT = 1
+TENSORS, RECORD = "patch.safetensors", "patch.json"
+
+
+@dataclass(frozen=True)
+class Change:
+    """What is added to one parameter: a dense tensor, or ``up @ down`` in the layout [out, in]."""
+
+    up: Tensor
+    """[out, rank], or the dense change itself."""
+    down: Tensor | None = None
+    """[rank, in]; None where the change is dense."""
+    shape: tuple[int, ...] = ()
+
+    def dense(self) -> Tensor:
+        """The change in the parameter's shape, in float32 or wider."""
+        if self.down is None:
+            return self.up
+        return (self.up @ self.down).view(self.shape)
+
+    def scaled(self, factor: float) -> Change:
+        return Change(self.up * factor, self.down, self.shape)
+
+    def plus(self, other: Change) -> Change:
+        """The sum: low-rank if both are and the sum still has fewer numbers."""
+        if self.down is not None and other.down is not None:
+            up, down = torch.cat([self.up, other.up], dim=1), torch.cat([self.down, other.down])
+            if up.numel() + down.numel() < self.up.shape[0] * self.down.shape[1]:
+                return Change(up, down, self.shape)
+        return Change(self.dense() + other.dense(), None, self.shape)
+
+    def truncated(self, rank: int) -> Change:
+        """The nearest change of this rank (singular value decomposition); vectors stay as they are."""
+        if len(self.shape) < 2:
+            return self
+        u, s, v = torch.linalg.svd(self.dense().flatten(1), full_matrices=False)
+        return Change(u[:, :rank] * s[:rank], v[:rank].contiguous(), self.shape)
+
+
+@dataclass(frozen=True)
+class Patch:
+    """Changes by parameter name, and the fingerprint of the base that they were trained on."""
+
+    changes: dict[str, Change]
+    base: str = ""
+    head: dict[str, Tensor] = field(default_factory=dict)
+    """Tensors of a task head inside the model, as they were trained: they travel along, and replace."""
+
+    # --------------------------------------------------------------------------------- making one
+
+    @classmethod
+    def take(cls, model: nn.Module, rank: int | None = None) -> Patch:
+        """What the methods attached to ``model`` change; the model stays as it is.
+
+        Args:
+            model: with mergeable methods attached.
+            rank: keep this rank of each matrix's change; None keeps all.
+
+        Raises:
+            ScionError: no method, or one that cannot be merged.
+        """
+        model = uncompiled(model)
+        methods = methods_on(model)
+        if not methods:
+            raise ScionError("Patch.take: no method is attached to this model, so there is nothing to take")
+        home = model.get_submodule("peft")
+        base, heads = str(home.fingerprint), list(home.heads)  # type: ignore[arg-type]
+        parameters = dict(model.named_parameters())
+        head = {name: parameters[name].detach().cpu().clone() for name in heads if parameters[name].requires_grad}
+        changes: dict[str, Change] = {}
+        before = {name: p.detach().clone() for name, p in parameters.items() if not name.startswith("peft.")}
+        before.update({name: start.to(parameters[name]) for m in methods for name, start in m.start.items()})
+        low = _factors(model)
+        merged = []
+        try:
+            for method in methods:
+                method.merge()
+                merged.append(method)
+            for name, start in before.items():
+                now = model.get_parameter(name).detach()
+                if name not in heads and not torch.equal(now, start):
+                    change = low.get(name) or Change((now.double() - start.double()).float().cpu(), None,
+                                                     tuple(start.shape))
+                    changes[name] = change if rank is None else change.truncated(rank)
+        finally:
+            for method in reversed(merged):
+                method.unmerge()
+        return cls(changes, base, head)
+
+    # --------------------------------------------------------------------------------- arithmetic
+
+    def __mul__(self, factor: float) -> Patch:
+        return Patch({name: change.scaled(factor) for name, change in self.changes.items()}, self.base, self.head)
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> Patch:
+        return self * -1.0
+
+    def __add__(self, other: Patch) -> Patch:
+        """The sum of both; a task head in both refuses, for heads do not add up."""
+        both = self.head.keys() & other.head.keys()
+        if both:
+            raise ScionError(f"two patches bring the task head {listed(sorted(both), 2)}: take one of them without")
+        changes = dict(self.changes)
+        for name, change in other.changes.items():
+            if name in changes and changes[name].shape != change.shape:
+                raise ScionError(f"the patches do not fit: {name} is {list(changes[name].shape)} and "
+                                 f"{list(change.shape)}")
+            changes[name] = changes[name].plus(change) if name in changes else change
+        return Patch(changes, self.base if self.base == other.base else "", {**self.head, **other.head})
+
+    def __sub__(self, other: Patch) -> Patch:
+        return self + Patch((-other).changes, other.base)
+
+    # --------------------------------------------------------------------------------- applying
+
+    def check(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The parameters of ``model`` that the patch means; every one of its entries must have its place.
+
+        Raises:
+            ScionError: a name that is missing, a shape that differs, values that are not finite.
+        """
+        parameters = dict(model.named_parameters())
+        wanted = {**{name: change.shape for name, change in self.changes.items()},
+                  **{name: tuple(tensor.shape) for name, tensor in self.head.items()}}
+        missing = [name for name in wanted if name not in parameters]
+        if missing:
+            raise ScionError(f"the patch belongs to another architecture: {listed(missing, 3)} is not here")
+        for name, shape in wanted.items():
+            if tuple(parameters[name].shape) != shape:
+                raise ScionError(f"the patch belongs to another architecture: {name} is {list(shape)} in the patch, "
+                                 f"{list(parameters[name].shape)} here")
+        for name, change in self.changes.items():
+            if not all(bool(torch.isfinite(part).all()) for part in (change.up, change.down) if part is not None):
+                raise ScionError(f"the patch holds values that are not finite, at {name}")
+        anatomy = dissect(model)
+        here = fingerprint(model, without=anatomy.head_names())
+        if self.base and here != self.base:
+            warnings.warn(f"the patch is carried from base {self.base} to {here}", stacklevel=3)
+        return {name: parameters[name] for name in wanted}
+
+    @torch.no_grad()
+    def apply(self, model: nn.Module, scale: float = 1.0) -> Applied:
+        """Add ``scale`` times the patch to the weights of ``model``, one parameter at a time; all or nothing.
+
+        Returns:
+            What takes it out again, bit for bit.
+        """
+        model = uncompiled(model)
+        if methods_on(model):
+            raise ScionError("the model has methods attached: apply the patch before them")
+        places = self.check(model)
+        before: dict[str, Tensor] = {}
+        try:
+            for name, parameter in places.items():
+                kept = parameter.detach().clone()
+                before[name] = kept
+                if name in self.head:
+                    parameter.copy_(self.head[name])
+                else:
+                    wide = torch.promote_types(parameter.dtype, torch.float32)
+                    change = scale * self.changes[name].dense().to(parameter.device, wide)
+                    parameter.copy_(parameter.to(wide) + change)
+        except BaseException:
+            for name, kept in before.items():
+                places[name].copy_(kept)
+            raise
+        return Applied(model, before, {name: places[name].detach().clone() for name in before})
+
+    # --------------------------------------------------------------------------------- files
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``patch.safetensors`` and ``patch.json`` into ``folder``."""
+        from safetensors.torch import save_file
+
+        tensors = {f"head:{name}": tensor for name, tensor in self.head.items()}
+        shapes = {}
+        for name, change in self.changes.items():
+            shapes[name] = list(change.shape)
+            tensors[f"up:{name}" if change.down is not None else f"dense:{name}"] = change.up
+            if change.down is not None:
+                tensors[f"down:{name}"] = change.down
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        packed = {name: tensor.detach().contiguous().cpu().clone() for name, tensor in tensors.items()}
+        record = {"format": FORMAT, "base": self.base, "shapes": shapes}
+        write_atomically(target / TENSORS, lambda path: save_file(packed, path, metadata={"format": "pt"}))
+        write_atomically(target / RECORD, lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
+        return target
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Patch:
+        """The patch in ``folder``.
+
+        Raises:
+            ScionError: no patch, or a damaged one.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        path = Path(folder)
+        if not (path / RECORD).is_file():
+            raise ScionError(f"{folder}: no {RECORD} here; give a folder that Patch.save wrote")
+        try:
+            record = json.loads((path / RECORD).read_text())
+            tensors = load_file(path / TENSORS)
+            if record["format"] != FORMAT:
+                raise ScionError(f"{path / RECORD}: format {record['format']} is unknown; this version reads {FORMAT}")
+            changes = {}
+            for name, shape in record["shapes"].items():
+                low = f"up:{name}" in tensors
+                up = tensors[f"up:{name}" if low else f"dense:{name}"]
+                changes[name] = Change(up, tensors[f"down:{name}"] if low else None, tuple(shape))
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            raise ScionError(f"{path}: damaged, or not a patch ({type(error).__name__}); copy it again") from None
+        head = {name.removeprefix("head:"): tensor for name, tensor in tensors.items() if name.startswith("head:")}
+        return cls(changes, str(record["base"]), head)
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A patch in a model."""
+
+    model: nn.Module
+    before: dict[str, Tensor]
+    after: dict[str, Tensor]
+
+    @torch.no_grad()
+    def remove(self) -> None:
+        """Put the weights back, bit for bit.
+
+        Raises:
+            ScionError: they have changed since: take out first what was added later.
+        """
+        parameters = dict(self.model.named_parameters())
+        for name, value in self.after.items():
+            if not torch.equal(parameters[name].detach(), value):
+                raise ScionError(f"{name} has changed since the patch was applied; remove what came later first")
+        for name, value in self.before.items():
+            parameters[name].copy_(value)
+
+
+def residual_report(old: Patch, new: Patch, model: nn.Module, tolerance: float = 1e-6) -> dict[str, dict[str, float]]:
+    """For each parameter, how far the patch trained on the old base is from the one trained on ``model``: the norm of
+    C = new - old, its share of |W + old|, its largest entry, and its rank. A report, no test: two equally good runs
+    from different starts may be far apart."""
+    found: dict[str, dict[str, float]] = {}
+    for name in old.changes.keys() & new.changes.keys():
+        one, other = old.changes[name].dense(), new.changes[name].dense()
+        rest = other - one
+        whole = model.get_parameter(name).detach().to(one) + one
+        found[name] = {"norm": float(rest.norm()), "share": float(rest.norm() / whole.norm()),
+                       "largest": float(rest.abs().max()),
+                       "rank": float(torch.linalg.matrix_rank(rest.flatten(1), rtol=tolerance))
+                       if rest.dim() > 1 else 1.0}
+    return found
+
+
+def _factors(model: nn.Module) -> dict[str, Change]:
+    """Low-rank changes, exact, of parameters that grafts with ``factors`` alone change."""
+    found: dict[str, Change] = {}
+    spoiled: set[str] = set()
+    for method in methods_on(model):
+        spoiled |= set(method.start)
+        for graft in method.grafts:
+            site, name = graft.site, graft.site.weight_name
+            parts = graft.factors()
+            if parts is None or site.kind == "conv1d":
+                spoiled.add(name)
+                continue
+            up, down = (part.detach().float().cpu() for part in parts)
+            if site.rows is not None:
+                rows = torch.zeros(site.full_weight.shape[0], up.shape[1])
+                up = site.rows.put(rows, up)
+            change = Change(up, down, tuple(site.full_weight.shape))
+            found[name] = found[name].plus(change) if name in found else change
+    return {name: change for name, change in found.items() if name not in spoiled}

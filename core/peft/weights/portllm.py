@@ -1,0 +1,103 @@
+"""PortLLM: what a method has learned on one base, carried to another (Khan et al. 2024, arXiv:2410.10870)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core import graft as grafts
+from core.anatomy import Anatomy, Site, parameter_site
+from core.errors import ScionError
+from core.graft import Graft
+from core.method import PEFTMethod, key_of
+from core.patch import Patch
+
+
+class PatchGraft(Graft):
+    """W + scale U D, with U [out, rank] and D [rank, in], or W + scale U where the change is dense; all frozen."""
+
+    up: Tensor
+    down: Tensor | None
+
+    def __init__(self, site: Site, up: Tensor, down: Tensor | None, scale: float) -> None:
+        super().__init__(site)
+        self.register_buffer("up", up)
+        self.register_buffer("down", down)
+        self.scale = scale
+
+    def weight(self, weight: Tensor) -> Tensor:
+        change = self.up if self.down is None else self.up @ self.down
+        return weight + (self.scale * change).view_as(weight).to(weight.dtype)
+
+
+class PortLLM(PEFTMethod):
+    """A patch, taken from a model with trained methods, beside the frozen weights of another base; nothing is trained.
+
+    Equation: W'_i = W' + scale dW_i, dW_i = W_i - W as it was learned on the old base (s B A, if that was LoRA)
+    Trains: nothing (a head may be trained beside it). LoRA of rank 8 on all linear maps of Mistral-7B: 20,971,520
+        numbers to carry
+    Merges: W' + scale dW
+    Source: Khan et al. 2024, arXiv:2410.10870. ``core.patch.Patch`` takes, adds, subtracts, scales and applies patches;
+        that the new base would have learned much the same change is the paper's observation, not a theorem
+
+    Args:
+        patch: folder that ``Patch.save`` wrote.
+        scale: factor of the patch.
+    """
+
+    mergeable = True
+    trains_backbone = False
+    recommended = {"lr": 1e-3, "weight_decay": 0.1}
+
+    def __init__(self, patch: str = "", scale: float = 1.0, **common: Any) -> None:
+        super().__init__(**common)
+        self.patch, self.scale = patch, scale
+        try:
+            self.taken = Patch.load(patch) if patch else Patch({})
+        except ScionError as error:
+            raise ScionError(f"PortLLM: {error}") from None
+
+    def check(self, anatomy: Anatomy) -> None:
+        self.taken.check(anatomy.root)
+        if self.taken.head:
+            raise ScionError(f"{self.name}: {self.patch} brings a task head of its own; apply it with Patch.apply")
+
+    def sites(self, anatomy: Anatomy) -> list[Site]:
+        return [parameter_site(anatomy.root, name) for name in self.taken.changes]
+
+    def build(self, site: Site) -> Graft:
+        change = self.taken.changes[site.name]
+        return PatchGraft(site, change.up.clone(), None if change.down is None else change.down.clone(), self.scale)
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        if not self.grafts:
+            raise ScionError(f"{self.name}: give the folder of a patch (patch=...), as Patch.save writes it")
+        super().on_fit_start(trainer, pl_module)
+
+    def spec(self) -> dict[str, Any]:  # the adapter holds the numbers, wherever the folder is by then
+        found = super().spec()
+        return {**found, "config": {**found["config"], "patch": ""}}
+
+    def structure(self) -> dict[str, Any]:
+        return {"changes": {graft.site.name: [list(part.shape) for part in (graft.up, graft.down) if part is not None]
+                            for graft in self.grafts if isinstance(graft, PatchGraft)}}
+
+    def restructure(self, structure: dict[str, Any]) -> None:
+        root = self._need_root()
+        parameters = dict(root.named_parameters())
+        present = {graft.site.name for graft in self.grafts}
+        for name, shapes in structure.get("changes", {}).items():
+            if name in present:
+                continue
+            shape = [shapes[0][0], shapes[-1][-1]] if len(shapes) == 2 else shapes[0]
+            here = list(parameters[name].shape) if name in parameters else []
+            if (list(parameters[name].flatten(1).shape) if len(shapes) == 2 and here else here) != shape:
+                raise ScionError(f"{self.name}: {name} is {shape} in the file, {here or 'absent'} here")
+            base = parameters[name]
+            parts = [torch.zeros(part, device=base.device) for part in shapes]
+            graft = PatchGraft(parameter_site(root, name), parts[0], parts[1] if len(parts) > 1 else None, self.scale)
+            graft.place = self.place
+            self.module.add_module(key_of(name), graft)
+            grafts.connect(graft)
