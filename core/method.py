@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import warnings
 from abc import ABC
 from collections.abc import Iterator, Sequence
@@ -673,9 +674,12 @@ class PEFTMethod(Recorded, Callback, ABC):
             tensor.grad = gradient / torch.distributed.get_world_size()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._stop_following()
+
+    def _stop_following(self) -> None:
         if self._following is not None:
             self._following.remove()
-            self._following, self._around, self._late = None, None, []
+        self._following, self._around, self._late = None, None, []
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.attached:
@@ -710,10 +714,14 @@ class PEFTMethod(Recorded, Callback, ABC):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         resume, self._resume = self._resume, None
-        if self.is_scheduled and self._following is None:
-            total = int(trainer.estimated_stepping_batches)
+        if self.is_scheduled:
+            self._stop_following()  # of a run that an error ended
+            total = trainer.estimated_stepping_batches
+            if math.isinf(total):
+                raise ScionError(f"{self.name} follows a schedule over the whole run: give the Trainer max_epochs or "
+                                 "max_steps")
             self.steps = 0
-            self._following = self.follow(trainer.optimizers[0], total, pl_module)
+            self._following = self.follow(trainer.optimizers[0], int(total), pl_module)
         if resume is None:
             return
         mine = dict(resume.get("methods", {}).get(self.name, {}))

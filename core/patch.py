@@ -169,11 +169,17 @@ class Patch:
         return {name: parameters[name] for name in wanted}
 
     @torch.no_grad()
-    def apply(self, model: nn.Module, scale: float = 1.0) -> Applied:
+    def apply(self, model: nn.Module, scale: float = 1.0, keep: bool = True) -> Applied:
         """Add ``scale`` times the patch to the weights of ``model``, one parameter at a time; all or nothing.
 
+        Args:
+            model: plain, of the patch's architecture.
+            scale: factor of the patch.
+            keep: keep the weights as they were, to take the patch out again; False needs no more memory than the
+                largest change.
+
         Returns:
-            What takes it out again, bit for bit.
+            What takes it out again, bit for bit (where ``keep``).
         """
         model = uncompiled(model)
         if methods_on(model):
@@ -182,8 +188,8 @@ class Patch:
         before: dict[str, Tensor] = {}
         try:
             for name, parameter in places.items():
-                kept = parameter.detach().clone()
-                before[name] = kept
+                if keep:
+                    before[name] = parameter.detach().clone()
                 if name in self.head:
                     parameter.copy_(self.head[name])
                 else:
@@ -194,7 +200,7 @@ class Patch:
             for name, kept in before.items():
                 places[name].copy_(kept)
             raise
-        return Applied(model, before, {name: places[name].detach().clone() for name in before})
+        return Applied(model, before, {name: places[name].detach().clone() for name in before}, keep)
 
     # --------------------------------------------------------------------------------- files
 
@@ -253,14 +259,17 @@ class Applied:
     model: nn.Module
     before: dict[str, Tensor]
     after: dict[str, Tensor]
+    kept: bool = True
 
     @torch.no_grad()
     def remove(self) -> None:
         """Put the weights back, bit for bit.
 
         Raises:
-            ScionError: they have changed since: take out first what was added later.
+            ScionError: they have changed since: take out first what was added later; or they were not kept.
         """
+        if not self.kept:
+            raise ScionError("the weights were not kept when the patch was applied (keep=False)")
         parameters = dict(self.model.named_parameters())
         for name, value in self.after.items():
             if not torch.equal(parameters[name].detach(), value):

@@ -102,7 +102,10 @@ def test_7_training_free() -> None:
     model = make("bert").requires_grad_(False)
     patch = Patch.take(trained()[0])
     with torch.autograd.graph.saved_tensors_hooks(lambda t: pytest.fail("a tensor was kept"), lambda t: t):
-        patch.apply(model)
+        applied = patch.apply(model, keep=False)
+    assert not applied.before and not applied.after
+    with pytest.raises(ScionError, match="keep=False"):
+        applied.remove()
     assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
 
 
