@@ -113,11 +113,12 @@ class PEFTMethod(Recorded, Callback, ABC):
 
     # --------------------------------------------------------------------------------- what a method defines
 
-    targets: Sequence[str] = ()
+    targets: Sequence[str] | None = ()
 
     def sites(self, anatomy: Anatomy) -> list[Site]:
-        """Where grafts stand; by default ``targets`` in ``layers``."""
-        return anatomy.sites(self.targets, self.layers, self.name) if self.targets else []
+        """Where grafts stand; by default ``targets`` in ``layers``, where None means every linear map of the blocks."""
+        targets = anatomy.linear_roles() if self.targets is None else self.targets
+        return anatomy.sites(targets, self.layers, self.name) if targets else []
 
     def build(self, site: Site) -> Graft:
         """The graft for a site. Called with the random state seeded by (seed, name, site); use ``nn.init`` freely."""
@@ -308,6 +309,15 @@ class PEFTMethod(Recorded, Callback, ABC):
         tensor = next(around.parameters(), next(anatomy.root.parameters())) if tensor is None else tensor
         device, dtype = home_of(tensor)
         return graft.to(device=device, dtype=dtype)
+
+    def add_graft(self, graft: Graft) -> None:
+        """Give an attached method one more graft, on the device of its site's tensor and in a type that it can train
+        in: for methods whose grafts are not known when they are attached."""
+        device, dtype = home_of(graft.site.full_weight)
+        graft.to(device=device, dtype=dtype).requires_grad_(self.is_trained)
+        graft.place = self.place
+        self.module.add_module(key_of(graft.site.name), graft)
+        grafts.connect(graft)
 
     def _norm_names(self, anatomy: Anatomy) -> list[str]:
         if not self.norms:

@@ -18,7 +18,7 @@ from core.backbone import Backbone
 from core.errors import ScionError, listed, nearest
 from core.graft import checkpoint_activations
 from core.method import PEFTMethod, home_in, methods_on
-from core.optim import Together
+from core.optim import Together, steps_of
 from core.spec import plain
 from core.tasks.base import Task
 
@@ -56,7 +56,7 @@ class ScheduleSettings:
 
     def factor(self, step: int, total: int) -> float:
         """What the learning rate is multiplied by at ``step`` of ``total``."""
-        warmup = self.warmup * total if self.warmup < 1 else self.warmup
+        warmup = steps_of(self.warmup, total)
         if step < warmup:
             return (step + 1) / (warmup + 1)
         if self.name == "constant":

@@ -1,4 +1,5 @@
-"""Optimizers side by side: some methods are optimizers, while a head beside them wants an ordinary one."""
+"""Optimizers side by side (some methods are optimizers, while a head beside them wants an ordinary one), and the count
+of their steps."""
 
 from __future__ import annotations
 
@@ -28,3 +29,8 @@ class Together(Optimizer):
         for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+
+def steps_of(value: float, total: int) -> float:
+    """A number of steps given as such, or, below 1, as a share of ``total``."""
+    return value * total if value < 1 else value

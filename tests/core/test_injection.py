@@ -143,7 +143,7 @@ def test_count(cell: Cell) -> None:
     assert flags == set(trained)
 
 
-def _refuses(cell: Cell, changes: dict[str, Any], *words: str) -> None:
+def _refuses(cell: Cell, changes: dict[str, Any], *words: str) -> str:
     """The method stops with one line holding ``words``, before anything has changed."""
     model = make(cell.family)
     left, values = trace(model), snapshot(model)
@@ -152,6 +152,7 @@ def _refuses(cell: Cell, changes: dict[str, Any], *words: str) -> None:
     message = str(refusal.value)
     assert all(word in message for word in words) and "\n" not in message, message
     assert differences(left, trace(model)) == [] and same(values, snapshot(model))
+    return message
 
 
 def _takes(cell: Cell, argument: str) -> bool:
@@ -161,14 +162,14 @@ def _takes(cell: Cell, argument: str) -> bool:
 @invariant(9, "a target that matches nothing stops the run")
 def test_targets(cell: Cell) -> None:
     name = {"name": "mine"}
-    _refuses(cell, {"layers": (0, 99), **name}, "99", "mine", "layers 0 to")
-    _refuses(cell, {"norms": ("norm2", "normm"), **name}, "'normm'", "mine")
+    assert _refuses(cell, {"layers": (0, 99), **name}, "99", "mine", "layers 0 to")
+    assert _refuses(cell, {"norms": ("norm2", "normm"), **name}, "'normm'", "mine")
     if _takes(cell, "targets"):
         good = tuple(cell.new().config["targets"] or ("mlp.up",))
-        _refuses(cell, {"targets": ("mlp.dwn",), **name}, "'mlp.dwn'", "mlp.down", "mine")
-        _refuses(cell, {"targets": (*good, "mlp.dwn"), **name}, "'mlp.dwn'", "mlp.down", "mine")
+        assert _refuses(cell, {"targets": ("mlp.dwn",), **name}, "'mlp.dwn'", "mlp.down", "mine")
+        assert _refuses(cell, {"targets": (*good, "mlp.dwn"), **name}, "'mlp.dwn'", "mlp.down", "mine")
     if _takes(cell, "exclude"):
-        _refuses(cell, {"exclude": ("nrom1",), **name}, "'nrom1'", "norm1", "mine")
+        assert _refuses(cell, {"exclude": ("nrom1",), **name}, "'nrom1'", "norm1", "mine")
 
 
 @invariant(9, "a target that matches nothing stops the run", where=lambda cell: cell.method != "LinearProbe")

@@ -178,7 +178,8 @@ def test_failed_points_are_named() -> None:
 
 def test_only_failures_still_make_a_table(tmp_path: Path) -> None:
     report.table([{"axes": {"data.fold": 1}, "metrics": None, "error": "bad"}], tmp_path)
-    picture(tmp_path / "table.png")
+    width, height, pixels = picture(tmp_path / "table.png")
+    assert width > 100 and height > 50 and pixels.std() > 0
 
 
 def test_the_table_is_loud_about_stand_ins() -> None:

@@ -107,15 +107,15 @@ def _refuses(folder: Path, model: nn.Module, *words: str, **options: Any) -> str
 @invariant(39, "another base refuses, base='any' carries the delta")
 def test_other_base(cell: Cell, tmp_path: Path) -> None:
     saved = _saved(cell, tmp_path)
-    _refuses(tmp_path, make(cell.family, seed=1), "another base", "base='any'")
+    assert _refuses(tmp_path, make(cell.family, seed=1), "another base", "base='any'")
     other = make(cell.family, seed=1)
     start, inputs = snapshot(other), batch(cell.family)
     before = outputs(other, inputs)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         if saved.start:  # values of the base's own tensors: their change is known only beside the base they come from
-            _refuses(tmp_path, other, "cannot be carried", "base=<", base="any")
-            _refuses(tmp_path, other, "not the one", base=make(cell.family, seed=2))
+            assert _refuses(tmp_path, other, "cannot be carried", "base=<", base="any")
+            assert _refuses(tmp_path, other, "not the one", base=make(cell.family, seed=2))
         loaded = load_adapter(tmp_path, other, base=make(cell.family) if saved.start else "any")
     assert any("carried from base" in str(warning.message) for warning in told)
     assert cell.trains != torch.equal(outputs(other, inputs), before)
@@ -143,7 +143,7 @@ def test_other_width(cell: Cell, tmp_path: Path) -> None:
 def test_other_family(cell: Cell, tmp_path: Path) -> None:
     _saved(cell, tmp_path)
     other = "bert" if cell.family != "bert" else "timm_vit"
-    _refuses(tmp_path, make(other), "another base")
+    assert _refuses(tmp_path, make(other), "another base")
 
 
 @invariant(40, "missing, extra, misshapen tensors refuse", where=lambda cell: cell.trains)
@@ -158,7 +158,7 @@ def test_damaged_tensors(cell: Cell, tmp_path: Path) -> None:
         ({**tensors, name: torch.zeros(*whole.shape, 2)}, (name, str([*whole.shape, 2]), str([*whole.shape]))),
     ):
         save_file(changed, tmp_path / TENSORS)
-        _refuses(tmp_path, make(cell.family), *words)
+        assert _refuses(tmp_path, make(cell.family), *words)
 
 
 @invariant(40, "missing, extra, misshapen tensors refuse", rotate=True)
@@ -182,8 +182,8 @@ def test_damaged_files(cell: Cell, tmp_path: Path) -> None:
         assert "\n" not in str(refusal.value) and differences(left, trace(model)) == []
     (tmp_path / TENSORS).unlink()
     (tmp_path / RECORD).write_text(record)
-    _refuses(tmp_path, make(cell.family), "missing")
-    _refuses(tmp_path / "nowhere", make(cell.family), RECORD)
+    assert _refuses(tmp_path, make(cell.family), "missing")
+    assert _refuses(tmp_path / "nowhere", make(cell.family), RECORD)
 
 
 @pytest.mark.parametrize("weights_only", [False, True], ids=["whole", "weights only"])
@@ -207,7 +207,7 @@ def test_checkpoint(cell: Cell, weights_only: bool, tmp_path: Path) -> None:
     module.eval()
     assert torch.equal(outputs(fresh, inputs), outputs(module.backbone, inputs))
     assert same(method.tensors(), loaded.tensors())
-    _refuses(file, make(cell.family, seed=1), "another base")
+    assert _refuses(file, make(cell.family, seed=1), "another base")
 
 
 @invariant(42, "k + k steps equal 2k steps", rotate=True)

@@ -93,7 +93,7 @@ class GaLore(FullFineTuning):
         self.projected: list[str] = []
 
     def check(self, anatomy: Anatomy) -> None:
-        sites = anatomy.sites(self.roles or anatomy.linear_roles(), self.layers, self.name)
+        sites = anatomy.sites(anatomy.linear_roles() if self.roles is None else self.roles, self.layers, self.name)
         for site in sites:
             if site.kind == "module":
                 raise ScionError(f"{self.name}: {site.name} ({type(site.module).__name__}) has no linear weight")

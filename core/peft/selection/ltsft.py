@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from core import graft as grafts
 from core.anatomy import Anatomy, parameter_site
 from core.errors import ScionError
 from core.graft import Graft
-from core.method import PEFTMethod, key_of
+from core.method import PEFTMethod
 from core.peft.selection.full import all_parameters
 
 
@@ -108,13 +107,7 @@ class LTSFT(PEFTMethod):
             parameters[name].requires_grad_(False)
         self.start = {}
         for name, index in positions.items():
-            base = parameters[name]
-            graft = SparseGraft(parameter_site(root, name), index)
-            half = base.dtype in (torch.float16, torch.bfloat16)
-            graft.to(device=base.device, dtype=torch.float32 if half else base.dtype)
-            graft.requires_grad_(self.is_trained)
-            self.module.add_module(key_of(name), graft)
-            grafts.connect(graft)
+            self.add_graft(SparseGraft(parameter_site(root, name), index))
         self.stage = "sparse"
 
     @property

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from core.anatomy import Site
 from core.errors import ScionError
 from core.graft import Graft
-from core.peft.weights.lora import LoRA
+from core.optim import steps_of
+from core.peft.weights.lora import LoRA, orthogonality
 
 
 class AdaLoRAGraft(Graft):
@@ -89,8 +90,7 @@ class AdaLoRA(LoRA):
     def loss_terms(self, module: Any, batch: Any, outputs: Any) -> Tensor | None:
         if not self.gamma:
             return None
-        grams = [m for g in self._grafts for m in (g.A @ g.A.t(), g.B.t() @ g.B)]
-        return self.gamma * torch.stack([(m - torch.eye(len(m)).to(m)).norm() for m in grams]).mean()
+        return self.gamma * orthogonality([m for graft in self._grafts for m in (graft.A, graft.B.t())]).mean()
 
     @property
     def _grafts(self) -> list[AdaLoRAGraft]:
@@ -103,8 +103,8 @@ class AdaLoRA(LoRA):
         """The triplets that may stay after ``step`` steps, over all sites, and whether they are selected now."""
         count = len(self.grafts)
         first, last = self.rank * count, self.target_rank * count
-        start = self.warmup * self.total if self.warmup < 1 else self.warmup
-        end = self.total - (self.cooldown * self.total if self.cooldown < 1 else self.cooldown)
+        start = steps_of(self.warmup, self.total)
+        end = self.total - steps_of(self.cooldown, self.total)
         if step <= start:
             return first, False
         if step >= end:
@@ -120,7 +120,8 @@ class AdaLoRA(LoRA):
         keep, now = self.budget(self.steps)
         if not now or not self.scores:
             return
-        worth = torch.cat([self._worth(graft) for graft in self._grafts])
+        names = {id(tensor): name for name, tensor in self.module.named_parameters()}
+        worth = torch.cat([self._worth(*(names[id(t)] for t in (graft.A, graft.B, graft.E))) for graft in self._grafts])
         dropped = torch.ones_like(worth, dtype=torch.bool)
         dropped[worth.topk(keep).indices] = False
         for graft, lost in zip(self._grafts, dropped.split([len(g.E) for g in self._grafts]), strict=True):
@@ -132,11 +133,9 @@ class AdaLoRA(LoRA):
         spread = self.scores.get(f"{name}/spread", zero).to(importance).lerp((importance - mean).abs(), 1 - self.beta)
         self.scores[f"{name}/mean"], self.scores[f"{name}/spread"] = mean, spread
 
-    def _worth(self, graft: AdaLoRAGraft) -> Tensor:
-        """Importance of the graft's triplets [rank]."""
-        names = {id(tensor): name for name, tensor in self.module.named_parameters()}
-        a, b, e = (self.scores[f"{names[id(t)]}/mean"] * self.scores[f"{names[id(t)]}/spread"]
-                   for t in (graft.A, graft.B, graft.E))
+    def _worth(self, *names: str) -> Tensor:
+        """Importance of a graft's triplets [rank], from the names of its A, B and E."""
+        a, b, e = (self.scores[f"{name}/mean"] * self.scores[f"{name}/spread"] for name in names)
         return e[:, 0] + a.mean(1) + b.mean(0)
 
     def training_state(self) -> dict[str, Any]:

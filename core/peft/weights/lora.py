@@ -50,20 +50,22 @@ class LoRA(PEFTMethod):
         rank: rank of the change, at least 1.
         alpha: numerator of the scale; None is the rank.
         dropout: probability of dropping an input of A, in [0, 1).
-        targets: roles to adapt. q, k, v of a fused projection get a change of their own each; ``qkv`` gets one.
+        targets: roles to adapt; None is every linear map of the blocks. q, k, v of a fused projection get a change of
+            their own each; ``qkv`` gets one.
     """
 
     mergeable = True
     recommended = {"lr": 5e-3, "weight_decay": 0.1}
 
     def __init__(self, rank: int = 8, alpha: float | None = None, dropout: float = 0.0,
-                 targets: Sequence[str] = ("q", "v"), **common: Any) -> None:
+                 targets: Sequence[str] | None = ("q", "v"), **common: Any) -> None:
         super().__init__(**common)
         if rank < 1:
             raise ScionError(f"{type(self).__name__}: rank {rank} must be at least 1")
         if not 0 <= dropout < 1:
             raise ScionError(f"{type(self).__name__}: dropout {dropout} must lie in [0, 1)")
-        self.rank, self.dropout, self.targets = rank, dropout, tuple(targets)
+        self.rank, self.dropout = rank, dropout
+        self.targets = None if targets is None else tuple(targets)
         self.alpha = rank if alpha is None else alpha
 
     def check(self, anatomy: Anatomy) -> None:
@@ -71,3 +73,9 @@ class LoRA(PEFTMethod):
 
     def build(self, site: Site) -> Graft:
         return LoRAGraft(site, self.rank, self.alpha / self.rank, self.dropout)
+
+
+def orthogonality(matrices: Sequence[Tensor]) -> Tensor:
+    """|M M^T - I| of each matrix M: how far its rows are from orthonormal ones."""
+    grams = [m @ m.t() for m in matrices]
+    return torch.stack([(gram - torch.eye(len(gram)).to(gram)).norm() for gram in grams])

@@ -77,7 +77,7 @@ class MoS(LoRA):
 
     def __init__(self, rank: int = 4, budget: int = 2, private: int = 1, shards: int = 2, alpha: float | None = None,
                  dropout: float = 0.0, targets: Sequence[str] | None = None, **common: Any) -> None:
-        super().__init__(rank, alpha, dropout, targets or (), **common)
+        super().__init__(rank, alpha, dropout, targets, **common)
         if budget < 1 or shards < 1 or not 0 <= private <= min(budget, rank):
             raise ScionError(f"MoS: budget {budget} and shards {shards} must be at least 1, private {private} between "
                              "0 and budget and rank")
@@ -85,9 +85,6 @@ class MoS(LoRA):
             raise ScionError(f"MoS: with private {private} = budget {budget} nothing is shared, and rank {rank} must "
                              "be the same")
         self.budget, self.private, self.shards = budget, private, shards
-
-    def sites(self, anatomy: Anatomy) -> list[Site]:
-        return anatomy.sites(self.targets or anatomy.linear_roles(), self.layers, self.name)
 
     def check(self, anatomy: Anatomy) -> None:
         super().check(anatomy)

@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core import graft as grafts
 from core.anatomy import Anatomy, Site, parameter_site
 from core.errors import ScionError
 from core.graft import Graft
-from core.method import PEFTMethod, key_of
+from core.method import PEFTMethod
 from core.patch import Patch
 
 
@@ -95,9 +94,5 @@ class PortLLM(PEFTMethod):
             here = list(parameters[name].shape) if name in parameters else []
             if (list(parameters[name].flatten(1).shape) if len(shapes) == 2 and here else here) != shape:
                 raise ScionError(f"{self.name}: {name} is {shape} in the file, {here or 'absent'} here")
-            base = parameters[name]
-            parts = [torch.zeros(part, device=base.device) for part in shapes]
-            graft = PatchGraft(parameter_site(root, name), parts[0], parts[1] if len(parts) > 1 else None, self.scale)
-            graft.place = self.place
-            self.module.add_module(key_of(name), graft)
-            grafts.connect(graft)
+            up, *down = (torch.zeros(part) for part in shapes)
+            self.add_graft(PatchGraft(parameter_site(root, name), up, down[0] if down else None, self.scale))

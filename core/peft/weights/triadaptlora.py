@@ -13,7 +13,8 @@ from core.anatomy import Site
 from core.errors import ScionError
 from core.graft import Graft
 from core.method import home_of, seeded
-from core.peft.weights.lora import LoRA
+from core.optim import steps_of
+from core.peft.weights.lora import LoRA, orthogonality
 
 Scale = Literal["alpha/rank", "alpha/reference"]
 
@@ -107,7 +108,7 @@ class TriAdaptLoRA(LoRA):
                  interval: float = 0.02, nonlinear: bool = False, scale: Scale = "alpha/rank", gamma: float = 0.5,
                  alpha: float | None = None, dropout: float = 0.0, targets: Sequence[str] | None = None,
                  **common: Any) -> None:
-        super().__init__(rank, alpha, dropout, targets or (), **common)
+        super().__init__(rank, alpha, dropout, targets, **common)
         self.growth = max(1, rank // 2) if growth is None else growth
         if not 1 <= init_rank <= rank or self.growth < 1:
             raise ScionError(f"TriAdaptLoRA: init_rank {init_rank} must lie between 1 and rank {rank}, growth "
@@ -121,9 +122,6 @@ class TriAdaptLoRA(LoRA):
         self.scale: Scale = scale
         self.gamma = gamma
         self.norms_before: list[float] = []
-
-    def sites(self, anatomy: Any) -> list[Site]:
-        return anatomy.sites(self.targets or anatomy.linear_roles(), self.layers, self.name)
 
     def build(self, site: Site) -> Graft:
         graft = TriAdaptLoRAGraft(site, self.alpha, self.rank, self.scale, self.dropout)
@@ -141,16 +139,13 @@ class TriAdaptLoRA(LoRA):
     def loss_terms(self, module: Any, batch: Any, outputs: Any) -> Tensor | None:
         if not self.gamma:
             return None
-        grams = []
-        for graft in self._grafts:
-            down, up = torch.cat(list(graft.A)), torch.cat(list(graft.B), dim=1)
-            grams += [down @ down.t(), up.t() @ up]
-        return self.gamma / len(grams) * torch.stack([(m - torch.eye(len(m)).to(m)).norm() for m in grams]).sum()
+        rows = [torch.cat(parts) for graft in self._grafts for parts in (list(graft.A), [b.t() for b in graft.B])]
+        return self.gamma * orthogonality(rows).mean()
 
     @torch.no_grad()
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        first = self.warmup * self.total if self.warmup < 1 else self.warmup
-        every = max(1, round(self.interval * self.total if self.interval < 1 else self.interval))
+        first = steps_of(self.warmup, self.total)
+        every = max(1, round(steps_of(self.interval, self.total)))
         if self.steps <= first or self.steps % every:
             return
         left = self.rank * len(self.grafts) - sum(sum(graft.blocks) for graft in self._grafts)
