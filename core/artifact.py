@@ -232,9 +232,13 @@ def load_tensors(methods: list[PEFTMethod], tensors: dict[str, Tensor], where: s
     root = methods[0]._need_root()
     home: Home = root.peft  # type: ignore[assignment]
     parameters = dict(root.named_parameters())
-    into = {name: tensor for method in methods for name, tensor in method.tensors().items()}
-    into.update({name: parameters[name].detach() for name in home.heads if name in tensors})
     given = {name: tensor for name, tensor in tensors.items() if not name.startswith(OUTSIDE)}
+    live = {name: tensor for method in methods for name, tensor in method.live_tensors().items()}
+    packed = {name: (packing, packing.pack(live[name])) for name, packing in methods[0].all_packings().items()
+              if name in live and name not in given}  # a checkpoint holds the form in use
+    into = {name: tensor for name, tensor in live.items() if name not in packed}
+    into.update({f"{name}.{part}": tensor for name, (_, parts) in packed.items() for part, tensor in parts.items()})
+    into.update({name: parameters[name].detach() for name in home.heads if name in tensors})
     missing, extra = sorted(set(into) - set(given)), sorted(set(given) - set(into))
     if missing:
         raise ScionError(f"{where}: tensors are missing: {listed(missing, 4)}")
@@ -247,6 +251,8 @@ def load_tensors(methods: list[PEFTMethod], tensors: dict[str, Tensor], where: s
         with torch.no_grad():
             for name, tensor in into.items():
                 tensor.copy_(given[name])
+            for name, (packing, parts) in packed.items():
+                packing.unpack({part: given[f"{name}.{part}"] for part in parts}, live[name])
 
 
 # ------------------------------------------------------------------------------------------------- checkpoints

@@ -16,6 +16,7 @@ parameters and state-dict keys stay as they are.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,9 @@ class Graft(nn.Module):
     """Its function depends on the frozen weight itself, so that nothing may be merged into that while it stands."""
     reads_output: bool = False
     """Its function depends on the output that arrives, so that what stands before it must be merged before it."""
+    remade: bool = False
+    """The effective weight of a linear map is made again in backward instead of being kept for it: worth it where
+    making it costs little beside the map itself, and is not random."""
 
     def __init__(self, site: Site) -> None:
         super().__init__()
@@ -56,6 +60,11 @@ class Graft(nn.Module):
         """Its method's place in the order of attachment."""
         self.variant = 0
         """The entry in ``route`` that means this graft."""
+
+    def forward(self, *args: Any, verb: str) -> Any:
+        """Calls a verb, or ``merged`` and its like. The core calls them so, and a graft is then itself a module whose
+        parameters other grafts can change."""
+        return getattr(self, verb)(*args)
 
     def before(self, x: Tensor) -> Tensor:
         """x [..., in] -> a new input of the same shape."""
@@ -148,6 +157,8 @@ class _Rewrite(TorchFunctionMode):
         if not met:
             return func(*args, **kwargs)
         self.hits += 1
+        if func is F.linear and len(met) == 1 and met[0].make is not None and args[1] is met[0].frozen:
+            return _linear(args[0], kwargs.get("bias", args[2] if len(args) > 2 else None), met[0])
         out = func(*_put(args, met), **_put_named(kwargs, met))
         for variant in dict.fromkeys(v for e in met for v in e.routed):  # these samples see tensors of their own
             rows = next(e.routed[variant][0] for e in met if variant in e.routed)
@@ -165,10 +176,45 @@ class Effective:
     frozen: Tensor
     tensor: Tensor
     routed: dict[int, tuple[Tensor, Tensor]]
+    make: Callable[[], Tensor] | None = None
+    """Makes ``tensor`` again in backward; it is not kept then."""
+    trained: tuple[Tensor, ...] = ()
+    """What ``tensor`` is made from and has a gradient."""
 
     def of(self, variant: int | None) -> Tensor:
         tensor = self.routed[variant][1] if variant is not None and variant in self.routed else self.tensor
         return tensor.to(self.frozen.dtype)
+
+
+class _Remade(torch.autograd.Function):
+    """x W^T + b whose W is made again in backward, from what it was made from."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, effective: Effective, *trained: Tensor) -> Tensor:
+        ctx.make, ctx.trained = effective.make, effective.trained
+        ctx.biased = bias is not None and bias.requires_grad
+        ctx.save_for_backward(x, *trained)  # the latter so that a change in between is noticed
+        return F.linear(x, effective.tensor.to(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        x, *_ = ctx.saved_tensors
+        with torch.enable_grad():
+            weight = ctx.make()
+        rows, inputs = gradient.flatten(0, -2), x.flatten(0, -2)
+        to_x = gradient @ weight.detach().to(gradient.dtype) if ctx.needs_input_grad[0] else None
+        to_bias = rows.sum(0) if ctx.biased else None
+        of_weight = (rows.t() @ inputs).to(weight.dtype)
+        return to_x, to_bias, None, *torch.autograd.grad(weight, ctx.trained, of_weight, allow_unused=True)
+
+
+def _linear(x: Tensor, bias: Tensor | None, effective: Effective) -> Tensor:
+    if torch.is_autocast_enabled(x.device.type):
+        kind = torch.get_autocast_dtype(x.device.type)
+        x, bias = x.to(kind), None if bias is None else bias.to(kind)
+        with torch.autocast(x.device.type, enabled=False):
+            return _Remade.apply(x, bias, effective, *effective.trained)  # type: ignore[no-any-return]
+    return _Remade.apply(x, bias, effective, *effective.trained)  # type: ignore[no-any-return]
 
 
 def _put(args: tuple, met: list[Effective], variant: int | None = None) -> list[Any]:
@@ -208,7 +254,7 @@ def _attend(grafts: list[Graft], x: Tensor, query: Tensor, key: Tensor, value: T
 
 def _around(graft: Graft, inner: Attention, x: Tensor) -> Attention:
     def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        out = graft.attend(q, k, v, mask, x, inner)
+        out = graft(q, k, v, mask, x, inner, verb="attend")
         return out if graft.strength == 1 else _weighed(graft, inner(q, k, v, mask), out)
 
     return call
@@ -290,7 +336,7 @@ class Carrier:
         if before:
             x = hidden_in(args, kwargs)
             for graft in before:
-                x = self._on_rows(graft, graft.before, x)
+                x = self._on_rows(graft, "before", x)
             args, kwargs = _with_hidden_in(args, kwargs, x)
         weights, attend = self._live("weight"), self._live("attend")
         if weights or attend:
@@ -307,10 +353,16 @@ class Carrier:
             frozen = getattr(self.module, name)
             mine = [graft for graft in grafts if graft.site.parameter == name]
             entry = Effective(frozen, frozen, {})
-            for graft in mine:
-                if graft.batch is None:
-                    entry.tensor = apply_weight(graft, entry.tensor)
+            common = [graft for graft in mine if graft.batch is None]
             routed = [graft for graft in mine if graft.batch is not None]
+            trained = tuple(p for graft in common for p in graft.parameters() if p.requires_grad)
+            if (not routed and trained and any(graft.remade for graft in common) and torch.is_grad_enabled()
+                    and not frozen.requires_grad and not torch.compiler.is_compiling()):
+                entry.make, entry.trained = functools.partial(_chain, common, frozen), trained
+                with torch.no_grad():
+                    entry.tensor = entry.make()
+            else:
+                entry.tensor = _chain(common, frozen)
             present = _variants(routed)
             for graft in routed:
                 if graft.variant in present:
@@ -334,18 +386,19 @@ class Carrier:
             return None
         x, y = hidden_in(args, kwargs), hidden_out(output)
         for graft in after:
-            y = self._on_rows(graft, graft.after, y, x)
+            y = self._on_rows(graft, "after", y, x)
         return _with_hidden_out(output, y)
 
     @staticmethod
-    def _on_rows(graft: Graft, verb: Callable[..., Tensor], y: Tensor, x: Tensor | None = None) -> Tensor:
+    def _on_rows(graft: Graft, verb: str, y: Tensor, x: Tensor | None = None) -> Tensor:
         """Run ``before`` or ``after`` on the rows that the graft serves."""
         if graft.batch is None:
-            return _weighed(graft, y, verb(y) if x is None else verb(x, y))
+            return _weighed(graft, y, graft(y, verb=verb) if x is None else graft(x, y, verb=verb))
         rows = _expand(graft.batch, y.shape[0], graft.route)
         if not len(rows):
             return y
-        return y.index_copy(0, rows, _weighed(graft, y[rows], verb(y[rows]) if x is None else verb(x[rows], y[rows])))
+        served = graft(y[rows], verb=verb) if x is None else graft(x[rows], y[rows], verb=verb)
+        return y.index_copy(0, rows, _weighed(graft, y[rows], served))
 
     def _purge(self) -> None:
         """Leave modes that an interrupt kept open: hooks with ``always_call`` do not run on KeyboardInterrupt, and a
@@ -364,7 +417,13 @@ class Carrier:
 
 def apply_weight(graft: Graft, weight: Tensor) -> Tensor:
     """The whole parameter, in its module's layout, as the graft makes it."""
-    return _weighed(graft, weight, graft.site.unmatrix(graft.weight(graft.site.matrix(weight)), weight))
+    return _weighed(graft, weight, graft.site.unmatrix(graft(graft.site.matrix(weight), verb="weight"), weight))
+
+
+def _chain(some: list[Graft], weight: Tensor) -> Tensor:
+    for graft in some:
+        weight = apply_weight(graft, weight)
+    return weight
 
 
 def _weighed(graft: Graft, before: Tensor, after: Tensor) -> Tensor:

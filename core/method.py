@@ -19,7 +19,7 @@ import warnings
 from abc import ABC
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
 from lightning.pytorch import Callback
@@ -34,6 +34,19 @@ from core.spec import Recorded, plain
 
 if TYPE_CHECKING:
     import lightning.pytorch as L
+
+class Packing(Protocol):
+    """Two forms of a tensor: the one in use, and the one that adapter files hold. Checkpoints hold the former, since
+    training goes on from there."""
+
+    def pack(self, tensor: Tensor) -> dict[str, Tensor]:
+        """The stored parts, by short names."""
+        ...
+
+    def unpack(self, parts: dict[str, Tensor], tensor: Tensor) -> None:
+        """Write what the stored parts stand for into ``tensor``."""
+        ...
+
 
 GRADIENT_STEPS = 3
 """Backward passes within which every trained tensor must have had a gradient (zero-initialised chains need two)."""
@@ -155,6 +168,10 @@ class PEFTMethod(Recorded, Callback, ABC):
     def make_optimizer(self, groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer | None:
         """The optimizer of a method that is one, for its own groups; None leaves them to the run's optimizer."""
         return None
+
+    def packings(self) -> dict[str, Packing]:
+        """Tensors (by their names in the root; another method's, even) whose stored form is not the one in use."""
+        return {}
 
     def loss_terms(self, module: Any, batch: Any, outputs: Any) -> Tensor | None:
         """A term to add to the task's loss in FineTuner, or None."""
@@ -394,11 +411,29 @@ class PEFTMethod(Recorded, Callback, ABC):
         return f"peft.{key_of(self.name)}."
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that must be stored to rebuild the method on its base: its own tensors and the base tensors it moved."""
+        """All that must be stored to rebuild the method on its base: its own tensors and the base tensors it moved.
+        What some method packs is here in its stored form."""
+        packings = self.all_packings()
+        found: dict[str, Tensor] = {}
+        for name, tensor in self.live_tensors().items():
+            if name in packings:
+                found |= {f"{name}.{part}": stored for part, stored in packings[name].pack(tensor).items()}
+            else:
+                found[name] = tensor
+        return found
+
+    def live_tensors(self) -> dict[str, Tensor]:
+        """What `tensors` stores, as it is in use."""
         parameters = dict(self._need_root().named_parameters())
         own = {f"{self.prefix}{name}": tensor.detach() for name, tensor in self.module.state_dict().items()
                if not name.endswith("_extra_state")}
         return {**{name: parameters[name].detach() for name in self.start}, **own}
+
+    def all_packings(self) -> dict[str, Packing]:
+        """The packings of all methods on the root."""
+        home = getattr(self._need_root(), "peft", None)
+        methods = home.methods.values() if isinstance(home, Home) else [self]
+        return {name: packing for method in methods for name, packing in method.packings().items()}
 
     def counts(self) -> dict[str, int]:
         """Trained parameters by owner: ``method``, ``norms`` (the option), ``head`` (inside the model), and ``stored``,
@@ -477,7 +512,7 @@ class PEFTMethod(Recorded, Callback, ABC):
                     raise ScionError(f"{self.name}: {name} is tied to another tensor, which merging would change too")
                 before, now = merged.get(name, (parameters[name].detach().clone(), parameters[name].detach()))
                 wide = now.float() if now.dtype in (torch.float16, torch.bfloat16) else now
-                merged[name] = (before, site.unmatrix(graft.merged(site.matrix(wide)), wide))
+                merged[name] = (before, site.unmatrix(graft(site.matrix(wide), verb="merged"), wide))
                 self._merge_bias(graft, parameters, merged)
             for name, (_, now) in merged.items():
                 if not bool(torch.isfinite(now).all()):
@@ -497,14 +532,15 @@ class PEFTMethod(Recorded, Callback, ABC):
         site = graft.site
         name = f"{site.path}.bias" if site.path else "bias"
         if name not in parameters:
-            shift = graft.merged_bias(torch.zeros(site.out_features, device=site.full_weight.device))
+            zeros = torch.zeros(site.out_features, device=site.full_weight.device)
+            shift = graft(zeros, verb="merged_bias")
             if shift is not None and bool(shift.any()):
                 raise ScionError(f"{self.name}: {site.name} has no bias, so there is no place for the shift that "
                                  "merging leaves")
             return
         before, now = merged.get(name, (parameters[name].detach().clone(), parameters[name].detach()))
         wide = now.float() if now.dtype in (torch.float16, torch.bfloat16) else now
-        part = graft.merged_bias(wide if site.rows is None else site.rows.take(wide))
+        part = graft(wide if site.rows is None else site.rows.take(wide), verb="merged_bias")
         if part is not None:
             merged[name] = (before, part if site.rows is None else site.rows.put(wide, part.to(wide.dtype)))
 

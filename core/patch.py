@@ -302,7 +302,7 @@ def _factors(model: nn.Module) -> dict[str, Change]:
         spoiled |= set(method.start)
         for graft in method.grafts:
             site, name = graft.site, graft.site.weight_name
-            parts = graft.factors()
+            parts = graft(verb="factors")
             if parts is None or site.kind == "conv1d":
                 spoiled.add(name)
                 continue
