@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
@@ -176,12 +177,14 @@ class Effective:
     frozen: Tensor
     tensor: Tensor
     routed: dict[int, tuple[Tensor, Tensor]]
-    make: Callable[[], Tensor] | None = None
-    """Makes ``tensor`` again in backward; it is not kept then."""
+    make: Callable[..., Tensor] | None = None
+    """Makes the tensor, in place of which the frozen one stands here, from ``trained``, where a linear map makes it
+    again in backward."""
     trained: tuple[Tensor, ...] = ()
-    """What ``tensor`` is made from and has a gradient."""
 
     def of(self, variant: int | None) -> Tensor:
+        if self.make is not None:  # met by another call than a linear map
+            self.tensor, self.make = self.make(*self.trained), None
         tensor = self.routed[variant][1] if variant is not None and variant in self.routed else self.tensor
         return tensor.to(self.frozen.dtype)
 
@@ -191,21 +194,22 @@ class _Remade(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, effective: Effective, *trained: Tensor) -> Tensor:
-        ctx.make, ctx.trained = effective.make, effective.trained
-        ctx.biased = bias is not None and bias.requires_grad
-        ctx.save_for_backward(x, *trained)  # the latter so that a change in between is noticed
-        return F.linear(x, effective.tensor.to(x.dtype), bias)
+        assert effective.make is not None
+        ctx.make, ctx.biased = effective.make, bias is not None and bias.requires_grad
+        ctx.save_for_backward(x, *trained)
+        return F.linear(x, effective.make(*trained).to(x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
-        x, *_ = ctx.saved_tensors
+        x, *trained = ctx.saved_tensors
         with torch.enable_grad():
-            weight = ctx.make()
+            leaves = [tensor.detach().requires_grad_() for tensor in trained]
+            weight = ctx.make(*leaves)
         rows, inputs = gradient.flatten(0, -2), x.flatten(0, -2)
         to_x = gradient @ weight.detach().to(gradient.dtype) if ctx.needs_input_grad[0] else None
         to_bias = rows.sum(0) if ctx.biased else None
         of_weight = (rows.t() @ inputs).to(weight.dtype)
-        return to_x, to_bias, None, *torch.autograd.grad(weight, ctx.trained, of_weight, allow_unused=True)
+        return to_x, to_bias, None, *torch.autograd.grad(weight, leaves, of_weight, allow_unused=True)
 
 
 def _linear(x: Tensor, bias: Tensor | None, effective: Effective) -> Tensor:
@@ -358,9 +362,7 @@ class Carrier:
             trained = tuple(p for graft in common for p in graft.parameters() if p.requires_grad)
             if (not routed and trained and any(graft.remade for graft in common) and torch.is_grad_enabled()
                     and not frozen.requires_grad and not torch.compiler.is_compiling()):
-                entry.make, entry.trained = functools.partial(_chain, common, frozen), trained
-                with torch.no_grad():
-                    entry.tensor = entry.make()
+                entry.make, entry.trained = functools.partial(_made_from, common, frozen), trained
             else:
                 entry.tensor = _chain(common, frozen)
             present = _variants(routed)
@@ -428,6 +430,16 @@ def _chain(some: list[Graft], weight: Tensor) -> Tensor:
 
 def _weighed(graft: Graft, before: Tensor, after: Tensor) -> Tensor:
     return after if graft.strength == 1 else torch.lerp(before, after, graft.strength)
+
+
+def _made_from(some: list[Graft], weight: Tensor, *trained: Tensor) -> Tensor:
+    """`_chain` with the grafts' trained parameters given, in their order."""
+    given = iter(trained)
+    for graft in some:
+        own = {name: next(given) for name, parameter in graft.named_parameters() if parameter.requires_grad}
+        matrix = functional_call(graft, own, (graft.site.matrix(weight),), {"verb": "weight"})
+        weight = _weighed(graft, weight, graft.site.unmatrix(matrix, weight))
+    return weight
 
 
 def connect(graft: Graft) -> None:

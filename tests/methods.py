@@ -63,6 +63,8 @@ class Row:
     """Operators that one graft may add to a forward."""
     saved: float = 1.0
     """Bytes that the first variant keeps for backward, at most, as a share of full fine-tuning's on the same model."""
+    decays: bool = False
+    """Its tensors of one axis are decayed, by the paper."""
     state: int = 0
     """Bytes for each trained number that a checkpoint holds beside it and its two moments."""
     stored: float = 1.0
@@ -76,6 +78,21 @@ class Row:
 
 
 # ------------------------------------------------------------------------------------------------- counts
+
+
+def _all_linear(anatomy: Anatomy, method: Any) -> list[tuple[int, int]]:
+    return [(site.in_features, site.out_features) for site in method.sites(anatomy)]
+
+
+def _lift(anatomy: Anatomy, method: Any) -> int:
+    return sum(min((i + o) * method.rank, i * o) for i, o in _all_linear(anatomy, method))
+
+
+def _spiel(anatomy: Anatomy, method: Any) -> int:
+    shapes = _all_linear(anatomy, method)
+    everything, targets = _everything(anatomy, method), sum(i * o for i, o in shapes)
+    budget = method.count or int((method.density or 0) * everything) or method.rank * sum(i + o for i, o in shapes)
+    return sum(int(budget * i * o / targets) for i, o in shapes)
 
 
 def _linear(anatomy: Anatomy, method: Any) -> list[tuple[int, int]]:
@@ -188,6 +205,83 @@ def _grown(method: Any) -> None:
     for graft in method.grafts[::2]:
         method.grow(graft)
         method.grow(graft)
+
+
+def _selection_follows_formula() -> None:
+    """LIFT: the positions are the largest of the rank-r part of the present weight, at the start and after each
+    selection; entries that stay keep their moments, those that leave their values."""
+    from tests.models import make
+
+    method: Any = peft.method_class("LIFT")(rank=2, interval=3, targets=("q", "mlp.up"))  # type: ignore[call-arg]
+    model = make("timm_vit")
+    method.attach(model)
+    optimizer = torch.optim.AdamW(method.param_groups(), lr=0.05)
+    method.follow(optimizer, total=9)
+    generator = torch.Generator().manual_seed(0)
+
+    def expected(graft: Any) -> set[int]:
+        u, s, v = torch.linalg.svd(graft(graft.site.matrix(graft.site.full_weight.detach()), verb="weight").detach())
+        near = (u[:, :2] * s[:2]) @ v[:2]
+        return set(near.abs().flatten().argsort(descending=True)[:len(graft.index)].tolist())
+
+    moved = 0
+    for step in range(1, 10):
+        before = {graft: (graft.index.tolist(), graft(torch.zeros(graft.site.out_features, graft.site.in_features),
+                                                      verb="weight").detach()) for graft in method.grafts}
+        assert step % 3 != 1 or all(set(graft.index.tolist()) == expected(graft) for graft in method.grafts)
+        for graft in method.grafts:
+            graft.values.grad = torch.randn(graft.values.shape, generator=generator)
+        optimizer.step()
+        for graft in method.grafts:
+            old, change = before[graft]
+            now = graft(torch.zeros_like(change), verb="weight").detach()
+            touched = (now != change).flatten().nonzero().flatten().tolist()
+            assert set(touched) <= set(old) and len(touched) == len(old)  # also those that have left since
+            state = optimizer.state[graft.values]
+            fresh = [i for i, position in enumerate(graft.index.tolist()) if position not in old]
+            stays = [i for i, position in enumerate(graft.index.tolist()) if position in old]
+            moved += len(fresh)
+            assert (step % 3 == 0 or not fresh) and not state["exp_avg"][fresh].any()
+            assert bool((state["exp_avg"][stays] != 0).all()) and state["step"] == step
+    assert moved > 20
+
+
+def _positions_follow_formula() -> None:
+    """SpIEL: windows, shares and counts of the schedule; positions stay distinct and k stays what it was."""
+    from tests.models import make
+
+    for kind in ("AG", "MA"):
+        method: Any = peft.method_class("SpIEL")(rank=2, kind=kind, targets=("q", "mlp.up"))  # type: ignore[call-arg]
+        model = make("timm_vit")
+        method.attach(model)
+        optimizer = method.make_optimizer(method.param_groups(), lr=0.01)
+        method.follow(optimizer, total=60)
+        generator = torch.Generator().manual_seed(0)
+        sizes = [len(graft.index) for graft in method.grafts]
+        shares = {5: 1.0, 25: 0.2 * (1 - 25 / 60), 45: 0.2 * (1 - 45 / 60)}
+        assert all(method.replaced(step) == share for step, share in shares.items())
+        for step in range(1, 61):
+            assert all((graft.watch is not None) == (kind == "AG" and (step <= 5 or (step - 1) % 20 >= 19 or (
+                step - 1) % 20 < 5 and step > 20)) for graft in method.grafts), step
+            before = [graft.index.clone() for graft in method.grafts]
+            for graft in method.grafts:
+                gradient = torch.randn(graft.site.out_features * graft.site.in_features, generator=generator)
+                graft.values.grad = gradient[graft.index.long()]
+                if graft.watch is not None:
+                    graft.watch(graft, gradient)
+            optimizer.step()
+            for graft, old, size in zip(method.grafts, before, sizes, strict=True):
+                positions = graft.index.tolist()
+                assert len(set(positions)) == size and min(positions) >= 0
+                assert max(positions) < graft.site.out_features * graft.site.in_features
+                changed = (graft.index != old).nonzero().flatten()
+                if step not in shares:
+                    assert not len(changed)
+                    continue
+                most = int(size * shares[step])
+                assert 0 < len(changed) <= most and not graft.values[changed].any()
+                if kind == "MA":
+                    assert len(changed) == most and not set(graft.index[changed].tolist()) & set(old.tolist())
 
 
 def _budget_follows_formula() -> None:
@@ -380,6 +474,32 @@ METHODS: dict[str, Row] = {
         bad=(({"norms": ("nrm",)}, "'nrm'"),),
         saved=0.0,
         artifact={"norms": ("norm",)},
+    ),
+    "LIFT": Row(
+        {"all": Variant({"rank": 2}, learns={"rank": 16, "lr": 1e-2}),
+         "few": Variant({"rank": 3, "filter_rank": 1, "interval": 2, "targets": ("q", "mlp.down")},
+                        learns={"rank": 32, "lr": 1e-2})},
+        trained=_lift,
+        cards=(("bert_base", {"targets": ("q", "k", "v", "o", "mlp.up", "mlp.down")}, 1_327_104),),
+        bad=(({"rank": 0}, "rank 0"), ({"filter_rank": 0}, "filter_rank 0"), ({"interval": 0}, "interval 0"),
+             ({"targets": ("q", "block")}, "linear weight"), ({"targets": ("mlp.upp",)}, "'mlp.up'")),
+        operators=2, saved=0.9, stored=4.0, state=12,
+        schedule=_selection_follows_formula,
+        artifact={"rank": 1, "targets": ("o",)},
+    ),
+    "SpIEL": Row(
+        {"AG": Variant({"rank": 2}, learns={"rank": None, "density": 0.4, "lr": 1e-2}),
+         "MA": Variant({"density": 0.05, "kind": "MA", "targets": ("q", "mlp.down")},
+                       learns={"density": 0.2, "lr": 3e-2})},
+        trained=_spiel,
+        cards=(("vit_b16", {"rank": 8}, 1_179_648),),
+        bad=(({"density": 0.0}, "density 0"), ({"rank": 0}, "rank 0"), ({"count": 10**9}, "1000000000 entries"),
+             ({"count": 3}, "none falls to"), ({"window": 20}, "window 20"), ({"share": 0.0}, "share 0"),
+             ({"kind": "SM3"}, "'SM3'"), ({"rank": 2, "density": 0.1}, "give one of"),
+             ({"targets": ("q", "block")}, "linear weight")),
+        random=True, operators=1, saved=0.9, stored=2.0, state=24, decays=True,
+        schedule=_positions_follow_formula,
+        artifact={"rank": None, "count": 60, "targets": ("o",)},
     ),
     "LoRA": Row(
         {"q, v": Variant(RANK), "all": Variant({"rank": 2, "alpha": 4, **WIDE}),

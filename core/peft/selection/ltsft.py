@@ -6,27 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from core.anatomy import Anatomy, parameter_site
 from core.errors import ScionError
-from core.graft import Graft
 from core.method import PEFTMethod
 from core.peft.selection.full import all_parameters
-
-
-class SparseGraft(Graft):
-    """theta + scatter(index, values): one parameter of the backbone, changed at k flat positions."""
-
-    index: Tensor
-
-    def __init__(self, site: Any, index: Tensor) -> None:
-        super().__init__(site)
-        self.register_buffer("index", index.to(torch.int32))  # [k]
-        self.values = nn.Parameter(torch.zeros(index.numel()))  # [k]
-
-    def weight(self, weight: Tensor) -> Tensor:
-        return weight.flatten().index_add(0, self.index, self.values.to(weight.dtype)).view_as(weight)
+from core.sparse import SparseGraft
 
 
 class LTSFT(PEFTMethod):
