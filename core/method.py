@@ -500,7 +500,7 @@ class PEFTMethod(Recorded, Callback, ABC):
         parameters = dict(root.named_parameters())
         shared = {name for name, _ in root.named_parameters(remove_duplicate=False)} - set(parameters)
         merged: dict[str, tuple[Tensor, Tensor]] = {}
-        for name, tensor in self.tensors().items():
+        for name, tensor in self.live_tensors().items():
             if not bool(torch.isfinite(tensor).all()):
                 raise ScionError(f"{self.name}: {name} holds values that are not finite: it cannot be merged")
         with torch.no_grad():

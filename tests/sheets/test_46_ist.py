@@ -7,45 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch import nn
 
-from core import FineTuner
-from core.backbone import Backbone
-from core.data import EpochLoader, EpochSampler
 from core.errors import ScionError
 from core.peft import method_class
-from core.tasks import Classification
 from tests.models import make
+from tests.sheets.training import Deep, run
 from tests.toolkit import Plain, loader, trainer
 
 IST: Any = method_class("IST")
-
-
-class Deep(Backbone):
-    """A ViT of eight narrow layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        import timm
-
-        self.model = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=16, depth=8,
-                                       num_heads=2, num_classes=0)
-        self.dim = 16
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.model(inputs)
-
-
-def run(folder: Path, *methods: Any, steps: int = 12, checkpoint: Path | None = None, listen: Any = None) -> FineTuner:
-    """Train on noise; ``listen`` is a further callback."""
-    torch.manual_seed(0)
-    module = FineTuner(Deep(), Classification(), classes=list("abcd"), optimizer={"lr": 1e-2, "weight_decay": 0.1})
-    data = TensorDataset(torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(1)), torch.arange(64) % 4)
-    batches = EpochLoader(data, batch_size=8, sampler=EpochSampler(64, shuffle=True, seed=0))
-    fit = trainer(folder, *methods, *([listen] if listen else []), max_steps=steps, enable_checkpointing=bool(listen))
-    fit.fit(module, batches, ckpt_path=checkpoint)
-    return module
 
 
 def hosts() -> list[Any]:
