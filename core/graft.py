@@ -46,6 +46,10 @@ class Graft(nn.Module):
     """The effective weight of a linear map is made again in backward instead of being kept for it: worth it where
     making it costs little beside the map itself, and is not random."""
 
+    packed: tuple[str, ...] = ()
+    """Its tensors that files hold in another form; it defines ``pack`` and ``unpack`` then. Checkpoints hold
+    the form in use, since training goes on from there."""
+
     def __init__(self, site: Site) -> None:
         super().__init__()
         self.site = site
@@ -93,6 +97,14 @@ class Graft(nn.Module):
     def merged_bias(self, bias: Tensor) -> Tensor | None:
         """The site's bias b [out] (zeros where the module has none) with this graft written into it; None leaves it."""
         return None
+
+    def pack(self, tensor: Tensor) -> dict[str, Tensor]:
+        """The stored parts of one of its ``packed`` tensors."""
+        raise NotImplementedError
+
+    def unpack(self, parts: dict[str, Tensor], tensor: Tensor) -> None:
+        """Write what the stored parts stand for into ``tensor``."""
+        raise NotImplementedError
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """(up [out, rank], down [rank, in]) where the change of the weight is their product; None where it is not."""

@@ -19,7 +19,7 @@ import warnings
 from abc import ABC
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import Callback
@@ -34,19 +34,6 @@ from core.spec import Recorded, plain
 
 if TYPE_CHECKING:
     import lightning.pytorch as L
-
-class Packing(Protocol):
-    """Two forms of a tensor: the one in use, and the one that adapter files hold. Checkpoints hold the former, since
-    training goes on from there."""
-
-    def pack(self, tensor: Tensor) -> dict[str, Tensor]:
-        """The stored parts, by short names."""
-        ...
-
-    def unpack(self, parts: dict[str, Tensor], tensor: Tensor) -> None:
-        """Write what the stored parts stand for into ``tensor``."""
-        ...
-
 
 GRADIENT_STEPS = 3
 """Backward passes within which every trained tensor must have had a gradient (zero-initialised chains need two)."""
@@ -169,9 +156,11 @@ class PEFTMethod(Recorded, Callback, ABC):
         """The optimizer of a method that is one, for its own groups; None leaves them to the run's optimizer."""
         return None
 
-    def packings(self) -> dict[str, Packing]:
-        """Tensors (by their names in the root; another method's, even) whose stored form is not the one in use."""
-        return {}
+    def packings(self) -> dict[str, Graft]:
+        """Tensors (by their names in the root; another method's, even) whose stored form is not the one in use; by
+        default those that the method's grafts declare."""
+        return {f"{self.prefix}{path}.{name}": graft for path, graft in self.module.named_modules()
+                if isinstance(graft, Graft) for name in graft.packed}
 
     def loss_terms(self, module: Any, batch: Any, outputs: Any) -> Tensor | None:
         """A term to add to the task's loss in FineTuner, or None."""
@@ -429,7 +418,7 @@ class PEFTMethod(Recorded, Callback, ABC):
                if not name.endswith("_extra_state")}
         return {**{name: parameters[name].detach() for name in self.start}, **own}
 
-    def all_packings(self) -> dict[str, Packing]:
+    def all_packings(self) -> dict[str, Graft]:
         """The packings of all methods on the root."""
         home = getattr(self._need_root(), "peft", None)
         methods = home.methods.values() if isinstance(home, Home) else [self]

@@ -63,8 +63,8 @@ class Row:
     """Operators that one graft may add to a forward."""
     saved: float = 1.0
     """Bytes that the first variant keeps for backward, at most, as a share of full fine-tuning's on the same model."""
-    decays: bool = False
-    """Its tensors of one axis are decayed, by the paper."""
+    decays: bool | None = None
+    """Whether its tensors are decayed: all, none, or (None) those of two axes and more."""
     state: int = 0
     """Bytes for each trained number that a checkpoint holds beside it and its two moments."""
     stored: float = 1.0
@@ -509,7 +509,8 @@ METHODS: dict[str, Row] = {
         cards=(("vit_b16", {}, 28_311_552),),
         bad=(({"drop": 1.5}, "drop 1.5"), ({"l2": -1.0}, "l2 -1"), ({"targets": ("q", "block")}, "linear weight"),
              ({"targets": ("mlp.upp",)}, "'mlp.up'")),
-        commutes=False, stopped=(".scores",), operators=6, saved=0.96,
+        stopped=(".scores",), operators=6, saved=0.96, decays=False,
+        absent=("test_gradcheck",),  # no gradient is the function's derivative: tests/sheets has the one it should be
         artifact={"targets": ("o",)},
     ),
     "LoRA": Row(
@@ -581,6 +582,14 @@ METHODS: dict[str, Row] = {
         operators=4, saved=0.5,
         absent=("test_checkpoint", "test_resume", "test_reproducible", "test_nothing_to_train", "test_adapter_file",
                 "test_no_graph_below_the_first_graft", "test_what_the_rows_share_cannot_be_routed"),
+    ),
+    "Quantize": Row(
+        {"alone": Variant(trains=False)},
+        trained=lambda anatomy, method: 0,
+        bad=(({"bits": 3}, "bits 3"), ({"methods": ("LoRAA",)}, "'LoRAA'")),
+        saved=0.0,
+        absent=("test_nothing_to_train", "test_checkpoint", "test_resume", "test_reproducible",
+                "test_no_graph_below_the_first_graft"),
     ),
     "PrefixTuning": Row(
         {"direct": Variant({"tokens": 3}, learns={"tokens": 20}),

@@ -148,7 +148,7 @@ def test_on_names_the_backbone(tmp_path: Path) -> None:
     assert left.root is module.encoders["left"] and right.root is module.encoders["right"]
     fit.save_checkpoint(tmp_path / "towers.ckpt")
     state = torch.load(tmp_path / "towers.ckpt", weights_only=True)["state_dict"]
-    owned = {f"{method.on}.{name}" for method in (left, right) for name in method.tensors()}
+    owned = {f"{method.on}.{name}" for method in (left, right) for name in method.live_tensors()}
     assert {name for name in state if not name.endswith("_extra_state")} == owned | {"head.weight", "head.bias"}
     again = Towers()
     trainer(tmp_path, LoRA(rank=2, on="encoders.left"), BitFit(on="encoders.right"), max_steps=3).fit(

@@ -28,8 +28,8 @@ def _alone(cell: Cell, route: Route, name: str, inputs: Tensor) -> Tensor:
     model = make(cell.family)
     method = cell.new(name=name).attach(model)
     with torch.no_grad():
-        for key, tensor in method.tensors().items():
-            tensor.copy_(route.tensors()[key.replace(f"peft.{name}.", f"{route.prefix}{name}.")])
+        for key, tensor in method.live_tensors().items():
+            tensor.copy_(route.live_tensors()[key.replace(f"peft.{name}.", f"{route.prefix}{name}.")])
     return outputs(model, inputs)
 
 

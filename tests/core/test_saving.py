@@ -67,20 +67,22 @@ def test_save_and_load(cell: Cell, tmp_path: Path) -> None:
 
 @invariant(38, "the file holds what is declared, and no more")
 def test_adapter_file(cell: Cell, tmp_path: Path) -> None:
-    """At most 4 bytes a number (sparse ones: values and int32 positions), 160 a tensor, and 4 KiB."""
+    """The bytes of its tensors (at most 4 a number; sparse ones: values and int32 positions), 160 a tensor, 4 KiB."""
     model = make(cell.family)
     method = cell.attach(model)
     randomize(method)
     method.save(tmp_path)
     tensors = load_file(tmp_path / TENSORS)
-    assert set(tensors) == set(method.tensors()) and set(method.trainable()) <= set(tensors)
+    packed = {name.rpartition(".")[0] for name in tensors}
+    assert set(tensors) == set(method.tensors()) and set(method.trainable()) <= set(tensors) | packed
     assert same({name: tensor.detach() for name, tensor in method.tensors().items()}, tensors)
     assert all(tensor.dtype in (torch.float32, torch.int32, torch.uint8) for tensor in tensors.values())
     stored = method.counts()["stored"]
     assert stored == _numbers(tensors)
     trained = _numbers(dict(method.trainable()))
     assert stored <= (1 if cell.moves_base else cell.row.stored) * trained
-    assert adapter_bytes(tmp_path) <= 4 * stored + 160 * len(tensors) + 4096
+    held = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    assert adapter_bytes(tmp_path) <= held + 160 * len(tensors) + 4096 and held <= 4 * stored
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted([TENSORS, RECORD])
 
 
@@ -196,7 +198,7 @@ def test_checkpoint(cell: Cell, weights_only: bool, tmp_path: Path) -> None:
     file = tmp_path / "run.ckpt"
     fit.save_checkpoint(file, weights_only=weights_only)
     state = torch.load(file, weights_only=True)["state_dict"]
-    owned = {f"backbone.{name}" for name in method.tensors()} | {"head.weight", "head.bias"}
+    owned = {f"backbone.{name}" for name in method.live_tensors()} | {"head.weight", "head.bias"}
     assert {name for name in state if not name.endswith("_extra_state")} == owned
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     count = sum(p.requires_grad for p in module.parameters())

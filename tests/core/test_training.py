@@ -129,8 +129,8 @@ def test_parameter_groups(cell: Cell) -> None:
     assert {id(tensor) for tensor in held} == {id(tensor) for tensor in method.trainable().values()}
     for group in groups:
         assert group["params"]
-        assert all((tensor.dim() < 2 and not cell.row.decays) == (group.get("weight_decay") == 0.0)
-                   for tensor in group["params"])
+        assert all((tensor.dim() > 1 if cell.row.decays is None else cell.row.decays) == (
+            group.get("weight_decay") != 0.0) for tensor in group["params"])
 
 
 @invariant(18, "activation checkpointing changes nothing", rotate=True, where=lambda cell: cell.trains)

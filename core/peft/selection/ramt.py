@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from core.anatomy import Anatomy, Site
 from core.errors import ScionError
 from core.graft import Graft
-from core.method import Packing, PEFTMethod, seeded
+from core.method import PEFTMethod, seeded
 
 if TYPE_CHECKING:
     import lightning.pytorch as L
@@ -29,6 +29,7 @@ class MaskGraft(Graft):
 
     reads_weight = True
     remade = True
+    packed = ("scores",)
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)
@@ -99,10 +100,6 @@ class RAMT(PEFTMethod):
     def scores(self) -> list[Tensor]:
         """The scores, in the order of their sites."""
         return [graft.scores for graft in self.grafts if isinstance(graft, MaskGraft)]
-
-    def packings(self) -> dict[str, Packing]:
-        return {f"{self.prefix}{name}.scores": graft for name, graft in self.module.named_modules()
-                if isinstance(graft, MaskGraft)}
 
     def param_groups(self) -> list[dict[str, Any]]:
         return [{**group, "weight_decay": 0.0} for group in super().param_groups()]

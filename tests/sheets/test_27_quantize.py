@@ -1,0 +1,182 @@
+"""Sheet 27, Quantize: the checks by their numbers there."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from core import load_adapter
+from core.anatomy import parameter_site
+from core.errors import ScionError
+from core.peft import method_class
+from core.peft.weights.quantize import QuantizedGraft
+from tests.models import batch, make
+from tests.sheets.training import run
+from tests.toolkit import distance, outputs, randomize
+
+Quantize: Any = method_class("Quantize")
+LoRA: Any = method_class("LoRA")
+Houlsby: Any = method_class("Houlsby")
+
+
+def _vit() -> nn.Module:
+    import timm
+
+    with torch.device("meta"):
+        return timm.create_model("vit_base_patch16_224", num_classes=0)
+
+
+@pytest.mark.parametrize(("host", "size"), [
+    (lambda: LoRA(rank=32), 147_840), (lambda: Houlsby(bottleneck=32, targets=("mlp",)), 73_920)],
+    ids=["LoRA", "one bottleneck a block"])
+def test_1_bytes(host: Any, size: int) -> None:
+    """Matrices in 1 bit on ViT-B/16: LoRA of rank 32 on q and v; a bottleneck of 32 a block (its biases left out)."""
+    model = _vit()
+    method = host().attach(model)
+    Quantize(bits=1).attach(model)
+    stored = {name: t for name, t in method.tensors().items() if not name.endswith("bias")}
+    assert sum(t.numel() * t.element_size() for t in stored.values()) == size
+    assert {t.dtype for t in stored.values()} == {torch.uint8, torch.float32}
+
+
+def _quantized(bits: int, family: str = "timm_vit", host: Any = None, dtype: torch.dtype = torch.float32
+               ) -> tuple[nn.Module, Any, Any]:
+    model = make(family, dtype=dtype)
+    method = (LoRA(rank=4) if host is None else host).attach(model)
+    quantize = Quantize(bits=bits).attach(model)
+    randomize(method)
+    return model, method, quantize
+
+
+@pytest.mark.parametrize("host", ["LoRA", "Houlsby", "AdaLoRA", "DoRA"])
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_3_round_trip(bits: int, host: str, tmp_path: Path) -> None:
+    """A file computes the same to the bit; each matrix has 2^bits values and bits / 8 bytes a number."""
+    model, method, quantize = _quantized(bits, host=method_class(host)())
+    inputs = batch("timm_vit")
+    for graft in quantize.grafts:
+        matrix = graft.site.full_weight
+        values = graft(matrix, verb="weight").detach().unique()
+        assert len(values) == min(2**bits, len(values)) and len(values) > 2**bits // 2
+        if bits == 1:
+            expected = matrix.mean() + torch.tensor([-0.67449, 0.67449]) * matrix.std()
+            if graft.noise is None:
+                torch.testing.assert_close(values, expected.detach())
+        parts = graft.pack(matrix.detach())
+        assert parts["codes"].numel() == math.ceil(matrix.numel() * bits / 8)
+    from core.artifact import save_adapter
+
+    save_adapter([method, quantize], tmp_path)
+    other = make("timm_vit")
+    loaded = load_adapter(tmp_path, other)
+    assert torch.equal(outputs(other, inputs), outputs(model, inputs))
+    again = tmp_path / "again"
+    save_adapter(loaded, again)
+    one, two = load_file(tmp_path / "adapter.safetensors"), load_file(again / "adapter.safetensors")
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_4_levels() -> None:
+    """1 bit: E (z - Q)^2 = 0.3786, and the level is the median of |z|; all levels are the medians of their bins."""
+    z = torch.special.ndtri(torch.arange(1, 2_000_000, dtype=torch.float64) / 2_000_000)
+    for bits in (1, 2, 4):
+        graft = QuantizedGraft(parameter_site(nn.Linear(4, 4), "weight"), bits)
+        _, codes = graft._codes(z, torch.tensor(0.0), torch.tensor(1.0 - 1e-5))
+        for code, level in enumerate(graft.levels.tolist()):
+            assert float(z[codes == code].median()) == pytest.approx(level, abs=2e-3)
+        if bits == 1:
+            assert float((z - graft.levels.double()[codes]).pow(2).mean()) == pytest.approx(0.3786, abs=1e-4)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_5_gradient(bits: int) -> None:
+    """Of the latent matrix: with Q for the identity, and through mean and deviation."""
+    linear = nn.Linear(6, 5, dtype=torch.float64)
+    graft = QuantizedGraft(parameter_site(linear, "weight"), bits)
+    w = linear.weight.detach().clone().requires_grad_()
+    upstream = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    (graft.weight(w) * upstream).sum().backward()
+    with torch.no_grad():
+        n, mean, deviation = w.numel(), w.mean(), w.std()
+        z = (w - mean) / (deviation + 1e-5)
+        q = (graft.weight(w) - mean) / deviation
+        of_deviation = (w - mean) / ((n - 1) * deviation)
+        direct = deviation / (deviation + 1e-5) * (upstream - upstream.mean())
+        through = ((q - z * deviation / (deviation + 1e-5)) * upstream).sum() * of_deviation
+        torch.testing.assert_close(w.grad, direct + through + upstream.mean(), rtol=1e-8, atol=1e-10)
+
+
+def test_6_merging() -> None:
+    """LoRA merges as quantized; Quantize itself refuses, and so does a bottleneck."""
+    model, method, quantize = _quantized(1, dtype=torch.float64)
+    inputs = batch("timm_vit", dtype=torch.float64)
+    before = outputs(model, inputs)
+    with quantize.disabled():
+        assert distance(outputs(model, inputs), before) > 1e-3
+    method.merge()
+    assert distance(outputs(model, inputs), before) < 1e-10
+    with pytest.raises(ScionError, match="cannot be merged"):
+        quantize.merge()
+
+
+def test_6_the_start_is_no_identity_but_learns() -> None:
+    """The zeros of B are seen as small noise, of which 1 bit makes +-0.67 sigma; every matrix has a gradient."""
+    model, inputs = make("timm_vit"), batch("timm_vit")
+    plain = outputs(model, inputs)
+    method = LoRA().attach(model)
+    Quantize().attach(model)
+    assert 0 < distance(outputs(model, inputs), plain) < 0.2
+    model(inputs).pow(2).sum().backward()
+    assert all(bool(t.grad.any()) and bool(torch.isfinite(t.grad).all()) for t in method.trainable().values())
+
+
+def test_hosts_are_named_or_refused() -> None:
+    model = make("timm_vit")
+    LoRA(name="one").attach(model)
+    LoRA(name="two").attach(model)
+    with pytest.raises(ScionError, match="did you mean 'two'|attached before it are one, two"):
+        Quantize(methods=["twoo"]).attach(model)
+    quantize = Quantize(methods=["two"]).attach(model)
+    assert all(".two." in graft.site.name for graft in quantize.grafts) and len(quantize.grafts) == 8
+    shared = make("timm_vit")
+    method_class("MoS")(rank=2, targets=("q", "mlp.down")).attach(shared)  # type: ignore[call-arg]
+    with pytest.raises(ScionError, match="cannot be quantized"):
+        Quantize().attach(shared)
+    with pytest.raises(ScionError, match="bits 3"):
+        Quantize(bits=3)
+
+
+def test_trains_resumes_and_is_stored_small(tmp_path: Path) -> None:
+    def methods() -> list[Any]:
+        return [LoRA(rank=8), Quantize(bits=1)]
+
+    whole = run(tmp_path, *methods(), listen=ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=5, save_top_k=-1))
+    again = run(tmp_path, *methods(), checkpoint=tmp_path / "step=5.ckpt")
+    for (name, one), two in zip(whole.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(one, two), name
+    stored: dict[str, Tensor] = whole.methods[0].tensors()
+    numbers = sum(t.numel() for t in whole.methods[0].trainable().values())
+    assert sum(t.numel() * t.element_size() for t in stored.values()) == numbers // 8 + 8 * len(stored) // 2
+    whole.eval()
+    images = torch.randn(3, 3, 16, 16)
+    from core.artifact import save_adapter
+    from tests.sheets.training import Deep
+
+    save_adapter(whole.methods, tmp_path / "adapter")
+    torch.manual_seed(0)
+    fresh = Deep().eval()
+    load_adapter(tmp_path / "adapter", fresh)
+    with torch.no_grad():
+        assert torch.equal(fresh(images), whole.backbone(images))
+
+
+def test_alone_it_refuses_to_train(tmp_path: Path) -> None:
+    with pytest.raises(ScionError, match="put it behind one"):
+        run(tmp_path, Quantize())
