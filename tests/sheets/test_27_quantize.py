@@ -64,7 +64,7 @@ def test_3_round_trip(bits: int, host: str, tmp_path: Path) -> None:
     for graft in quantize.grafts:
         matrix = graft.site.full_weight
         values = graft(matrix, verb="weight").detach().unique()
-        assert len(values) == min(2**bits, len(values)) and len(values) > 2**bits // 2
+        assert min(2**bits, matrix.numel()) // 3 < len(values) <= 2**bits
         if bits == 1:
             expected = matrix.mean() + torch.tensor([-0.67449, 0.67449]) * matrix.std()
             if graft.noise is None:

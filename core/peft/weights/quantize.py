@@ -104,7 +104,6 @@ class Quantize(PEFTMethod):
         methods: names of the methods to quantize; None is all that are attached before.
     """
 
-    identity_at_start = False
     trains_backbone = False
     inference_cost = "the quantized matrices are made in each forward, or merged with their method"
 
@@ -136,6 +135,7 @@ class Quantize(PEFTMethod):
         return found
 
     def build(self, site: Site) -> Graft:
+        self.identity_at_start = False
         return QuantizedGraft(site, self.bits)
 
     def packings(self) -> dict[str, Graft]:
