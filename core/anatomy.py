@@ -43,6 +43,8 @@ ROLES: dict[str, str] = {
     "block": "a whole block, input and output",
     "norm1": "the block's norm at attention", "norm2": "the block's norm at the MLP",
     "norm": "norms outside blocks: the final norm, the embedding's norm",
+    "final_norm": "of these, the one behind the last block",
+    "position_bias": "the attention's table of relative positions, a parameter",
     "embed": "output of the embedding", "patch_embed": "projection of the patches",
     "downsample": "projection between two stages", "pool": "pooler", "head": "task head",
     "lm_head": "language-model head",
@@ -138,6 +140,13 @@ class Site:
     def weight_name(self) -> str:
         """The parameter's name in the root's state dict."""
         return f"{self.path}.{self.parameter}" if self.path else self.parameter
+
+    @property
+    def parameter_names(self) -> list[str]:
+        """Names in the root's state dict of all that the site holds: its module's parameters, or the one it is."""
+        if self.parameter != "weight":
+            return [self.weight_name]
+        return [f"{self.path}.{name}" if self.path else name for name, _ in self.module.named_parameters()]
 
     @property
     def _out_axis(self) -> int:
@@ -240,6 +249,14 @@ class Anatomy:
     """Sites outside the blocks, by role; a role may be played more than once (``downsample``, ``norm``)."""
 
     @property
+    def stages(self) -> list[list[Block]]:
+        """The blocks by stage, in order; one list where there are no stages."""
+        found: dict[str, list[Block]] = {}
+        for block in self.blocks:
+            found.setdefault(block.stage, []).append(block)
+        return list(found.values())
+
+    @property
     def roles(self) -> dict[str, int]:
         """Each role that this backbone has, with the number of its sites."""
         counts: dict[str, int] = {}
@@ -293,12 +310,12 @@ class Anatomy:
 
     def head_names(self) -> set[str]:
         """Names of the parameters of the task head; a language model's head is not among them."""
-        return {name for site in self.stem.get("head", []) for name in _parameter_names(site)}
+        return {name for site in self.stem.get("head", []) for name in site.parameter_names}
 
     def norm_names(self) -> set[str]:
         """Names of all parameters of norms."""
         return {name for site in self.all_sites() if site.role in ("norm", "norm1", "norm2")
-                for name in _parameter_names(site)}
+                for name in site.parameter_names}
 
 
 def check_roles(wanted: Iterable[str], known: Iterable[str], family: str, asker: str = "") -> None:
@@ -319,15 +336,10 @@ def check_layers(layers: Sequence[int] | None, total: int, family: str, asker: s
     return set(range(total)) if layers is None else {layer % total for layer in layers}
 
 
-def _parameter_names(site: Site) -> list[str]:
-    prefix = f"{site.path}." if site.path else ""
-    return [prefix + name for name, _ in site.module.named_parameters()]
-
-
 # ------------------------------------------------------------------------------------------------- descriptions
 
-Where = str | tuple[str, Rows]
-"""A module's path, or a path with the rows of its weight that are meant."""
+Where = str | tuple[str, Rows | str]
+"""A module's path, or a path with the rows of its weight, or the name of its parameter, that are meant."""
 
 
 @dataclass
@@ -338,7 +350,8 @@ class BlockDescription:
         path: the block's module.
         dim: width of its hidden state.
         heads: (query heads, key/value heads, head width).
-        roles: role -> path, or (path, Rows) for a part of a fused weight. ``block`` is added.
+        roles: role -> path, or (path, Rows) for a part of a fused weight, or (path, name) for a parameter. ``block``
+            is added.
         stage: name of the stage or stack, where there are several.
         pre_norm: whether the norms stand before the sublayers.
         while_active: role -> attributes that its module must have while a graft is active there.
@@ -442,9 +455,10 @@ def dissect(model: nn.Module) -> Anatomy:
         heads = Heads(*block.heads)
         sites = {"block": site(f"{index}.block", "block", path, block.path, block=index, width=block.dim)}
         for role, where in block.roles.items():
-            place, rows = where if isinstance(where, tuple) else (where, None)
-            sites[role] = site(f"{index}.{role}", role, path, block.path, place, rows=rows, block=index, heads=heads,
-                               width=block.dim, while_active=block.while_active.get(role, {}))
+            place, part = where if isinstance(where, tuple) else (where, None)
+            which: dict[str, Any] = {"parameter": part} if isinstance(part, str) else {"rows": part}
+            sites[role] = site(f"{index}.{role}", role, path, block.path, place, block=index, heads=heads,
+                               width=block.dim, while_active=block.while_active.get(role, {}), **which)
         blocks.append(Block(index=index, path=join(path, block.path), module=sites["block"].module, dim=block.dim,
                             stage=block.stage, pre_norm=block.pre_norm, sites=sites))
     return Anatomy(root=model, family=name, blocks=blocks, stem={role: found for role, found in stem.items() if found})
@@ -473,7 +487,7 @@ def renamed(site: Site, **changes: Any) -> Site:
 
 def _thirds(path: str, width: int) -> dict[str, Where]:
     """A fused projection: whole as ``qkv``, and q, k, v as its contiguous thirds."""
-    return {"qkv": path} | {role: (path, Rows(i * width, (i + 1) * width)) for i, role in enumerate(("q", "k", "v"))}
+    return {"qkv": path, **{role: (path, Rows(i * width, (i + 1) * width)) for i, role in enumerate(("q", "k", "v"))}}
 
 
 @family("timm.models.vision_transformer:VisionTransformer")
@@ -492,7 +506,7 @@ def timm_vit(model: Any) -> Description:
         ))
     norms = [name for name in ("norm_pre", "norm", "fc_norm") if any(True for _ in getattr(model, name).parameters())]
     return Description(blocks, {"patch_embed": "patch_embed.proj", "embed": "norm_pre", "norm": norms,
-                                **_head(model, "head")})
+                                "final_norm": norms[-1:], **_head(model, "head")})
 
 
 @family("timm.models.swin_transformer:SwinTransformer")
@@ -508,6 +522,7 @@ def timm_swin(model: Any) -> Description:
             roles: dict[str, Where] = {
                 **_thirds("attn.qkv", width), "o": "attn.proj", "mlp.up": "mlp.fc1", "mlp.down": "mlp.fc2",
                 "attend": "attn", "attention": "attn", "mlp": "mlp", "norm1": "norm1", "norm2": "norm2",
+                "position_bias": ("attn", "relative_position_bias_table"),
             }
             blocks.append(BlockDescription(
                 path=f"layers.{s}.blocks.{b}", dim=attention.dim, roles=roles, stage=f"stage{s}",
@@ -516,7 +531,7 @@ def timm_swin(model: Any) -> Description:
             ))
     norms = [name for name in [*norms, "norm"] if any(True for _ in model.get_submodule(name).parameters())]
     return Description(blocks, {"patch_embed": "patch_embed.proj", "embed": "patch_embed", "downsample": downsamples,
-                                "norm": norms, **_head(model, "head")})
+                                "norm": norms, "final_norm": "norm", **_head(model, "head")})
 
 
 def _head(model: nn.Module, path: str) -> dict[str, str | list[str]]:
@@ -532,7 +547,8 @@ def ast(model: Any) -> Description:
     }
     return Description(
         _transformers_blocks(model, "layers", roles),
-        {"patch_embed": "embeddings.patch_embeddings.projection", "embed": "embeddings", "norm": "layernorm"},
+        {"patch_embed": "embeddings.patch_embeddings.projection", "embed": "embeddings", "norm": "layernorm",
+         "final_norm": "layernorm"},
     )
 
 
@@ -558,7 +574,8 @@ def llama(model: Any) -> Description:
         "attend": "self_attn", "attention": "self_attn", "mlp": "mlp",
         "norm1": "input_layernorm", "norm2": "post_attention_layernorm",
     }
-    return Description(_transformers_blocks(model, "layers", roles), {"embed": "embed_tokens", "norm": "norm"})
+    return Description(_transformers_blocks(model, "layers", roles), {"embed": "embed_tokens", "norm": "norm",
+                                                                         "final_norm": "norm"})
 
 
 def _transformers_blocks(model: Any, layers: str, roles: dict[str, Where], pre_norm: bool = True

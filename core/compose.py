@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from core.anatomy import Anatomy
 from core.errors import ScionError, nearest
 from core.graft import Graft, route_rows
-from core.method import PEFTMethod, key_of
+from core.method import PEFTMethod, key_of, methods_on
 
 __all__ = ["Route"]
 
@@ -89,7 +89,7 @@ class Route(PEFTMethod):
         Raises:
             ScionError: no such variant.
         """
-        self._need_root()
+        root = self._need_root()
         names = [method.name for method in self.methods]
         states = [graft.active for graft in self.grafts]
         route = None
@@ -101,6 +101,10 @@ class Route(PEFTMethod):
             route = torch.as_tensor(variant, device=next(self.module.parameters()).device).long()
             if route.dim() != 1 or (route.numel() and not 0 <= int(route.min()) <= int(route.max()) < len(names)):
                 raise ScionError(f"{self.name}: a route is one index a row, 0 to {len(names) - 1}")
+            for other in methods_on(root):
+                if any(graft.folds for graft in other.grafts):
+                    raise ScionError(f"{self.name}: {other.name} lets several streams ride in the batch, whose rows "
+                                     "are then no samples to route; route the whole batch by name")
         try:
             for i, method in enumerate(self.methods):
                 branch = self._branch(method)

@@ -40,6 +40,9 @@ class Graft(nn.Module):
 
     reads_weight: bool = False
     """Its function depends on the frozen weight itself, so that nothing may be merged into that while it stands."""
+    folds: bool = False
+    """It changes the number of rows, for streams that ride in the batch. It then acts last at its site, before and
+    after, so that all others there see an input and an output with the same rows; and it heeds ``strength`` itself."""
     reads_output: bool = False
     """Its function depends on the output that arrives, so that what stands before it must be merged before it."""
     remade: bool = False
@@ -317,7 +320,8 @@ class Carrier:
 
     def add(self, graft: Graft) -> None:
         self.grafts.append(graft)
-        self.grafts.sort(key=lambda graft: graft.place)  # one that returns by unmerge returns to its place
+        # One that returns by unmerge returns to its place.
+        self.grafts.sort(key=lambda graft: (graft.folds, graft.place))
         self.refresh()
 
     def drop(self, graft: Graft) -> None:
@@ -441,7 +445,7 @@ def _chain(some: list[Graft], weight: Tensor) -> Tensor:
 
 
 def _weighed(graft: Graft, before: Tensor, after: Tensor) -> Tensor:
-    return after if graft.strength == 1 else torch.lerp(before, after, graft.strength)
+    return after if graft.strength == 1 or graft.folds else torch.lerp(before, after, graft.strength)
 
 
 def _made_from(some: list[Graft], weight: Tensor, *trained: Tensor) -> Tensor:

@@ -229,6 +229,7 @@ class PEFTMethod(Recorded, Callback, ABC):
         parameters = dict(model.named_parameters())
         module = MethodModule(self)
         self._fill(module, anatomy)
+        self._check_folds(home, module)
         if self.trains_backbone and not moved and not any(True for _ in module.parameters()):
             raise ScionError(f"{self.name}: layers={self.layers} leaves nothing to train")
 
@@ -249,6 +250,14 @@ class PEFTMethod(Recorded, Callback, ABC):
             module.requires_grad_(False)
         model.train(model.training)
         return self
+
+    def _check_folds(self, home: Home | None, module: nn.Module) -> None:
+        """Two methods cannot both let streams of their own ride in the batch."""
+        if any(isinstance(graft, Graft) and graft.folds for graft in module.modules()):
+            for other in home.methods.values() if home is not None else ():
+                if any(graft.folds for graft in other.grafts):
+                    raise ScionError(f"{self.name}: the batch carries the streams of {other.name} already; one method "
+                                     "can fold it")
 
     def _warn_of_ties(self, model: nn.Module, module: nn.Module) -> None:
         """One side of a tied weight is adapted alone, which is legitimate, but nothing to happen unnoticed."""

@@ -157,6 +157,23 @@ def _hydra(anatomy: Anatomy, method: Any) -> int:
     return total
 
 
+def _mtlora(anatomy: Anatomy, method: Any) -> int:
+    shared = [*(method.targets or anatomy.linear_roles())]
+    shared += ["downsample"] if method.downsample == "lora" and "downsample" in anatomy.roles else []
+    total = sum(method.rank * (s.in_features + s.out_features) for s in anatomy.sites(shared, method.layers))
+    for stage in anatomy.stages:
+        own = [site for role, site in stage[-1].sites.items() if role in ("o", "mlp.up", "mlp.gate", "mlp.down")]
+        total += len(method.tasks) * sum(method.task_rank * (s.in_features + s.out_features) for s in own)
+    final = {"norm"} & anatomy.roles.keys() and anatomy.stem["norm"][-1].path if anatomy.blocks[0].pre_norm else ""
+    kept = method.roles or ("norm1", "norm2", "norm", "patch_embed", "downsample")
+    for site in anatomy.sites([role for role in kept if role in anatomy.roles]):
+        if (site.role != "downsample" or method.downsample == "train") and site.path != final:
+            total += sum(p.numel() for p in site.module.parameters())
+    if method.roles is None:
+        total += sum(p.numel() for name, p in anatomy.root.named_parameters() if name.endswith("position_bias_table"))
+    return total
+
+
 def _norms(anatomy: Anatomy, roles: tuple[str, ...]) -> int:
     return sum(p.numel() for site in anatomy.sites(roles) for p in site.module.parameters()) if roles else 0
 
@@ -574,6 +591,20 @@ METHODS: dict[str, Row] = {
         saved=0.0,
         absent=("test_nothing_to_train", "test_checkpoint", "test_resume", "test_reproducible",
                 "test_no_graph_below_the_first_graft"),
+    ),
+    "MTLoRA": Row(
+        {"two tasks": Variant({"tasks": ("a", "b"), "rank": 4, "task_rank": 2, "dropout": 0.0}),
+         "plus": Variant({"tasks": ("a", "b.c", "train"), "rank": 2, "targets": ("q", "v", "mlp.down"),
+                          "train": ("norm1", "norm2"), "downsample": "lora"})},
+        trained=_mtlora,
+        cards=(("vit_b16", {}, 3_023_616),),
+        bad=(({"rank": 0}, "rank 0"), ({"task_rank": 0}, "task_rank 0"), ({"tasks": ()}, "tasks"),
+             ({"tasks": ("a", "a")}, "different names"), ({"tasks": ("shared",)}, "'shared'"),
+             ({"tasks": "depth"}, "'depth'"), ({"dropout": 1.5}, "dropout 1.5"), ({"downsample": "no"}, "'no'"),
+             ({"targets": ("q", "block")}, "linear weight"), ({"train": ("norm", "nrom1")}, "'norm1'"),
+             ({"layers": (0,)}, "take one of")),
+        random=True, operators=12, saved=1.75,  # half of a tiny model's blocks are last ones, with three streams
+        artifact={"tasks": ("a",), "rank": 1, "task_rank": 1, "targets": ("o",), "train": ("norm2",)},
     ),
     "PortLLM": Row(
         {"low rank": Variant({"scale": 0.5}, _patched, trains=False)},

@@ -1,0 +1,1 @@
+"""Methods for several tasks on one backbone at once."""
