@@ -147,6 +147,11 @@ class PEFTMethod(Recorded, Callback, ABC):
     def check(self, anatomy: Anatomy) -> None:
         """Refuse, before anything changes, a backbone that this method cannot have."""
 
+    def feature_dim(self, dim: int, anatomy: Anatomy) -> int:
+        """Width of the root's feature with this method on it, where it is ``dim`` without; what reads the feature is
+        built for it (`FineTuner.fit_head`)."""
+        return dim
+
     def structure(self) -> dict[str, Any]:
         """What, beside the constructor's arguments, rebuilds the method's tensors (phases, grown ranks): JSON."""
         return {}

@@ -305,6 +305,10 @@ def _fit(point: Point, stage: Stage, home: Path, folder: Path, test: bool) -> Ou
         methods = _begin_with(folder / "stages" / stage.start / "adapter", stage, tuner, methods)
     for method in methods:
         method.attach(tuner.backbone)
+    tuner.fit_head()
+    if stage.start is not None and "head" in stage.carry:
+        adapter = folder / "stages" / stage.start / "adapter"
+        load_outside(tuner, read_adapter(adapter)[1], str(adapter))
     if stage.name:
         log.info("stage %s", stage.name)
     history = History()
@@ -347,11 +351,9 @@ def _strip(metrics: dict[str, float]) -> dict[str, float]:
 def _begin_with(adapter: Path, stage: Stage, tuner: FineTuner, methods: list[PEFTMethod]) -> list[PEFTMethod]:
     """Attach what an earlier stage left. A method that this stage lists by the same name goes on training; others stay
     in the forward, frozen."""
-    record, tensors = read_adapter(adapter)
-    if "head" in stage.carry:
-        load_outside(tuner, tensors, str(adapter))
     if "weights" not in stage.carry:
         return methods
+    record, tensors = read_adapter(adapter)
     own = {name: tensor for name, tensor in tensors.items() if not name.startswith(OUTSIDE)}
     earlier = restore(record, own, tuner.backbone, where=str(adapter))
     names = {method.name for method in methods}
