@@ -121,6 +121,11 @@ def _prefix(anatomy: Anatomy, method: Any) -> int:
     return method.tokens * dim + (dim + 1) * method.hidden + (method.hidden + 1) * sum(widths)
 
 
+def _vqt(anatomy: Anatomy, method: Any) -> int:
+    blocks = [block for block in anatomy.blocks if block.index in anatomy.layer_indices(method.layers)]
+    return sum(method.tokens * (block.dim + (method.reduce == "sum")) for block in blocks)
+
+
 def _adalora(anatomy: Anatomy, method: Any) -> int:
     return sum(method.rank * (i + o + 1) for i, o in _linear(anatomy, method))
 
@@ -593,9 +598,20 @@ METHODS: dict[str, Row] = {
         random=True, operators=13, saved=0.71,
         artifact={"tokens": 1},
     ),
+    "VQT": Row(
+        {"concat": Variant(), "mean": Variant({"tokens": 3, "reduce": "mean", "dropout": 0.0, "normalize": False}),
+         "sum": Variant({"tokens": 3, "reduce": "sum"})},
+        trained=_vqt,
+        cards=(("vit_b16", {}, 9_216), ("vit_b16", {"tokens": 10}, 92_160), ("vit_b16", {"tokens": 20}, 184_320)),
+        bad=(({"tokens": 0}, "tokens 0"), ({"dropout": 1.0}, "dropout 1"), ({"reduce": "max"}, "'max'"),
+             ({"reduce": "sum"}, "2 tokens"), ({"lr_factor": 0.0}, "lr_factor 0")),
+        random=True, commutes=False, operators=22, saved=0.25,
+        artifact={},
+    ),
 }
 
 REFUSED: dict[tuple[str, str], str] = {
+    ("VQT", "timm_swin"): "its blocks attend within windows by the distance of two places; a query has no place",
     ("BitFit", "llama"): "no module of LlamaModel has a bias, so there is nothing to train",
 }
 """Cells that cannot exist, each with the mathematical reason: at most a tenth of all."""
