@@ -82,8 +82,9 @@ class PEFTMethod(Recorded, Callback, ABC):
     inference_cost: ClassVar[str] = "none once merged"
     recommended: ClassVar[dict[str, float]] = {"lr": 1e-3, "weight_decay": 0.0}
     """Learning rate and weight decay from the paper, taken by ``lr: auto``."""
-    stages: ClassVar[tuple[str, ...]] = ()
-    """Names of the runs that the method needs one after the other; empty means one."""
+    stages: tuple[str, ...] = ()
+    """Names of the runs that the method needs one after the other; empty means one. An option may say otherwise on the
+    instance."""
     mode: ClassVar[Literal["eval", "train"]] = "eval"
     """Default of ``backbone_mode``."""
 

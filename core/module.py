@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from core.anatomy import dissect
-from core.artifact import keep_only_owned, read_adapter, restore
+from core.artifact import keep_only_owned, read_adapter, restore, split_checkpoint
 from core.backbone import Backbone
 from core.data import seed_of
 from core.errors import ScionError, listed, nearest
@@ -266,13 +266,17 @@ class FineTuner(L.LightningModule):
     # --------------------------------------------------------------------------------- checkpoints
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Rebuild the methods that the checkpoint holds, where they are not attached yet."""
-        if home_in(self) is None and any("._extra_state" in name for name in checkpoint["state_dict"]):
-            from core.artifact import split_checkpoint
-
-            record, tensors = split_checkpoint(checkpoint["state_dict"], "the checkpoint")
+        """Rebuild the methods that the checkpoint holds, where they are not attached yet, and the head for them."""
+        if not any("._extra_state" in name for name in checkpoint["state_dict"]):
+            return
+        record, tensors = split_checkpoint(checkpoint["state_dict"], "the checkpoint")
+        if home_in(self) is None:
             restore(record, tensors, self.backbone, where="the checkpoint")
-            self.fit_head()
+        else:
+            structures = {saved["name"]: saved.get("structure", {}) for saved in record["methods"]}
+            for method in self.methods:
+                method.restructure(structures.get(method.name, {}))
+        self.fit_head()
 
 
 OUTSIDE = "outside."

@@ -130,8 +130,7 @@ def stages_of(point: Point) -> list[Stage]:
     config = {key: value for key, value in point.config.items() if key != "stages"}
     listed_stages = point.config.get("stages")
     if not listed_stages:
-        classes = [find_class(part["class_path"], "peft", point.domain) for part in _parts(config)]
-        staged = [names for cls in classes if (names := getattr(cls, "stages", ()))]
+        staged = [method.stages for method in make_methods(config, point.domain) if method.stages]
         if not staged:
             return [Stage("", config)]
         names = staged[0]
