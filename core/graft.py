@@ -47,8 +47,8 @@ class Graft(nn.Module):
     making it costs little beside the map itself, and is not random."""
     whole_batch: bool = False
     """Its ``before`` and ``after`` see all rows of a routed batch, and look to ``batch`` themselves."""
-    reruns: bool = False
-    """Its ``after`` calls `rerun`."""
+    calls_again: bool = False
+    """Its ``after`` uses `on_other_tokens`."""
 
     def __init__(self, site: Site) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class Graft(nn.Module):
         self.variant = 0
         """The entry in ``route`` that means this graft."""
         self.call: tuple[tuple, dict[str, Any]] | None = None
-        """While ``after`` runs: what the site's module was called with, for `rerun`."""
+        """While ``after`` runs: what the site's module was called with, for `on_other_tokens`."""
 
     def forward(self, *args: Any, verb: str) -> Any:
         """Calls a verb, or ``merged`` and its like. The core calls them so, and a graft is then itself a module whose
@@ -90,10 +90,10 @@ class Graft(nn.Module):
         -> attention's output [batch, heads, queries, width]."""
         raise NotImplementedError
 
-    def rerun(self, x: Tensor) -> Tensor:
-        """Within ``after``: the site's frozen module called once more as it just was, but on other tokens ``x`` [batch,
+    def on_other_tokens(self, x: Tensor) -> Tensor:
+        """Within ``after``: the site's frozen module once more as it was just called, but on other tokens ``x`` [batch,
         tokens, dim]; see `Site.rerun`."""
-        assert self.call is not None, f"{type(self).__name__} does not declare `reruns`, or this is not its `after`"
+        assert self.call is not None, f"{type(self).__name__} does not declare `calls_again`, or is not in its `after`"
         args, kwargs = self.call
         if not args:
             kwargs = {name: value for name, value in kwargs.items() if name != _hidden_name(kwargs)}
@@ -413,7 +413,7 @@ class Carrier:
             return None
         x, y = hidden_in(args, kwargs), hidden_out(output)
         for graft in after:
-            if graft.reruns:
+            if graft.calls_again:
                 graft.call = (args, kwargs)
         try:
             for together in _side_by_side(after):
@@ -421,7 +421,7 @@ class Carrier:
                 y = self._on_parts(together, x, y) if first.by_rows else _weighed(first, y, first(x, y, verb="after"))
         finally:
             for graft in after:
-                if graft.reruns:
+                if graft.calls_again:
                     graft.call = None
         return _with_hidden_out(output, y)
 

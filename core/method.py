@@ -368,8 +368,9 @@ class PEFTMethod(Recorded, Callback, ABC):
             parameters[name].requires_grad_(False)
         self.module.requires_grad_(False)
 
-    def advance(self) -> None:
-        """Carry a method that has several ``stages`` on into its next one."""
+    def advance(self, module: nn.Module | None = None) -> None:
+        """Carry a method that has several ``stages`` on into its next one; ``module`` is what stands around the root,
+        a head included, for methods that look there."""
         raise ScionError(f"{self.name} has one stage only")
 
     def remove(self) -> None:

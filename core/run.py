@@ -337,7 +337,7 @@ def _fit(point: Point, stage: Stage, home: Path, folder: Path, test: bool) -> Ou
     parameters = count(tuner)
     for method in methods:
         if stage.advance and stage.name in method.stages:
-            method.advance()
+            method.advance(tuner)
     save_run_adapter(tuner, home / "adapter")
     metrics = {"validation": _strip(validation), "test": _strip(tested)}
     return Outcome(tuner, assembly.data, rows, parameters, metrics, history.seconds, tables)

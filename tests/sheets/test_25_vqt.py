@@ -85,7 +85,7 @@ def test_2_head_parameters() -> None:
     method = VQT(keep=0.7).attach(tuner.backbone)
     tuner.fit_head()
     assert sum(p.numel() for p in tuner.task.head.parameters()) == 998_500
-    method.advance(head_of(tuner).weight)
+    method.advance(tuner)
     tuner.fit_head()
     assert head_of(tuner).in_features == 6_988
     assert sum(p.numel() for p in tuner.task.head.parameters()) == 698_900
@@ -229,7 +229,7 @@ def test_8_penalty() -> None:
     term = method.loss_terms(tuner, None, None)
     expected = 0.3 * torch.stack([head_of(tuner).weight[:, j].norm() for j in range(3 * WIDTH)]).sum()
     assert torch.allclose(term, expected)
-    method.advance(head_of(tuner).weight)
+    method.advance(tuner)
     tuner.fit_head()
     assert method.loss_terms(tuner, None, None) is None
 
@@ -244,7 +244,7 @@ def test_8_second_stage(tmp_path: Path) -> None:
     expected = sorted(head.norm(dim=0).argsort(descending=True)[:k].tolist())
     loaded = FineTuner.load_from_checkpoint(tmp_path / "last.ckpt", backbone=Encoder(), task=Classification())
     assert torch.equal(outputs(loaded.eval(), inputs), outputs(tuner, inputs))
-    method.advance()
+    method.advance(tuner)
     assert torch.equal(outputs(tuner.backbone, inputs), wide[:, expected])
     assert method.suggested["lr"] == VQT.recommended["lr"] / 2
     with pytest.raises(ScionError, match="call fit_head"):
@@ -261,10 +261,10 @@ def test_8_second_stage(tmp_path: Path) -> None:
     fit(tmp_path, VQT(keep=0.4), again, steps=8, ckpt_path=tmp_path / "last.ckpt")
     assert head_of(again).in_features == k
     with pytest.raises(ScionError, match="the last one"):
-        method.advance()
+        method.advance(tuner)
     with pytest.raises(ScionError, match="one stage only"):
-        VQT().attach(make("timm_vit")).advance()
-    with pytest.raises(ScionError, match="fit the first stage"):
+        VQT().attach(make("timm_vit")).advance(tuner)
+    with pytest.raises(ScionError, match="needs the module"):
         VQT(keep=0.4).attach(make("timm_vit")).advance()
 
 

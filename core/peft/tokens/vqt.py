@@ -66,7 +66,7 @@ class QueryGraft(Graft):
     """O = block(P), with the tokens' keys and values: the block's frozen module once more, on its queries P."""
 
     whole_batch = True
-    reruns = True
+    calls_again = True
 
     def __init__(self, site: Site, exchange: Exchange, method: VQT) -> None:
         super().__init__(site)
@@ -82,7 +82,7 @@ class QueryGraft(Graft):
             queries = self.dropout(self.queries.to(y.dtype).expand(y.shape[0], -1, -1))
             exchange.answering = True
             try:
-                out = self.rerun(queries)
+                out = self.on_other_tokens(queries)
             finally:
                 exchange.answering = False
             exchange.keys[block] = None
@@ -158,12 +158,12 @@ class VQT(PEFTMethod):
     Merges: no, the feature is wider
     Source: Tu, Mai and Chao 2023, arXiv:2212.03220, section 3; the paper's code joins P to the tokens and keeps the
         whole backbone for backward, here the tokens run apart, without a gradient, and only keys and values are kept
-        (same features and gradients). P sees what other methods make of the block and of its keys and values, a prefix
-        and masks for padding included; causal masks do not bind it, and under rotary positions it stands at the last
-        token's place. The head starts as its task has it (in the paper Kaiming, over its outputs). With ``keep`` there
-        are two stages: the second has a new head on the int(keep x width) columns with the largest norms in the first
-        one's head, and half its recommended learning rate. The command runs both; elsewhere fit, call ``advance()``,
-        and fit again with a new optimizer
+        (same features and gradients). P sees what other methods make inside the block and of its keys and values (a
+        prefix, say, but not what they put behind the whole block), and no padding; causal masks do not bind it, and
+        under rotary positions it stands at the last token's place. The head starts as its task has it (in the paper
+        Kaiming, over its outputs). With ``keep`` there are two stages: the second has a new head on the int(keep x
+        width) columns with the largest norms in the first one's head, and half its recommended learning rate. The
+        command runs both; elsewhere fit, call ``advance(module)``, and fit again with a new optimizer
 
     Args:
         tokens: queries a layer, at least 1.
@@ -199,7 +199,6 @@ class VQT(PEFTMethod):
         self.lr_factor, self.keep, self.sparsity = lr_factor, keep, sparsity
         self.stages = () if keep is None else ("wide", "compact")
         self.stage, self.first_lr = "wide", self.suggested["lr"]
-        self.column_norms: Tensor | None = None  # of the head that the first stage left
 
     def check(self, anatomy: Anatomy) -> None:
         if any(block.windows for block in anatomy.blocks):
@@ -259,19 +258,16 @@ class VQT(PEFTMethod):
     def loss_terms(self, module: Any, batch: Any, outputs: Any) -> Tensor | None:
         return self.sparsity * self.head_of(module).norm(dim=0).sum() if self.adds_loss else None
 
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        if self.keep is not None and self.stage == "wide":
-            self.column_norms = self.head_of(pl_module).detach().norm(dim=0)
-
-    def advance(self, head: Tensor | None = None) -> None:
-        """From the wide stage to the compact one: only the columns with the largest norms in the head are kept, in
-        their order. ``head`` [outputs, width] is the first stage's weight, where no Trainer has shown it."""
-        norms = self.column_norms if head is None else head.detach().norm(dim=0)
-        if self.keep is None or self.stage == "compact":
-            raise ScionError(f"{self.name}: " + ("keep=None has one stage only" if self.keep is None else
-                                                 "the compact stage is the last one"))
-        if norms is None:
-            raise ScionError(f"{self.name}: fit the first stage, or give advance the weight of its head")
+    def advance(self, module: nn.Module | None = None) -> None:
+        """From the wide stage to the compact one: of what the head around the backbone (in ``module``) reads, only the
+        columns with its largest norms are kept, in their order."""
+        if self.keep is None:
+            raise ScionError(f"{self.name}: with keep=None there is one stage only")
+        if self.stage == "compact":
+            raise ScionError(f"{self.name}: the compact stage is the last one")
+        if module is None:
+            raise ScionError(f"{self.name}: advance(module) needs the module whose head the first stage trained")
+        norms = self.head_of(module).detach().norm(dim=0)
         kept = norms.topk(max(1, int(len(norms) * self.keep))).indices.sort().values
         self._become_compact(kept, len(norms))
 
