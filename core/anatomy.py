@@ -22,6 +22,7 @@ along the class's MRO, so that nothing here imports a model library)::
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -48,6 +49,7 @@ ROLES: dict[str, str] = {
     "embed": "output of the embedding", "patch_embed": "projection of the patches",
     "downsample": "projection between two stages", "pool": "pooler", "head": "task head",
     "lm_head": "language-model head",
+    "feature": "output of the whole module that methods are attached to",
 }
 """Every role, with what stands there. A site in a block is named ``<block>.<role>``, any other ``<role>``."""
 
@@ -107,6 +109,22 @@ class Site:
     """Other modules that hold the same parameter under the same name."""
     while_active: dict[str, Any] = field(default_factory=dict)
     """Attributes of the module that must have these values while a graft is active here."""
+    per_token: dict[str | int, str] = field(default_factory=dict)
+    """Further arguments of the module, by name and by place, that belong to the tokens it is called with."""
+
+    def rerun(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The frozen module called once more, on ``x`` and these further arguments, without the hooks that stand at it
+        (so without any graft of this site); those of modules inside it take part. Nothing is checkpointed."""
+        output = type(self.module).forward(self.module, x, *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    def for_other_tokens(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+        """A call's further arguments (those behind the hidden state) for `rerun` on tokens that are not the call's own:
+        masks and caches are left out, positions are those of the last token."""
+        return ([_last(a) if self.per_token.get(i) == "last" else None if i in self.per_token else a
+                 for i, a in enumerate(args)],
+                {name: _last(a) if self.per_token.get(name) == "last" else a for name, a in kwargs.items()
+                 if self.per_token.get(name) != "none"})
 
     @property
     def kind(self) -> str:
@@ -225,6 +243,15 @@ class Site:
         return matrix.t() if self.kind == "conv1d" else matrix.view_as(weight)
 
 
+def _last(value: Any) -> Any:
+    """The last token's part of positions: ids [.., tokens], embeddings [.., tokens, width], or a tuple of these."""
+    if isinstance(value, (tuple, list)):
+        return tuple(_last(part) for part in value)
+    if not isinstance(value, Tensor):
+        return value
+    return value[..., -1:, :] if value.is_floating_point() else value[..., -1:]
+
+
 @dataclass(eq=False)
 class Block:
     """One block: its module, width, sites by role, and where it stands."""
@@ -236,6 +263,8 @@ class Block:
     stage: str
     pre_norm: bool
     sites: dict[str, Site]
+    windows: bool = False
+    """Its attention sees windows of a grid, not the whole sequence."""
 
 
 @dataclass(eq=False)
@@ -355,6 +384,10 @@ class BlockDescription:
         stage: name of the stage or stack, where there are several.
         pre_norm: whether the norms stand before the sublayers.
         while_active: role -> attributes that its module must have while a graft is active there.
+        windows: whether its attention sees windows of a grid, not the whole sequence.
+        per_token: further arguments of the block's forward that belong to its tokens, and what becomes of them when it
+            is called on other tokens: ``none`` (masks, caches) leaves them out, ``last`` (positions) takes those of the
+            last token.
     """
 
     path: str
@@ -364,6 +397,8 @@ class BlockDescription:
     stage: str = ""
     pre_norm: bool = True
     while_active: dict[str, dict[str, Any]] = field(default_factory=dict)
+    windows: bool = False
+    per_token: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -449,6 +484,7 @@ def dissect(model: nn.Module) -> Anatomy:
         for child_name, child in beside:
             role = "lm_head" if child_name in _LM_HEADS else "head"
             stem.setdefault(role, []).append(Site(name=child_name, role=role, path=child_name, module=child))
+    stem["feature"] = [Site(name="feature", role="feature", path="", module=model)]
 
     blocks = []
     for index, block in enumerate(description.blocks):
@@ -459,8 +495,11 @@ def dissect(model: nn.Module) -> Anatomy:
             which: dict[str, Any] = {"parameter": part} if isinstance(part, str) else {"rows": part}
             sites[role] = site(f"{index}.{role}", role, path, block.path, place, block=index, heads=heads,
                                width=block.dim, while_active=block.while_active.get(role, {}), **which)
+        further = list(inspect.signature(sites["block"].module.forward).parameters)[1:] if block.per_token else []
+        sites["block"].per_token = {**block.per_token, **{i: block.per_token[name] for i, name in enumerate(further)
+                                                          if name in block.per_token}}
         blocks.append(Block(index=index, path=join(path, block.path), module=sites["block"].module, dim=block.dim,
-                            stage=block.stage, pre_norm=block.pre_norm, sites=sites))
+                            stage=block.stage, pre_norm=block.pre_norm, sites=sites, windows=block.windows))
     return Anatomy(root=model, family=name, blocks=blocks, stem={role: found for role, found in stem.items() if found})
 
 
@@ -502,7 +541,7 @@ def timm_vit(model: Any) -> Description:
         blocks.append(BlockDescription(
             path=f"blocks.{i}", dim=attention.qkv.in_features, roles=roles,
             heads=(attention.num_heads, attention.num_heads, attention.head_dim),
-            while_active={"attend": {"fused_attn": True}},
+            while_active={"attend": {"fused_attn": True}}, per_token={"attn_mask": "none"},
         ))
     norms = [name for name in ("norm_pre", "norm", "fc_norm") if any(True for _ in getattr(model, name).parameters())]
     return Description(blocks, {"patch_embed": "patch_embed.proj", "embed": "norm_pre", "norm": norms,
@@ -527,7 +566,7 @@ def timm_swin(model: Any) -> Description:
             blocks.append(BlockDescription(
                 path=f"layers.{s}.blocks.{b}", dim=attention.dim, roles=roles, stage=f"stage{s}",
                 heads=(attention.num_heads, attention.num_heads, width // attention.num_heads),
-                while_active={"attend": {"fused_attn": True}},
+                while_active={"attend": {"fused_attn": True}}, windows=True,
             ))
     norms = [name for name in [*norms, "norm"] if any(True for _ in model.get_submodule(name).parameters())]
     return Description(blocks, {"patch_embed": "patch_embed.proj", "embed": "patch_embed", "downsample": downsamples,
@@ -586,5 +625,8 @@ def _transformers_blocks(model: Any, layers: str, roles: dict[str, Where], pre_n
     query = config.num_attention_heads
     heads = (query, getattr(config, "num_key_value_heads", None) or query,
              getattr(config, "head_dim", None) or config.hidden_size // query)
-    return [BlockDescription(path=f"{layers}.{i}", dim=config.hidden_size, heads=heads, roles=roles, pre_norm=pre_norm)
+    per_token = {"attention_mask": "none", "past_key_values": "none", "position_ids": "last",
+                 "position_embeddings": "last"}
+    return [BlockDescription(path=f"{layers}.{i}", dim=config.hidden_size, heads=heads, roles=roles, pre_norm=pre_norm,
+                             per_token=per_token)
             for i in range(len(model.get_submodule(layers)))]

@@ -67,6 +67,12 @@ class Route(PEFTMethod):
                     raise ScionError(f"{method.name} needs the role {role!r}, which {anatomy.family} does not have")
             method.check(anatomy)
 
+    def feature_dim(self, dim: int, anatomy: Anatomy) -> int:
+        widths = {method.name: method.feature_dim(dim, anatomy) for method in self.methods}
+        if len(set(widths.values())) > 1:
+            raise ScionError(f"{self.name}: one head cannot read features of different widths: {widths}")
+        return widths[self.methods[0].name]
+
     def foresee(self, roles: Sequence[str], blocks: int, family: str) -> None:
         for method in self.methods:
             method.foresee(roles, blocks, family)

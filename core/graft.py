@@ -48,6 +48,10 @@ class Graft(nn.Module):
     remade: bool = False
     """The effective weight of a linear map is made again in backward instead of being kept for it: worth it where
     making it costs little beside the map itself, and is not random."""
+    whole_batch: bool = False
+    """Its ``before`` and ``after`` see all rows of a routed batch, and look to ``batch`` themselves."""
+    calls_again: bool = False
+    """Its ``after`` uses `on_other_tokens`."""
 
     packed: tuple[str, ...] = ()
     """Its tensors that files hold in another form; it defines ``pack`` and ``unpack`` then. Checkpoints hold
@@ -68,6 +72,8 @@ class Graft(nn.Module):
         """Its method's place in the order of attachment."""
         self.variant = 0
         """The entry in ``route`` that means this graft."""
+        self.call: tuple[tuple, dict[str, Any]] | None = None
+        """While ``after`` runs: what the site's module was called with, for `on_other_tokens`."""
 
     def forward(self, *args: Any, verb: str) -> Any:
         """Calls a verb, or ``merged`` and its like. The core calls them so, and a graft is then itself a module whose
@@ -90,6 +96,16 @@ class Graft(nn.Module):
         """q [batch, heads, queries, width], k and v [batch, key heads, keys, width], mask or None, the module's input x
         -> attention's output [batch, heads, queries, width]."""
         raise NotImplementedError
+
+    def on_other_tokens(self, x: Tensor) -> Tensor:
+        """Within ``after``: the site's frozen module once more as it was just called, but on other tokens ``x`` [batch,
+        tokens, dim]; see `Site.rerun`."""
+        assert self.call is not None, f"{type(self).__name__} does not declare `calls_again`, or is not in its `after`"
+        args, kwargs = self.call
+        if not args:
+            kwargs = {name: value for name, value in kwargs.items() if name != _hidden_name(kwargs)}
+        args, kwargs = self.site.for_other_tokens(args[1:], kwargs)
+        return self.site.rerun(x, *args, **kwargs)
 
     def merged(self, weight: Tensor) -> Tensor:
         """W [out, in] with this graft written into it. Grafts with ``weight`` have it for free."""
@@ -114,6 +130,11 @@ class Graft(nn.Module):
         return None
 
     @property
+    def by_rows(self) -> bool:
+        """Whether ``before`` and ``after`` see only the rows of the batch that it serves."""
+        return self.batch is not None and not self.whole_batch
+
+    @property
     def verbs(self) -> tuple[str, ...]:
         """Which of the four verbs this class defines."""
         return tuple(verb for verb in VERBS if getattr(type(self), verb) is not getattr(Graft, verb))
@@ -124,13 +145,17 @@ class Graft(nn.Module):
 
 def hidden_in(args: tuple, kwargs: dict[str, Any]) -> Tensor:
     """The hidden state among a module's arguments: the first positional one, or ``hidden_states``."""
-    return args[0] if args else kwargs["hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))]
+    return args[0] if args else kwargs[_hidden_name(kwargs)]
+
+
+def _hidden_name(kwargs: dict[str, Any]) -> str:
+    return "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
 
 
 def _with_hidden_in(args: tuple, kwargs: dict[str, Any], x: Tensor) -> tuple[tuple, dict[str, Any]]:
     if args:
         return (x, *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs)): x}
+    return args, {**kwargs, _hidden_name(kwargs): x}
 
 
 def hidden_out(output: Any) -> Tensor:
@@ -356,7 +381,7 @@ class Carrier:
         if before:
             x = hidden_in(args, kwargs)
             for graft in before:
-                x = self._on_rows(graft, "before", x)
+                x = self._before_on_rows(graft, x) if graft.by_rows else _weighed(graft, x, graft(x, verb="before"))
             args, kwargs = _with_hidden_in(args, kwargs, x)
         weights, attend = self._live("weight"), self._live("attend")
         if weights or attend:
@@ -404,19 +429,39 @@ class Carrier:
             return None
         x, y = hidden_in(args, kwargs), hidden_out(output)
         for graft in after:
-            y = self._on_rows(graft, "after", y, x)
+            if graft.calls_again:
+                graft.call = (args, kwargs)
+        try:
+            for together in _side_by_side(after):
+                first = together[0]
+                y = self._on_parts(together, x, y) if first.by_rows else _weighed(first, y, first(x, y, verb="after"))
+        finally:
+            for graft in after:
+                if graft.calls_again:
+                    graft.call = None
         return _with_hidden_out(output, y)
 
     @staticmethod
-    def _on_rows(graft: Graft, verb: str, y: Tensor, x: Tensor | None = None) -> Tensor:
-        """Run ``before`` or ``after`` on the rows that the graft serves."""
-        if graft.batch is None:
-            return _weighed(graft, y, graft(y, verb=verb) if x is None else graft(x, y, verb=verb))
-        rows = _expand(graft.batch, y.shape[0], graft.route)
-        if not len(rows):
-            return y
-        served = graft(y[rows], verb=verb) if x is None else graft(x[rows], y[rows], verb=verb)
-        return y.index_copy(0, rows, _weighed(graft, y[rows], served))
+    def _before_on_rows(graft: Graft, x: Tensor) -> Tensor:
+        rows = _expand(graft.batch, x.shape[0], graft.route)
+        return x.index_copy(0, rows, _weighed(graft, x[rows], graft(x[rows], verb="before"))) if len(rows) else x
+
+    @staticmethod
+    def _on_parts(grafts: list[Graft], x: Tensor, y: Tensor) -> Tensor:
+        """Run ``after`` of grafts that serve different rows; all may make the output wider alike."""
+        parts: list[tuple[Tensor, Tensor]] = []
+        for graft in grafts:
+            rows = _expand(graft.batch, y.shape[0], graft.route)
+            if len(rows):
+                parts.append((rows, _weighed(graft, y[rows], graft(x[rows], y[rows], verb="after"))))
+        shapes = {part.shape[1:] for _, part in parts}
+        if shapes - {y.shape[1:]}:
+            if len(shapes) > 1 or sum(len(rows) for rows, _ in parts) < y.shape[0]:
+                raise ScionError(f"routing: the variants at {grafts[0].site.name} give rows of different shapes")
+            y = y.new_empty(y.shape[0], *parts[0][1].shape[1:])
+        for rows, part in parts:
+            y = y.index_copy(0, rows, part)
+        return y
 
     def _purge(self) -> None:
         """Leave modes that an interrupt kept open: hooks with ``always_call`` do not run on KeyboardInterrupt, and a
@@ -431,6 +476,19 @@ class Carrier:
                 stack.append(mode)
         for mode in reversed(stack):
             torch._C._push_on_torch_function_stack(mode)
+
+
+def _side_by_side(grafts: list[Graft]) -> list[list[Graft]]:
+    """Grafts in their order; neighbours that serve different rows of one route together, for each sees what arrived."""
+    found: list[list[Graft]] = []
+    for graft in grafts:
+        last = found[-1] if found else []
+        if last and graft.by_rows and last[0].by_rows and last[0].route is graft.route and all(
+                other.variant != graft.variant for other in last):
+            last.append(graft)
+        else:
+            found.append([graft])
+    return found
 
 
 def apply_weight(graft: Graft, weight: Tensor) -> Tensor:

@@ -69,8 +69,9 @@ class PEFTMethod(Recorded, Callback, ABC):
     inference_cost: ClassVar[str] = "none once merged"
     recommended: ClassVar[dict[str, float]] = {"lr": 1e-3, "weight_decay": 0.0}
     """Learning rate and weight decay from the paper, taken by ``lr: auto``."""
-    stages: ClassVar[tuple[str, ...]] = ()
-    """Names of the runs that the method needs one after the other; empty means one."""
+    stages: tuple[str, ...] = ()
+    """Names of the runs that the method needs one after the other; empty means one. An option may say otherwise on the
+    instance."""
     mode: ClassVar[Literal["eval", "train"]] = "eval"
     """Default of ``backbone_mode``."""
 
@@ -133,6 +134,11 @@ class PEFTMethod(Recorded, Callback, ABC):
 
     def check(self, anatomy: Anatomy) -> None:
         """Refuse, before anything changes, a backbone that this method cannot have."""
+
+    def feature_dim(self, dim: int, anatomy: Anatomy) -> int:
+        """Width of the root's feature with this method on it, where it is ``dim`` without; what reads the feature is
+        built for it (`FineTuner.fit_head`)."""
+        return dim
 
     def structure(self) -> dict[str, Any]:
         """What, beside the constructor's arguments, rebuilds the method's tensors (phases, grown ranks): JSON."""
@@ -360,8 +366,9 @@ class PEFTMethod(Recorded, Callback, ABC):
             parameters[name].requires_grad_(False)
         self.module.requires_grad_(False)
 
-    def advance(self) -> None:
-        """Carry a method that has several ``stages`` on into its next one."""
+    def advance(self, module: nn.Module | None = None) -> None:
+        """Carry a method that has several ``stages`` on into its next one; ``module`` is what stands around the root,
+        a head included, for methods that look there."""
         raise ScionError(f"{self.name} has one stage only")
 
     def remove(self) -> None:

@@ -13,8 +13,10 @@ import lightning.pytorch as L
 import torch
 from torch import Tensor, nn
 
-from core.artifact import keep_only_owned, read_adapter, restore
+from core.anatomy import dissect
+from core.artifact import keep_only_owned, read_adapter, restore, split_checkpoint
 from core.backbone import Backbone
+from core.data import seed_of
 from core.errors import ScionError, listed, nearest
 from core.graft import checkpoint_activations
 from core.method import PEFTMethod, home_in, methods_on
@@ -91,10 +93,13 @@ class FineTuner(L.LightningModule):
         super().__init__()
         self.backbone: Backbone = build(backbone, seed) if isinstance(backbone, dict) else backbone
         self.task: Task = build(task, seed) if isinstance(task, dict) else task
+        self.head_dim: int | None = None
+        """Width of the features that the head reads; None where the task came with its head."""
         if not hasattr(self.task, "head"):
             if not classes:
                 raise ScionError("FineTuner: the task is not built; give classes=[...]")
-            self.task.build(self.backbone.dim, classes, multilabel)
+            self.head_dim = self.backbone.dim
+            self.task.build(self.head_dim, classes, multilabel)
         self.optimizer = (optimizer if isinstance(optimizer, OptimizerSettings)
                           else OptimizerSettings(**(optimizer or {})))
         self.schedule = schedule if isinstance(schedule, ScheduleSettings) else ScheduleSettings(**(schedule or {}))
@@ -114,7 +119,38 @@ class FineTuner(L.LightningModule):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """inputs -> the task's outputs"""
-        return self.task(self.backbone(inputs))
+        features = self.backbone(inputs)
+        if self.head_dim is not None and features.shape[-1] != self.head_dim:
+            raise ScionError(f"the head reads {self.head_dim} features, the backbone with its methods gives "
+                             f"{features.shape[-1]}: call fit_head() once the methods are attached")
+        return self.task(features)
+
+    @property
+    def feature_dim(self) -> int:
+        """Width of the backbone's feature with the methods that are attached to it."""
+        dim = self.backbone.dim
+        if any(type(method).feature_dim is not PEFTMethod.feature_dim for method in self.methods):
+            anatomy = dissect(self.backbone)
+            for method in self.methods:
+                dim = method.feature_dim(dim, anatomy)
+        return dim
+
+    def fit_head(self) -> None:
+        """Build the head anew where the attached methods give a feature of another width than it reads. A Trainer and
+        all that loads a model do so by themselves; the global random state stays as it is."""
+        dim = self.feature_dim
+        if self.head_dim in (None, dim):
+            return
+        parameter = next(self.task.parameters())
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_of(self.hparams["seed"], "head", dim))
+            self.task.build(dim, self.hparams["classes"], self.hparams["multilabel"])
+        self.task.to(parameter.device, parameter.dtype).train(self.training)
+        self.head_dim = dim
+
+    def setup(self, stage: str) -> None:
+        """Callbacks have attached their methods by now; neither a checkpoint is loaded nor an optimizer made yet."""
+        self.fit_head()
 
     def loss(self, batch: Any) -> Tensor:
         """The task's loss of a batch plus what the methods add to it; logs nothing."""
@@ -230,12 +266,17 @@ class FineTuner(L.LightningModule):
     # --------------------------------------------------------------------------------- checkpoints
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Rebuild the methods that the checkpoint holds, where they are not attached yet."""
-        if home_in(self) is None and any("._extra_state" in name for name in checkpoint["state_dict"]):
-            from core.artifact import split_checkpoint
-
-            record, tensors = split_checkpoint(checkpoint["state_dict"], "the checkpoint")
+        """Rebuild the methods that the checkpoint holds, where they are not attached yet, and the head for them."""
+        if not any("._extra_state" in name for name in checkpoint["state_dict"]):
+            return
+        record, tensors = split_checkpoint(checkpoint["state_dict"], "the checkpoint")
+        if home_in(self) is None:
             restore(record, tensors, self.backbone, where="the checkpoint")
+        else:
+            structures = {saved["name"]: saved.get("structure", {}) for saved in record["methods"]}
+            for method in self.methods:
+                method.restructure(structures.get(method.name, {}))
+        self.fit_head()
 
 
 OUTSIDE = "outside."
@@ -276,6 +317,7 @@ def load_run(folder: str, device: str = "cpu") -> FineTuner:
                          "build the backbone and use core.load_adapter")
     tuner = FineTuner(model["backbone"], model["task"], model["classes"], model["multilabel"], seed=model["seed"])
     restore(record, {k: t for k, t in tensors.items() if not k.startswith(OUTSIDE)}, tuner.backbone, where=str(path))
+    tuner.fit_head()
     load_outside(tuner, tensors, str(path))
     return tuner.to(device).eval()
 

@@ -130,8 +130,7 @@ def stages_of(point: Point) -> list[Stage]:
     config = {key: value for key, value in point.config.items() if key != "stages"}
     listed_stages = point.config.get("stages")
     if not listed_stages:
-        classes = [find_class(part["class_path"], "peft", point.domain) for part in _parts(config)]
-        staged = [names for cls in classes if (names := getattr(cls, "stages", ()))]
+        staged = [method.stages for method in make_methods(config, point.domain) if method.stages]
         if not staged:
             return [Stage("", config)]
         names = staged[0]
@@ -305,6 +304,10 @@ def _fit(point: Point, stage: Stage, home: Path, folder: Path, test: bool) -> Ou
         methods = _begin_with(folder / "stages" / stage.start / "adapter", stage, tuner, methods)
     for method in methods:
         method.attach(tuner.backbone)
+    tuner.fit_head()
+    if stage.start is not None and "head" in stage.carry:
+        adapter = folder / "stages" / stage.start / "adapter"
+        load_outside(tuner, read_adapter(adapter)[1], str(adapter))
     if stage.name:
         log.info("stage %s", stage.name)
     history = History()
@@ -334,7 +337,7 @@ def _fit(point: Point, stage: Stage, home: Path, folder: Path, test: bool) -> Ou
     parameters = count(tuner)
     for method in methods:
         if stage.advance and stage.name in method.stages:
-            method.advance()
+            method.advance(tuner)
     save_run_adapter(tuner, home / "adapter")
     metrics = {"validation": _strip(validation), "test": _strip(tested)}
     return Outcome(tuner, assembly.data, rows, parameters, metrics, history.seconds, tables)
@@ -347,11 +350,9 @@ def _strip(metrics: dict[str, float]) -> dict[str, float]:
 def _begin_with(adapter: Path, stage: Stage, tuner: FineTuner, methods: list[PEFTMethod]) -> list[PEFTMethod]:
     """Attach what an earlier stage left. A method that this stage lists by the same name goes on training; others stay
     in the forward, frozen."""
-    record, tensors = read_adapter(adapter)
-    if "head" in stage.carry:
-        load_outside(tuner, tensors, str(adapter))
     if "weights" not in stage.carry:
         return methods
+    record, tensors = read_adapter(adapter)
     own = {name: tensor for name, tensor in tensors.items() if not name.startswith(OUTSIDE)}
     earlier = restore(record, own, tuner.backbone, where=str(adapter))
     names = {method.name for method in methods}

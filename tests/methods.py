@@ -17,7 +17,7 @@ from torch import nn
 from core import peft
 from core.anatomy import Anatomy
 from core.method import PEFTMethod, key_of
-from tests.models import FAMILIES
+from tests.models import FAMILIES, WIDTH
 
 Config = dict[str, Any]
 
@@ -35,6 +35,8 @@ class Variant:
     """Whether it trains anything inside a backbone without a head."""
     moves_base: bool | None = None
     """Whether it trains the backbone's own tensors in this stage; None is what the class declares."""
+    alone: bool = False
+    """What made it ready holds for the feature as it was, without another of its kind."""
     learns: Config = field(default_factory=dict)
     """Arguments for invariant 16, where a share of a tiny model times the recommended learning rate cannot reach."""
 
@@ -119,6 +121,11 @@ def _prefix(anatomy: Anatomy, method: Any) -> int:
         return method.tokens * sum(widths)
     dim = anatomy.blocks[0].dim
     return method.tokens * dim + (dim + 1) * method.hidden + (method.hidden + 1) * sum(widths)
+
+
+def _vqt(anatomy: Anatomy, method: Any) -> int:
+    blocks = [block for block in anatomy.blocks if block.index in anatomy.layer_indices(method.layers)]
+    return sum(method.tokens * (block.dim + (method.reduce == "sum")) for block in blocks)
 
 
 def _adalora(anatomy: Anatomy, method: Any) -> int:
@@ -206,6 +213,16 @@ def _to_sparse(method: Any) -> None:
         for tensor in method.trainable().values():
             tensor += 0.01 * (torch.rand(tensor.shape, generator=generator) - 0.5).to(tensor)
     method.advance()
+
+
+def _to_compact(method: Any) -> None:
+    """As after a wide stage that left a head of random columns."""
+    from core.anatomy import dissect
+
+    head = nn.utils.skip_init(nn.Linear, method.feature_dim(WIDTH, dissect(method.root)), 4)
+    with torch.no_grad():
+        head.weight.copy_(torch.rand(head.weight.shape, generator=torch.Generator().manual_seed(0)))
+    method.advance(head)
 
 
 def _patched(method: Any) -> None:
@@ -633,9 +650,22 @@ METHODS: dict[str, Row] = {
         random=True, operators=13, saved=0.71,
         artifact={"tokens": 1},
     ),
+    "VQT": Row(
+        {"concat": Variant(), "mean": Variant({"tokens": 3, "reduce": "mean", "dropout": 0.0, "normalize": False}),
+         "sum": Variant({"tokens": 3, "reduce": "sum"}),
+         "compact": Variant({"keep": 0.5}, _to_compact, alone=True)},
+        trained=_vqt,
+        cards=(("vit_b16", {}, 9_216), ("vit_b16", {"tokens": 10}, 92_160), ("vit_b16", {"tokens": 20}, 184_320)),
+        bad=(({"tokens": 0}, "tokens 0"), ({"dropout": 1.0}, "dropout 1"), ({"reduce": "max"}, "'max'"),
+             ({"reduce": "sum"}, "2 tokens"), ({"keep": 0.0}, "keep 0"), ({"sparsity": -1.0}, "sparsity -1"),
+             ({"lr_factor": 0.0}, "lr_factor 0")),
+        random=True, commutes=False, operators=22, saved=0.25, stored=1.8,
+        artifact={},
+    ),
 }
 
 REFUSED: dict[tuple[str, str], str] = {
+    ("VQT", "timm_swin"): "its blocks attend within windows by the distance of two places; a query has no place",
     ("BitFit", "llama"): "no module of LlamaModel has a bias, so there is nothing to train",
 }
 """Cells that cannot exist, each with the mathematical reason: at most a tenth of all."""

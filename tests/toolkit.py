@@ -72,7 +72,9 @@ def same(before: dict[str, Tensor], after: dict[str, Tensor]) -> bool:
 
 
 def distance(a: Tensor, b: Tensor) -> float:
-    """Largest difference, relative to the scale of ``b``."""
+    """Largest difference, relative to the scale of ``b``; infinite between different shapes."""
+    if a.shape != b.shape:
+        return float("inf")
     return ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
 
 
@@ -126,8 +128,22 @@ def problem(family: str, size: int = 2, dtype: torch.dtype = torch.float32
     return [(batch(family, size, seed=i + 1, dtype=dtype), label) for i, label in enumerate(labels)], head
 
 
+def narrowed(features: Tensor) -> Tensor:
+    """Features [batch, WIDTH] for a head that knows nothing of methods: where one has made the feature wider, through
+    a frozen random map."""
+    width = features.shape[-1]
+    if width == WIDTH:
+        return features
+    return features @ torch.randn(width, WIDTH, generator=torch.Generator().manual_seed(width)).to(features)
+
+
+def uneven(output: Tensor) -> Tensor:
+    """A scalar of any output that also sees one whose plain sum of squares is constant, a normalised one."""
+    return (output * torch.linspace(0.5, 1.5, output.shape[-1]).to(output)).square().sum()
+
+
 def loss_of(model: nn.Module, head: Tensor, inputs: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(model(inputs) @ head, labels)
+    return F.cross_entropy(narrowed(model(inputs)) @ head, labels)
 
 
 def optimizer_of(method: PEFTMethod, lr: float | None = None, weight_decay: float | None = None
@@ -212,12 +228,12 @@ class Plain(L.LightningModule):
 
     def training_step(self, samples: tuple[Tensor, Tensor], index: int) -> Tensor:
         inputs, labels = samples
-        loss = F.cross_entropy(self.head(self.backbone(inputs)).float(), labels)
+        loss = F.cross_entropy(self.head(narrowed(self.backbone(inputs))).float(), labels)
         self.losses.append(loss.item())
         return loss
 
     def test_step(self, samples: tuple[Tensor, Tensor], index: int) -> None:
-        self.log("test_loss", F.cross_entropy(self.head(self.backbone(samples[0])).float(), samples[1]))
+        self.log("test_loss", F.cross_entropy(self.head(narrowed(self.backbone(samples[0]))).float(), samples[1]))
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], self.lr)

@@ -46,7 +46,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 """Architectures that can be built without their weights, by name."""
 
 ROLES = ("patch_embed", "embed", "norm", "block", "q", "k", "v", "o", "mlp.up", "mlp.down", "attend", "attention",
-         "mlp", "norm1", "norm2", "final_norm")
+         "mlp", "norm1", "norm2", "final_norm", "feature")
 """The roles of every AST."""
 
 NANO = Path(__file__).parent / "nano"

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.methods import Cell
 from tests.models import WIDTH, make
-from tests.toolkit import CLASSES, problem, randomize
+from tests.toolkit import CLASSES, narrowed, problem, randomize
 
 STEPS = 3
 PATIENCE = timedelta(minutes=3)
@@ -32,7 +32,7 @@ class Classifier(nn.Module):
             self.head = nn.Linear(WIDTH, CLASSES)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return self.head(self.backbone(inputs))
+        return self.head(narrowed(self.backbone(inputs)))
 
 
 def trained(cell: Cell, rank: int = 0, world: int = 1) -> dict[str, Tensor]:

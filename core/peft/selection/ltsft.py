@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from core.anatomy import Anatomy, parameter_site
 from core.errors import ScionError
@@ -65,7 +65,7 @@ class LTSFT(PEFTMethod):
             raise ScionError(f"LTSFT: count {self.count} is more than the {self.total} parameters to choose from")
 
     @torch.no_grad()
-    def advance(self) -> None:
+    def advance(self, module: nn.Module | None = None) -> None:
         """From the dense stage to the sparse one: select, rewind to the start, and leave K values to train."""
         root = self._need_root()
         if self.stage == "sparse":
