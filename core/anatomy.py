@@ -42,12 +42,20 @@ ROLES: dict[str, str] = {
     "mlp": "output of the MLP sublayer, before the residual is added",
     "block": "a whole block, input and output",
     "norm1": "the block's norm at attention", "norm2": "the block's norm at the MLP",
+    "cross.q": "query projection of cross-attention", "cross.k": "key projection of cross-attention",
+    "cross.v": "value projection of cross-attention", "cross.o": "output projection of cross-attention",
+    "cross.attend": "the cross-attention call itself", "cross.norm": "the block's norm at cross-attention",
+    "cross.attention": "output of the cross-attention sublayer, before the residual is added",
     "norm": "norms outside blocks: the final norm, the embedding's norm",
     "embed": "output of the embedding", "patch_embed": "projection of the patches",
     "downsample": "projection between two stages", "pool": "pooler", "head": "task head",
     "lm_head": "language-model head",
 }
-"""Every role, with what stands there. A site in a block is named ``<block>.<role>``, any other ``<role>``."""
+"""Every role, with what stands there. A site in a block is named ``<block>.<role>``, any other ``<role>``. Where blocks
+come in several stages or stacks, ``<stage>.<role>`` means the role in one of them (``decoder.cross.k``)."""
+
+NORMS = ("norm", "norm1", "norm2", "cross.norm")
+"""The roles that are norms."""
 
 
 @dataclass(frozen=True)
@@ -273,19 +281,24 @@ class Anatomy:
             ScionError: a role or a block that does not exist; the message lists what does.
         """
         wanted = [roles] if isinstance(roles, str) else list(roles)
-        known = self.roles
+        staged = self._staged()
         who = f"{asker}: " if asker else ""
         if not wanted:
-            raise ScionError(f"{who}targets is empty; {self.family} has the roles {listed(known, 40)}")
-        check_roles(wanted, known, self.family, asker)
+            raise ScionError(f"{who}targets is empty; {self.family} has the roles {listed(self.roles, 40)}")
+        check_roles([role for role in wanted if role not in staged], self.roles, self.family, asker)
         keep = self.layer_indices(layers, asker)
         found = [site for role in wanted for site in self.stem.get(role, [])]
         for block in self.blocks:
             if block.index in keep:
-                found += [block.sites[role] for role in wanted if role in block.sites]
+                here = dict.fromkeys(role.removeprefix(f"{block.stage}.") for role in wanted)
+                found += [block.sites[role] for role in here if role in block.sites]
         if not found:
             raise ScionError(f"{who}targets {wanted} match nothing in the layers {sorted(keep)} of {self.family}")
         return found
+
+    def _staged(self) -> set[str]:
+        """The roles with a stage before them, where blocks have one."""
+        return {f"{block.stage}.{role}" for block in self.blocks if block.stage for role in block.sites}
 
     def layer_indices(self, layers: Sequence[int] | None, asker: str = "") -> set[int]:
         """Block indices, negative ones counted from the end; None means all."""
@@ -297,7 +310,7 @@ class Anatomy:
 
     def norm_names(self) -> set[str]:
         """Names of all parameters of norms."""
-        return {name for site in self.all_sites() if site.role in ("norm", "norm1", "norm2")
+        return {name for site in self.all_sites() if site.role in NORMS
                 for name in _parameter_names(site)}
 
 
@@ -571,3 +584,38 @@ def _transformers_blocks(model: Any, layers: str, roles: dict[str, Where], pre_n
              getattr(config, "head_dim", None) or config.hidden_size // query)
     return [BlockDescription(path=f"{layers}.{i}", dim=config.hidden_size, heads=heads, roles=roles, pre_norm=pre_norm)
             for i in range(len(model.get_submodule(layers)))]
+
+
+@family(*(f"transformers.models.t5.modeling_t5:{name}" for name in (
+    "T5Model", "T5EncoderModel", "T5ForConditionalGeneration")))
+def t5(model: Any) -> Description:
+    """Encoder and decoder are stages. A sublayer holds norm and residual; what it adds is its inner module's output."""
+    blocks, norms, embeds = [], [], []
+    for stage in ("encoder", "decoder"):
+        stack = getattr(model, stage, None)
+        if stack is None:
+            continue
+        config = stack.config
+        up = {"mlp.gate": "wi_0", "mlp.up": "wi_1"} if config.is_gated_act else {"mlp.up": "wi"}
+        last = 2 if stack.is_decoder else 1
+        mlp = f"layer.{last}.DenseReluDense"
+        roles: dict[str, Where] = {
+            **_t5_attention("layer.0.SelfAttention"), "norm1": "layer.0.layer_norm",
+            **({f"cross.{role}": path for role, path in _t5_attention("layer.1.EncDecAttention").items()}
+               | {"cross.norm": "layer.1.layer_norm"} if stack.is_decoder else {}),
+            **{role: f"{mlp}.{path}" for role, path in up.items()}, "mlp.down": f"{mlp}.wo",
+            "mlp": mlp, "norm2": f"layer.{last}.layer_norm",
+        }
+        if config._attn_implementation != "sdpa":
+            roles = {role: where for role, where in roles.items() if not role.endswith("attend")}
+        blocks += [BlockDescription(path=f"{stage}.block.{i}", dim=config.d_model, roles=roles, stage=stage,
+                                    heads=(config.num_heads, config.num_heads, config.d_kv))
+                   for i in range(len(stack.block))]
+        norms.append(f"{stage}.final_layer_norm")
+        embeds.append(f"{stage}.embed_tokens")
+    head: dict[str, str | list[str]] = {"lm_head": "lm_head"} if hasattr(model, "lm_head") else {}
+    return Description(blocks, {"embed": embeds, "norm": norms, **head})
+
+
+def _t5_attention(path: str) -> dict[str, Where]:
+    return {**{role: f"{path}.{role}" for role in "qkvo"}, "attend": path, "attention": path}

@@ -26,7 +26,7 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from core import graft as grafts
-from core.anatomy import Anatomy, Site, check_layers, check_roles, dissect
+from core.anatomy import NORMS, Anatomy, Site, check_layers, check_roles, dissect
 from core.data import seed_of
 from core.errors import ScionError, listed, nearest
 from core.graft import Graft
@@ -328,9 +328,9 @@ class PEFTMethod(Recorded, Callback, ABC):
     def _norm_names(self, anatomy: Anatomy) -> list[str]:
         if not self.norms:
             return []
-        unknown = [role for role in self.norms if role not in ("norm", "norm1", "norm2")]
+        unknown = [role for role in self.norms if not f".{role}".endswith(tuple(f".{norm}" for norm in NORMS))]
         if unknown:
-            raise ScionError(f"{self.name}: norms {unknown[0]!r} is not 'norm', 'norm1' or 'norm2'")
+            raise ScionError(f"{self.name}: norms {unknown[0]!r} is not one of {', '.join(NORMS)}")
         prefix = [(site.path, site.module) for site in anatomy.sites(self.norms, self.layers, self.name)]
         return [f"{path}.{name}" for path, module in prefix for name, _ in module.named_parameters()]
 
@@ -497,7 +497,8 @@ class PEFTMethod(Recorded, Callback, ABC):
                 site = graft.site
                 name = site.weight_name
                 self._check_neighbours(graft)
-                if name in shared or any(root.get_parameter(other) is parameters[name] for other in shared):
+                ties = any(root.get_parameter(other) is parameters[name] for other in shared)
+                if name in shared or (ties and not site.tied):  # tied modules that all have the graft change as one
                     raise ScionError(f"{self.name}: {name} is tied to another tensor, which merging would change too")
                 before, now = merged.get(name, (parameters[name].detach().clone(), parameters[name].detach()))
                 wide = now.float() if now.dtype in (torch.float16, torch.bfloat16) else now

@@ -606,6 +606,7 @@ METHODS: dict[str, Row] = {
 
 REFUSED: dict[tuple[str, str], str] = {
     ("BitFit", "llama"): "no module of LlamaModel has a bias, so there is nothing to train",
+    ("BitFit", "t5"): "no module of T5Model has a bias, so there is nothing to train",
 }
 """Cells that cannot exist, each with the mathematical reason: at most a tenth of all."""
 
