@@ -17,6 +17,7 @@ parameters and state-dict keys stay as they are.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,8 @@ class Graft(nn.Module):
     """Its function depends on the frozen weight itself, so that nothing may be merged into that while it stands."""
     reads_output: bool = False
     """Its function depends on the output that arrives, so that what stands before it must be merged before it."""
+    reads_call: bool = False
+    """``after`` is given a third argument: the module's `Call`."""
     remade: bool = False
     """The effective weight of a linear map is made again in backward instead of being kept for it: worth it where
     making it costs little beside the map itself, and is not random."""
@@ -121,13 +124,18 @@ class Graft(nn.Module):
 
 def hidden_in(args: tuple, kwargs: dict[str, Any]) -> Tensor:
     """The hidden state among a module's arguments: the first positional one, or ``hidden_states``."""
-    return args[0] if args else kwargs["hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))]
+    return args[0] if args else kwargs[hidden_name(kwargs)]
+
+
+def hidden_name(kwargs: dict[str, Any]) -> str:
+    """The name of the hidden state among named arguments."""
+    return "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
 
 
 def _with_hidden_in(args: tuple, kwargs: dict[str, Any], x: Tensor) -> tuple[tuple, dict[str, Any]]:
     if args:
         return (x, *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs)): x}
+    return args, {**kwargs, hidden_name(kwargs): x}
 
 
 def hidden_out(output: Any) -> Tensor:
@@ -137,6 +145,28 @@ def hidden_out(output: Any) -> Tensor:
 
 def _with_hidden_out(output: Any, y: Tensor) -> Any:
     return (y, *output[1:]) if isinstance(output, tuple) else y
+
+
+@dataclass
+class Call:
+    """How a module was called: its arguments by name, the name of the hidden state, and what the module itself gave
+    for that, before any graft."""
+
+    arguments: dict[str, Any]
+    hidden: str
+    output: Tensor
+
+    def of(self, rows: Tensor) -> Call:
+        """The part of the call that these rows of the batch are."""
+        total = self.output.shape[0]
+        return Call({name: _rows_of(value, rows, total) for name, value in self.arguments.items()}, self.hidden,
+                    self.output[rows])
+
+
+def _rows_of(value: Any, rows: Tensor, total: int) -> Any:
+    if isinstance(value, (tuple, list)):
+        return type(value)(_rows_of(part, rows, total) for part in value)
+    return value[rows] if isinstance(value, Tensor) and value.dim() and value.shape[0] == total else value
 
 
 def _expand(rows: Tensor | None, total: int, route: Tensor | None) -> Tensor:
@@ -300,6 +330,7 @@ class Carrier:
         self.module = module
         self.grafts: list[Graft] = []
         self.open: list[_Rewrite] = []
+        self.names = list(inspect.signature(type(module).forward).parameters)[1:]
         self.handles = [
             module.register_forward_pre_hook(self._enter, with_kwargs=True),
             module.register_forward_hook(self._leave, with_kwargs=True, always_call=True, prepend=True),
@@ -399,19 +430,24 @@ class Carrier:
         if not after:
             return None
         x, y = hidden_in(args, kwargs), hidden_out(output)
+        call = None
+        if any(graft.reads_call for graft in after):
+            arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
+            call = Call(arguments, next(iter(arguments)) if args else hidden_name(kwargs), y)
         for graft in after:
-            y = self._on_rows(graft, "after", y, x)
+            y = self._on_rows(graft, "after", y, x, call if graft.reads_call else None)
         return _with_hidden_out(output, y)
 
     @staticmethod
-    def _on_rows(graft: Graft, verb: str, y: Tensor, x: Tensor | None = None) -> Tensor:
+    def _on_rows(graft: Graft, verb: str, y: Tensor, x: Tensor | None = None, call: Call | None = None) -> Tensor:
         """Run ``before`` or ``after`` on the rows that the graft serves."""
+        seen = [part for part in (x, y, call) if part is not None]
         if graft.batch is None:
-            return _weighed(graft, y, graft(y, verb=verb) if x is None else graft(x, y, verb=verb))
+            return _weighed(graft, y, graft(*seen, verb=verb))
         rows = _expand(graft.batch, y.shape[0], graft.route)
         if not len(rows):
             return y
-        served = graft(y[rows], verb=verb) if x is None else graft(x[rows], y[rows], verb=verb)
+        served = graft(*(part.of(rows) if isinstance(part, Call) else part[rows] for part in seen), verb=verb)
         return y.index_copy(0, rows, _weighed(graft, y[rows], served))
 
     def _purge(self) -> None:
