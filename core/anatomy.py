@@ -22,8 +22,9 @@ along the class's MRO, so that nothing here imports a model library)::
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -43,6 +44,10 @@ ROLES: dict[str, str] = {
     "mlp": "output of the MLP sublayer, before the residual is added",
     "block": "a whole block, input and output",
     "norm1": "the block's norm at attention", "norm2": "the block's norm at the MLP",
+    "cross.q": "query projection of cross-attention", "cross.k": "key projection of cross-attention",
+    "cross.v": "value projection of cross-attention", "cross.o": "output projection of cross-attention",
+    "cross.attend": "the cross-attention call itself", "cross.norm": "the block's norm at cross-attention",
+    "cross.attention": "output of the cross-attention sublayer, before the residual is added",
     "norm": "norms outside blocks: the final norm, the embedding's norm",
     "final_norm": "of these, the one behind the last block",
     "position_bias": "the attention's table of relative positions, a parameter",
@@ -51,7 +56,11 @@ ROLES: dict[str, str] = {
     "lm_head": "language-model head",
     "feature": "output of the whole module that methods are attached to",
 }
-"""Every role, with what stands there. A site in a block is named ``<block>.<role>``, any other ``<role>``."""
+"""Every role, with what stands there. A site in a block is named ``<block>.<role>``, any other ``<role>``. Where blocks
+come in several stages or stacks, ``<stage>.<role>`` means the role in one of them (``decoder.cross.k``)."""
+
+NORMS = ("norm", "norm1", "norm2", "cross.norm")
+"""The roles that are norms."""
 
 
 @dataclass(frozen=True)
@@ -109,22 +118,22 @@ class Site:
     """Other modules that hold the same parameter under the same name."""
     while_active: dict[str, Any] = field(default_factory=dict)
     """Attributes of the module that must have these values while a graft is active here."""
-    per_token: dict[str | int, str] = field(default_factory=dict)
-    """Further arguments of the module, by name and by place, that belong to the tokens it is called with."""
+    per_token: dict[str, str] = field(default_factory=dict)
+    """Further arguments of the module that belong to the tokens it is called with."""
 
-    def rerun(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The frozen module called once more, on ``x`` and these further arguments, without the hooks that stand at it
-        (so without any graft of this site); those of modules inside it take part. Nothing is checkpointed."""
-        output = type(self.module).forward(self.module, x, *args, **kwargs)
+    def rerun(self, x: Tensor, arguments: Mapping[str, Any], hidden: str) -> Tensor:
+        """The frozen module called once more, on tokens ``x`` that are not the call's own, without the hooks that stand
+        at it (so without any graft of this site); those of modules inside it take part. Nothing is checkpointed.
+
+        Args:
+            x: another hidden state [batch, tokens, dim].
+            arguments: those of the call, by name; masks and caches are left out, positions are the last token's.
+            hidden: the name of the hidden state among them.
+        """
+        kept = {name: _last(value) if self.per_token.get(name) == "last" else value
+                for name, value in arguments.items() if self.per_token.get(name) != "none"}
+        output = type(self.module).forward(self.module, **{**kept, hidden: x})
         return output[0] if isinstance(output, tuple) else output
-
-    def for_other_tokens(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-        """A call's further arguments (those behind the hidden state) for `rerun` on tokens that are not the call's own:
-        masks and caches are left out, positions are those of the last token."""
-        return ([_last(a) if self.per_token.get(i) == "last" else None if i in self.per_token else a
-                 for i, a in enumerate(args)],
-                {name: _last(a) if self.per_token.get(name) == "last" else a for name, a in kwargs.items()
-                 if self.per_token.get(name) != "none"})
 
     @property
     def kind(self) -> str:
@@ -263,8 +272,19 @@ class Block:
     stage: str
     pre_norm: bool
     sites: dict[str, Site]
-    windows: bool = False
-    """Its attention sees windows of a grid, not the whole sequence."""
+    described: BlockDescription
+    entry: Site | None = None
+    """What stands between the block before and this one (a downsampling)."""
+
+
+@dataclass(eq=False)
+class Stack:
+    """Blocks that run one after the other from an embedding to a final state: an encoder, a decoder."""
+
+    name: str
+    blocks: list[Block]
+    final: Site | None
+    """The norm after the last block; None where the last block's output is the final state."""
 
 
 @dataclass(eq=False)
@@ -274,6 +294,8 @@ class Anatomy:
     root: nn.Module
     family: str
     blocks: list[Block]
+    stacks: list[Stack]
+    """The blocks by the stack that they stand in, in the order in which the stacks run."""
     stem: dict[str, list[Site]]
     """Sites outside the blocks, by role; a role may be played more than once (``downsample``, ``norm``)."""
 
@@ -319,19 +341,24 @@ class Anatomy:
             ScionError: a role or a block that does not exist; the message lists what does.
         """
         wanted = [roles] if isinstance(roles, str) else list(roles)
-        known = self.roles
+        staged = self._staged()
         who = f"{asker}: " if asker else ""
         if not wanted:
-            raise ScionError(f"{who}targets is empty; {self.family} has the roles {listed(known, 40)}")
-        check_roles(wanted, known, self.family, asker)
+            raise ScionError(f"{who}targets is empty; {self.family} has the roles {listed(self.roles, 40)}")
+        check_roles([role for role in wanted if role not in staged], self.roles, self.family, asker)
         keep = self.layer_indices(layers, asker)
         found = [site for role in wanted for site in self.stem.get(role, [])]
         for block in self.blocks:
             if block.index in keep:
-                found += [block.sites[role] for role in wanted if role in block.sites]
+                here = dict.fromkeys(role.removeprefix(f"{block.stage}.") for role in wanted)
+                found += [block.sites[role] for role in here if role in block.sites]
         if not found:
             raise ScionError(f"{who}targets {wanted} match nothing in the layers {sorted(keep)} of {self.family}")
         return found
+
+    def _staged(self) -> set[str]:
+        """The roles with a stage before them, where blocks have one."""
+        return {f"{block.stage}.{role}" for block in self.blocks if block.stage for role in block.sites}
 
     def layer_indices(self, layers: Sequence[int] | None, asker: str = "") -> set[int]:
         """Block indices, negative ones counted from the end; None means all."""
@@ -343,8 +370,7 @@ class Anatomy:
 
     def norm_names(self) -> set[str]:
         """Names of all parameters of norms."""
-        return {name for site in self.all_sites() if site.role in ("norm", "norm1", "norm2")
-                for name in site.parameter_names}
+        return {name for site in self.all_sites() if site.role in NORMS for name in site.parameter_names}
 
 
 def check_roles(wanted: Iterable[str], known: Iterable[str], family: str, asker: str = "") -> None:
@@ -388,6 +414,14 @@ class BlockDescription:
         per_token: further arguments of the block's forward that belong to its tokens, and what becomes of them when it
             is called on other tokens: ``none`` (masks, caches) leaves them out, ``last`` (positions) takes those of the
             last token.
+        entry: path (from the backbone) of what stands between the block before and this one: a downsampling.
+        widths: attributes (as paths from the block) that follow the width of a head, with the power: ``head_dim`` 1,
+            a scale -0.5.
+        leads: parts that a stack's first block has for those behind it, and the attributes that say so: path -> path.
+        passes: what the block returns beside its hidden state for the next one: place in the output -> argument.
+        memory: the argument that holds an encoder's final state.
+        cache: the argument that holds keys and values of earlier tokens.
+        rotary: the argument that holds cosines and sines as wide as a head, in two halves.
     """
 
     path: str
@@ -399,14 +433,24 @@ class BlockDescription:
     while_active: dict[str, dict[str, Any]] = field(default_factory=dict)
     windows: bool = False
     per_token: dict[str, str] = field(default_factory=dict)
+    entry: str = ""
+    widths: dict[str, float] = field(default_factory=dict)
+    leads: dict[str, str] = field(default_factory=dict)
+    passes: dict[int, str] = field(default_factory=dict)
+    memory: str = ""
+    cache: str = ""
+    rotary: str = ""
 
 
 @dataclass
 class Description:
-    """A whole backbone: its blocks, and the roles outside them (a role may have several paths)."""
+    """A whole backbone: its blocks, the roles outside them (a role may have several paths), and the path of the norm
+    behind the last block; where the blocks' stages are stacks of their own, each stage's, in the order in which they
+    run."""
 
     blocks: list[BlockDescription]
     stem: dict[str, str | list[str]] = field(default_factory=dict)
+    final: str | dict[str, str] = ""
 
 
 Describer = Callable[[Any], Description]
@@ -495,12 +539,19 @@ def dissect(model: nn.Module) -> Anatomy:
             which: dict[str, Any] = {"parameter": part} if isinstance(part, str) else {"rows": part}
             sites[role] = site(f"{index}.{role}", role, path, block.path, place, block=index, heads=heads,
                                width=block.dim, while_active=block.while_active.get(role, {}), **which)
-        further = list(inspect.signature(sites["block"].module.forward).parameters)[1:] if block.per_token else []
-        sites["block"].per_token = {**block.per_token, **{i: block.per_token[name] for i, name in enumerate(further)
-                                                          if name in block.per_token}}
+        sites["block"].per_token = block.per_token
+        entry = site(f"{index}.entry", "entry", path, block.entry, width=block.dim) if block.entry else None
         blocks.append(Block(index=index, path=join(path, block.path), module=sites["block"].module, dim=block.dim,
-                            stage=block.stage, pre_norm=block.pre_norm, sites=sites, windows=block.windows))
-    return Anatomy(root=model, family=name, blocks=blocks, stem={role: found for role, found in stem.items() if found})
+                            stage=block.stage, pre_norm=block.pre_norm, sites=sites, described=block,
+                            entry=entry))
+    finals = description.final if isinstance(description.final, dict) else {"": description.final}
+    stacks = []
+    for stack, place in finals.items():
+        members = [block for block in blocks if not stack or block.stage == stack]
+        final = site(join(stack, "final"), "norm", path, place, width=members[-1].dim) if place else None
+        stacks.append(Stack(stack, members, final))
+    return Anatomy(root=model, family=name, blocks=blocks, stacks=stacks,
+                   stem={role: found for role, found in stem.items() if found})
 
 
 def parameter_site(model: nn.Module, name: str) -> Site:
@@ -514,6 +565,124 @@ def parameter_site(model: nn.Module, name: str) -> Site:
 def linear_sites(anatomy: Anatomy) -> dict[str, Site]:
     """Sites with a weight that is a linear map, by name."""
     return {site.name: site for site in anatomy.all_sites() if site.kind != "module"}
+
+
+# ------------------------------------------------------------------------------------------------- thinner copies
+
+Keep = Mapping[str, tuple[Tensor, Tensor | None]]
+"""For a role: the output rows of its weight and the input columns that a thinner copy keeps (of a norm: its channels).
+``block`` stands for what leaves the block."""
+
+
+def narrow(block: Block, ratio: int, keep: Keep, leader: Block | None = None, number: int = 0) -> nn.Module:
+    """A copy of ``block`` with 1 / ``ratio`` of its width and all its heads, each 1 / ``ratio`` as wide.
+
+    Args:
+        block: the block; it stays as it is.
+        ratio: divides the block's width, the width of its heads and of its MLP.
+        keep: what is kept of each linear map and norm.
+        leader: first block of the stack, where the copy is to have what that one has for all.
+        number: the copy's place in a cache of keys and values.
+    """
+    described = block.described
+    copied = bare_copy(block.module)
+    for path, flag in leader.described.leads.items() if leader is not None else ():
+        assert leader is not None
+        copied.set_submodule(path, bare_copy(leader.module.get_submodule(path)))
+        owner, _, name = flag.rpartition(".")
+        setattr(copied.get_submodule(owner), name, True)
+    places: dict[str, list[Site]] = {}
+    for role in keep:
+        places.setdefault(block.sites[role].path.removeprefix(block.path).lstrip("."), []).append(block.sites[role])
+    places.pop("", None)
+    cut: set[int] = set()
+    for path, sites in places.items():  # several where they are parts of one fused weight
+        sites.sort(key=lambda site: site.rows.start if site.rows else 0)
+        module = copied.get_submodule(path)
+        rows = torch.cat([keep[site.role][0] if site.rows is None else _indices(site)[keep[site.role][0]]
+                          for site in sites])
+        slice_parameters(module, rows, keep[sites[0].role][1])
+        cut |= {id(part) for part in module.modules()}
+    for path, module in copied.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(module) in cut:
+                continue
+            if parameter.shape == (block.dim,):
+                slice_parameters(module, keep["block"][0])
+            elif parameter.shape[-1] == block.dim or parameter.shape == (described.heads[2],):
+                raise ScionError(f"{block.path}.{path}.{name}: it is unknown how a thinner copy of this is made")
+        if hasattr(module, "layer_idx"):
+            module.layer_idx = number  # type: ignore[assignment]
+    for path, power in described.widths.items():
+        owner, _, name = path.rpartition(".")
+        module = copied.get_submodule(owner)
+        value = getattr(module, name)
+        setattr(module, name, value // ratio if isinstance(value, int) else value * ratio ** -power)
+    return copied.requires_grad_(True)
+
+
+def narrow_entry(block: Block, before: Tensor, after: Tensor, dim: int) -> nn.Module:
+    """A copy of the downsampling in front of ``block`` that reads the channels ``before`` of ``dim`` (of each of the
+    places that it merges) and gives the channels ``after``."""
+    assert block.entry is not None
+    copied = bare_copy(block.entry.module)
+    for module in copied.modules():
+        weight = module._parameters.get("weight")
+        if isinstance(module, nn.Linear):
+            slice_parameters(module, after, spread(before, dim, module.in_features))
+        elif weight is not None:
+            slice_parameters(module, spread(before, dim, weight.shape[0]))
+    return copied.requires_grad_(True)
+
+
+def spread(index: Tensor, dim: int, size: int) -> Tensor:
+    """``index`` into ``dim`` channels, repeated for each of the ``size / dim`` places that were put side by side."""
+    return torch.cat([index + place * dim for place in range(size // dim)])
+
+
+def slice_parameters(module: nn.Module, rows: Tensor, columns: Tensor | None = None) -> None:
+    """Leave a linear map or a norm with these rows of its parameters, and these columns of its weight."""
+    for name, parameter in list(module.named_parameters()):
+        kept = parameter.detach().index_select(0, rows)
+        if columns is not None and kept.dim() > 1:
+            kept = kept.index_select(1, columns)
+        owner, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, nn.Parameter(kept.clone()))
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif hasattr(module, "normalized_shape"):
+        module.normalized_shape = (len(rows),)  # type: ignore[assignment]
+
+
+def _indices(site: Site) -> Tensor:
+    """Rows of the module's weight that are the site's."""
+    assert site.rows is not None
+    return torch.tensor(site.rows.indices(), device=site.full_weight.device)
+
+
+def bare_copy(module: nn.Module) -> nn.Module:
+    """A deep copy without hooks and without what stands in for ``forward``; configurations stay shared."""
+    memo: dict[int, Any] = {}
+    for part in module.modules():
+        for name in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs",
+                     "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"):
+            memo[id(getattr(part, name))] = OrderedDict()
+        for name in ("config", "forward"):
+            shared = part.__dict__.get(name)
+            if shared is not None:
+                memo[id(shared)] = shared
+    copied = copy.deepcopy(module, memo)
+    for part in copied.modules():
+        part.__dict__.pop("forward", None)
+    return copied
+
+
+def set_dropout(module: nn.Module, rate: float) -> None:
+    """Every dropout in ``module``, also those that libraries hold as a number."""
+    for part in module.modules():
+        for name in ("p", "drop_prob", "dropout", "attention_dropout"):
+            if isinstance(getattr(part, name, None), float):
+                setattr(part, name, rate)
 
 
 def renamed(site: Site, **changes: Any) -> Site:
@@ -542,10 +711,11 @@ def timm_vit(model: Any) -> Description:
             path=f"blocks.{i}", dim=attention.qkv.in_features, roles=roles,
             heads=(attention.num_heads, attention.num_heads, attention.head_dim),
             while_active={"attend": {"fused_attn": True}}, per_token={"attn_mask": "none"},
+            widths={"attn.head_dim": 1, "attn.attn_dim": 1, "attn.scale": -0.5},
         ))
     norms = [name for name in ("norm_pre", "norm", "fc_norm") if any(True for _ in getattr(model, name).parameters())]
     return Description(blocks, {"patch_embed": "patch_embed.proj", "embed": "norm_pre", "norm": norms,
-                                "final_norm": norms[-1:], **_head(model, "head")})
+                                "final_norm": norms[-1:], **_head(model, "head")}, final="norm")
 
 
 @family("timm.models.swin_transformer:SwinTransformer")
@@ -566,11 +736,12 @@ def timm_swin(model: Any) -> Description:
             blocks.append(BlockDescription(
                 path=f"layers.{s}.blocks.{b}", dim=attention.dim, roles=roles, stage=f"stage{s}",
                 heads=(attention.num_heads, attention.num_heads, width // attention.num_heads),
-                while_active={"attend": {"fused_attn": True}}, windows=True,
+                while_active={"attend": {"fused_attn": True}}, windows=True, widths={"attn.scale": -0.5},
+                entry=f"layers.{s}.downsample" if b == 0 and hasattr(stage.downsample, "reduction") else "",
             ))
     norms = [name for name in [*norms, "norm"] if any(True for _ in model.get_submodule(name).parameters())]
     return Description(blocks, {"patch_embed": "patch_embed.proj", "embed": "patch_embed", "downsample": downsamples,
-                                "norm": norms, "final_norm": "norm", **_head(model, "head")})
+                                "norm": norms, "final_norm": "norm", **_head(model, "head")}, final="norm")
 
 
 def _head(model: nn.Module, path: str) -> dict[str, str | list[str]]:
@@ -585,9 +756,10 @@ def ast(model: Any) -> Description:
         "norm1": "layernorm_before", "norm2": "layernorm_after",
     }
     return Description(
-        _transformers_blocks(model, "layers", roles),
+        _transformers_blocks(model, "layers", roles, widths={"attention.head_dim": 1, "attention.scaling": -0.5}),
         {"patch_embed": "embeddings.patch_embeddings.projection", "embed": "embeddings", "norm": "layernorm",
          "final_norm": "layernorm"},
+        final="layernorm",
     )
 
 
@@ -602,7 +774,9 @@ def bert(model: Any) -> Description:
     stem: dict[str, str | list[str]] = {"embed": "embeddings", "norm": "embeddings.LayerNorm"}
     if model.pooler is not None:
         stem["pool"] = "pooler.dense"
-    return Description(_transformers_blocks(model, "encoder.layer", roles, pre_norm=False), stem)
+    widths = {f"attention.self.{name}": power for name, power in (
+        ("attention_head_size", 1), ("all_head_size", 1), ("scaling", -0.5))}
+    return Description(_transformers_blocks(model, "encoder.layer", roles, pre_norm=False, widths=widths), stem)
 
 
 @family("transformers.models.llama.modeling_llama:LlamaModel")
@@ -613,11 +787,12 @@ def llama(model: Any) -> Description:
         "attend": "self_attn", "attention": "self_attn", "mlp": "mlp",
         "norm1": "input_layernorm", "norm2": "post_attention_layernorm",
     }
-    return Description(_transformers_blocks(model, "layers", roles), {"embed": "embed_tokens", "norm": "norm",
-                                                                         "final_norm": "norm"})
+    blocks = _transformers_blocks(model, "layers", roles, cache="past_key_values", rotary="position_embeddings",
+                                  widths={"self_attn.head_dim": 1, "self_attn.scaling": -0.5})
+    return Description(blocks, {"embed": "embed_tokens", "norm": "norm", "final_norm": "norm"}, final="norm")
 
 
-def _transformers_blocks(model: Any, layers: str, roles: dict[str, Where], pre_norm: bool = True
+def _transformers_blocks(model: Any, layers: str, roles: dict[str, Where], pre_norm: bool = True, **rest: Any
                          ) -> list[BlockDescription]:
     config = model.config
     if config._attn_implementation != "sdpa":  # the verb `attend` rewrites scaled_dot_product_attention
@@ -628,5 +803,48 @@ def _transformers_blocks(model: Any, layers: str, roles: dict[str, Where], pre_n
     per_token = {"attention_mask": "none", "past_key_values": "none", "position_ids": "last",
                  "position_embeddings": "last"}
     return [BlockDescription(path=f"{layers}.{i}", dim=config.hidden_size, heads=heads, roles=roles, pre_norm=pre_norm,
-                             per_token=per_token)
+                             per_token=per_token, **rest)
             for i in range(len(model.get_submodule(layers)))]
+
+
+@family(*(f"transformers.models.t5.modeling_t5:{name}" for name in (
+    "T5Model", "T5EncoderModel", "T5ForConditionalGeneration")))
+def t5(model: Any) -> Description:
+    """Encoder and decoder are stages. A sublayer holds norm and residual; what it adds is its inner module's output."""
+    blocks, embeds = [], []
+    norms: dict[str, str] = {}
+    own = "layer.0.SelfAttention"
+    for stage in ("encoder", "decoder"):
+        stack = getattr(model, stage, None)
+        if stack is None:
+            continue
+        config = stack.config
+        up = {"mlp.gate": "wi_0", "mlp.up": "wi_1"} if config.is_gated_act else {"mlp.up": "wi"}
+        last = 2 if stack.is_decoder else 1
+        mlp = f"layer.{last}.DenseReluDense"
+        roles: dict[str, Where] = {
+            **_t5_attention(own), "norm1": "layer.0.layer_norm",
+            **({f"cross.{role}": path for role, path in _t5_attention("layer.1.EncDecAttention").items()}
+               | {"cross.norm": "layer.1.layer_norm"} if stack.is_decoder else {}),
+            **{role: f"{mlp}.{path}" for role, path in up.items()}, "mlp.down": f"{mlp}.wo",
+            "mlp": mlp, "norm2": f"layer.{last}.layer_norm",
+        }
+        if config._attn_implementation != "sdpa":
+            roles = {role: where for role, where in roles.items() if not role.endswith("attend")}
+        attentions = [own, "layer.1.EncDecAttention"] if stack.is_decoder else [own]
+        blocks += [BlockDescription(
+            path=f"{stage}.block.{i}", dim=config.d_model, roles=roles, stage=stage,
+            heads=(config.num_heads, config.num_heads, config.d_kv),
+            widths={f"{path}.{name}": 1 for path in attentions for name in ("key_value_proj_dim", "inner_dim")},
+            leads={f"{own}.relative_attention_bias": f"{own}.has_relative_attention_bias"} if i == 0 else {},
+            passes={1: "position_bias", 2: "encoder_decoder_position_bias"}, memory="encoder_hidden_states",
+            cache="past_key_values",
+        ) for i in range(len(stack.block))]
+        norms[stage] = f"{stage}.final_layer_norm"
+        embeds.append(f"{stage}.embed_tokens")
+    head: dict[str, str | list[str]] = {"lm_head": "lm_head"} if hasattr(model, "lm_head") else {}
+    return Description(blocks, {"embed": embeds, "norm": list(norms.values()), **head}, final=norms)
+
+
+def _t5_attention(path: str) -> dict[str, Where]:
+    return {**{role: f"{path}.{role}" for role in "qkvo"}, "attend": path, "attention": path}

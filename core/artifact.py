@@ -253,6 +253,8 @@ def load_tensors(methods: list[PEFTMethod], tensors: dict[str, Tensor], where: s
                 tensor.copy_(given[name])
             for name, (packing, parts) in packed.items():
                 packing.unpack({part: given[f"{name}.{part}"] for part in parts}, live[name])
+        for method in methods:
+            method.prepared = True
 
 
 # ------------------------------------------------------------------------------------------------- checkpoints

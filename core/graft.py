@@ -17,6 +17,7 @@ parameters and state-dict keys stay as they are.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -45,18 +46,13 @@ class Graft(nn.Module):
     after, so that all others there see an input and an output with the same rows; and it heeds ``strength`` itself."""
     reads_output: bool = False
     """Its function depends on the output that arrives, so that what stands before it must be merged before it."""
+    reads_call: bool = False
+    """``after`` is given a third argument: the module's `Call`."""
     remade: bool = False
     """The effective weight of a linear map is made again in backward instead of being kept for it: worth it where
     making it costs little beside the map itself, and is not random."""
     whole_batch: bool = False
     """Its ``before`` and ``after`` see all rows of a routed batch, and look to ``batch`` themselves."""
-    calls_again: bool = False
-    """Its ``after`` uses `on_other_tokens`."""
-
-    packed: tuple[str, ...] = ()
-    """Its tensors that files hold in another form; it defines ``pack`` and ``unpack`` then. Checkpoints hold
-    the form in use, since training goes on from there."""
-
     def __init__(self, site: Site) -> None:
         super().__init__()
         self.site = site
@@ -72,8 +68,6 @@ class Graft(nn.Module):
         """Its method's place in the order of attachment."""
         self.variant = 0
         """The entry in ``route`` that means this graft."""
-        self.call: tuple[tuple, dict[str, Any]] | None = None
-        """While ``after`` runs: what the site's module was called with, for `on_other_tokens`."""
 
     def forward(self, *args: Any, verb: str) -> Any:
         """Calls a verb, or ``merged`` and its like. The core calls them so, and a graft is then itself a module whose
@@ -96,16 +90,6 @@ class Graft(nn.Module):
         """q [batch, heads, queries, width], k and v [batch, key heads, keys, width], mask or None, the module's input x
         -> attention's output [batch, heads, queries, width]."""
         raise NotImplementedError
-
-    def on_other_tokens(self, x: Tensor) -> Tensor:
-        """Within ``after``: the site's frozen module once more as it was just called, but on other tokens ``x`` [batch,
-        tokens, dim]; see `Site.rerun`."""
-        assert self.call is not None, f"{type(self).__name__} does not declare `calls_again`, or is not in its `after`"
-        args, kwargs = self.call
-        if not args:
-            kwargs = {name: value for name, value in kwargs.items() if name != _hidden_name(kwargs)}
-        args, kwargs = self.site.for_other_tokens(args[1:], kwargs)
-        return self.site.rerun(x, *args, **kwargs)
 
     def merged(self, weight: Tensor) -> Tensor:
         """W [out, in] with this graft written into it. Grafts with ``weight`` have it for free."""
@@ -145,17 +129,18 @@ class Graft(nn.Module):
 
 def hidden_in(args: tuple, kwargs: dict[str, Any]) -> Tensor:
     """The hidden state among a module's arguments: the first positional one, or ``hidden_states``."""
-    return args[0] if args else kwargs[_hidden_name(kwargs)]
+    return args[0] if args else kwargs[hidden_name(kwargs)]
 
 
-def _hidden_name(kwargs: dict[str, Any]) -> str:
+def hidden_name(kwargs: dict[str, Any]) -> str:
+    """The name of the hidden state among named arguments."""
     return "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
 
 
 def _with_hidden_in(args: tuple, kwargs: dict[str, Any], x: Tensor) -> tuple[tuple, dict[str, Any]]:
     if args:
         return (x, *args[1:]), kwargs
-    return args, {**kwargs, _hidden_name(kwargs): x}
+    return args, {**kwargs, hidden_name(kwargs): x}
 
 
 def hidden_out(output: Any) -> Tensor:
@@ -165,6 +150,28 @@ def hidden_out(output: Any) -> Tensor:
 
 def _with_hidden_out(output: Any, y: Tensor) -> Any:
     return (y, *output[1:]) if isinstance(output, tuple) else y
+
+
+@dataclass
+class Call:
+    """How a module was called: its arguments by name, the name of the hidden state, and what the module itself gave
+    for that, before any graft."""
+
+    arguments: dict[str, Any]
+    hidden: str
+    output: Tensor
+
+    def of(self, rows: Tensor) -> Call:
+        """The part of the call that these rows of the batch are."""
+        total = self.output.shape[0]
+        return Call({name: _rows_of(value, rows, total) for name, value in self.arguments.items()}, self.hidden,
+                    self.output[rows])
+
+
+def _rows_of(value: Any, rows: Tensor, total: int) -> Any:
+    if isinstance(value, (tuple, list)):
+        return type(value)(_rows_of(part, rows, total) for part in value)
+    return value[rows] if isinstance(value, Tensor) and value.dim() and value.shape[0] == total else value
 
 
 def _expand(rows: Tensor | None, total: int, route: Tensor | None) -> Tensor:
@@ -328,6 +335,7 @@ class Carrier:
         self.module = module
         self.grafts: list[Graft] = []
         self.open: list[_Rewrite] = []
+        self.names = list(inspect.signature(type(module).forward).parameters)[1:]
         self.handles = [
             module.register_forward_pre_hook(self._enter, with_kwargs=True),
             module.register_forward_hook(self._leave, with_kwargs=True, always_call=True, prepend=True),
@@ -428,17 +436,14 @@ class Carrier:
         if not after:
             return None
         x, y = hidden_in(args, kwargs), hidden_out(output)
-        for graft in after:
-            if graft.calls_again:
-                graft.call = (args, kwargs)
-        try:
-            for together in _side_by_side(after):
-                first = together[0]
-                y = self._on_parts(together, x, y) if first.by_rows else _weighed(first, y, first(x, y, verb="after"))
-        finally:
-            for graft in after:
-                if graft.calls_again:
-                    graft.call = None
+        call = None
+        if any(graft.reads_call for graft in after):
+            arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
+            call = Call(arguments, next(iter(arguments)) if args else hidden_name(kwargs), y)
+        for together in _side_by_side(after):
+            first = together[0]
+            y = self._on_parts(together, x, y, call) if first.by_rows else _weighed(
+                first, y, _run_after(first, x, y, call))
         return _with_hidden_out(output, y)
 
     @staticmethod
@@ -447,13 +452,14 @@ class Carrier:
         return x.index_copy(0, rows, _weighed(graft, x[rows], graft(x[rows], verb="before"))) if len(rows) else x
 
     @staticmethod
-    def _on_parts(grafts: list[Graft], x: Tensor, y: Tensor) -> Tensor:
+    def _on_parts(grafts: list[Graft], x: Tensor, y: Tensor, call: Call | None) -> Tensor:
         """Run ``after`` of grafts that serve different rows; all may make the output wider alike."""
         parts: list[tuple[Tensor, Tensor]] = []
         for graft in grafts:
             rows = _expand(graft.batch, y.shape[0], graft.route)
             if len(rows):
-                parts.append((rows, _weighed(graft, y[rows], graft(x[rows], y[rows], verb="after"))))
+                part = call.of(rows) if call is not None and graft.reads_call else None
+                parts.append((rows, _weighed(graft, y[rows], _run_after(graft, x[rows], y[rows], part))))
         shapes = {part.shape[1:] for _, part in parts}
         if shapes - {y.shape[1:]}:
             if len(shapes) > 1 or sum(len(rows) for rows, _ in parts) < y.shape[0]:
@@ -476,6 +482,10 @@ class Carrier:
                 stack.append(mode)
         for mode in reversed(stack):
             torch._C._push_on_torch_function_stack(mode)
+
+
+def _run_after(graft: Graft, x: Tensor, y: Tensor, call: Call | None) -> Tensor:
+    return graft(x, y, call, verb="after") if graft.reads_call else graft(x, y, verb="after")
 
 
 def _side_by_side(grafts: list[Graft]) -> list[list[Graft]]:

@@ -17,7 +17,7 @@ import json
 import math
 import warnings
 from abc import ABC
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -26,7 +26,7 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from core import graft as grafts
-from core.anatomy import Anatomy, Site, check_layers, check_roles, dissect
+from core.anatomy import NORMS, Anatomy, Site, check_layers, check_roles, dissect
 from core.data import seed_of
 from core.errors import ScionError, listed, nearest
 from core.graft import Graft
@@ -107,6 +107,7 @@ class PEFTMethod(Recorded, Callback, ABC):
         self._waiting: dict[str, Tensor] | None = None  # tensors not yet seen with a gradient
         self._backwards = 0
         self._resume: dict[str, Any] | None = None
+        self.prepared = False  # by `prepare`, or with values loaded
         self.steps, self.total = 0, 0  # of the optimizer, where the method has something to do after each
         self._following: Any = None
         self._around: nn.Module | None = None  # the module whose parameters the optimizer has
@@ -176,6 +177,15 @@ class PEFTMethod(Recorded, Callback, ABC):
     def adds_loss(self) -> bool:
         """Whether the method is not itself without its `loss_terms`."""
         return False
+
+    prepares: bool = False
+    """Whether `prepare` has something to do before training."""
+
+    def prepare(self, batches: Iterable[Any], loss: Callable[[Any], Tensor]) -> None:
+        """What a method computes from data before its first step, into tensors of its own, so that it is saved. The
+        callback calls it once, when a `FineTuner` begins to train and neither resumes nor has loaded the method, with
+        the training samples one by one in random order as ``batches`` and ``FineTuner.loss``; elsewhere it is called by
+        hand."""
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """What a method with a schedule does after each step of the optimizer. Gradients are still there;
@@ -343,9 +353,9 @@ class PEFTMethod(Recorded, Callback, ABC):
     def _norm_names(self, anatomy: Anatomy) -> list[str]:
         if not self.norms:
             return []
-        unknown = [role for role in self.norms if role not in ("norm", "norm1", "norm2")]
+        unknown = [role for role in self.norms if not f".{role}".endswith(tuple(f".{norm}" for norm in NORMS))]
         if unknown:
-            raise ScionError(f"{self.name}: norms {unknown[0]!r} is not 'norm', 'norm1' or 'norm2'")
+            raise ScionError(f"{self.name}: norms {unknown[0]!r} is not one of {', '.join(NORMS)}")
         prefix = [(site.path, site.module) for site in anatomy.sites(self.norms, self.layers, self.name)]
         return [f"{path}.{name}" for path, module in prefix for name, _ in module.named_parameters()]
 
@@ -513,7 +523,8 @@ class PEFTMethod(Recorded, Callback, ABC):
                 site = graft.site
                 name = site.weight_name
                 self._check_neighbours(graft)
-                if name in shared or any(root.get_parameter(other) is parameters[name] for other in shared):
+                ties = any(root.get_parameter(other) is parameters[name] for other in shared)
+                if name in shared or (ties and not site.tied):  # tied modules that all have the graft change as one
                     raise ScionError(f"{self.name}: {name} is tied to another tensor, which merging would change too")
                 before, now = merged.get(name, (parameters[name].detach().clone(), parameters[name].detach()))
                 wide = now.float() if now.dtype in (torch.float16, torch.bfloat16) else now
@@ -628,6 +639,9 @@ class PEFTMethod(Recorded, Callback, ABC):
         if is_optimizer and stage == "fit" and not hasattr(pl_module, "methods"):
             warnings.warn(f"{self.name} is an optimizer: {type(pl_module).__name__}.configure_optimizers should return "
                           "method.make_optimizer(method.param_groups()), as core.FineTuner does", stacklevel=2)
+        if self.prepares and not self.prepared and stage == "fit" and not hasattr(pl_module, "methods"):
+            warnings.warn(f"{self.name} computes start values from data: call method.prepare(batches, loss) before "
+                          "fitting, or use core.FineTuner", stacklevel=2)
         if self.adds_loss and stage == "fit" and not hasattr(pl_module, "methods"):
             warnings.warn(f"{self.name}: {type(pl_module).__name__} does not add the method's own loss; add "
                           f"method.loss_terms(self, batch, outputs) to yours, or use core.FineTuner", stacklevel=2)
@@ -774,6 +788,7 @@ class PEFTMethod(Recorded, Callback, ABC):
             self.steps = 0
             self._following = self.follow(trainer.optimizers[0], int(total), pl_module)
         if resume is None:
+            self._prepare(trainer, pl_module)
             return
         mine = dict(resume.get("methods", {}).get(self.name, {}))
         if mine:
@@ -783,6 +798,19 @@ class PEFTMethod(Recorded, Callback, ABC):
         loader: Any = trainer.train_dataloader
         if resume["loader"] is not None and hasattr(loader, "load_state_dict"):
             loader.load_state_dict(resume["loader"])
+
+    def _prepare(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """`prepare` on the Trainer's data, which afterwards stands where it stood."""
+        if not self.prepares or self.prepared or not self.attached or not hasattr(pl_module, "methods"):
+            return
+        loader: Any = trainer.train_dataloader
+        generator = torch.Generator().manual_seed(seed_of(self.seed, self.name, "prepare"))
+        order = torch.randperm(len(loader.dataset), generator=generator).tolist()
+        states = random_states()
+        self.prepare((trainer.strategy.batch_to_device(loader.collate_fn([loader.dataset[i]])) for i in order),
+                     pl_module.loss)
+        restore_random_states(states)
+        self.prepared = True
 
     def __getstate__(self) -> dict[str, Any]:
         # Lightning hangs its logging functions, and with them the Trainer, on every callback.
@@ -813,6 +841,7 @@ class MethodModule(nn.Module):
             raise ScionError(f"{self.method.name} was trained on another base ({saved['base']}) than this one "
                              f"({home.fingerprint}): build the same backbone with the same weights")
         self.method.restructure(saved.get("structure", {}))
+        self.method.prepared = True
 
 
 def decode_extra_state(state: Tensor) -> dict[str, Any]:

@@ -152,6 +152,27 @@ def _mos(anatomy: Anatomy, method: Any) -> int:
     return sum(method.budget * (s.in_features + s.out_features) for s in sites)
 
 
+def _ladder(anatomy: Anatomy, method: Any) -> int:
+    """1 / r^2 of each map of a kept block and 1 / r of its norms and shifts; what is a number a head stays."""
+    r, kept, total = method.reduction, method.kept(anatomy), 0
+    for stack in anatomy.stacks:
+        first = stack.blocks[0]
+        total += (first.dim + 1) * first.dim // r
+        for block in stack.blocks:
+            if block.entry is not None:
+                total += sum(p.numel() // r ** p.dim() for p in block.entry.module.parameters())
+            if block.index in kept:
+                total += 1 + (block.dim + 1) * block.dim // r
+                total += sum(p.numel() if "relative" in name else p.numel() // r ** p.dim()
+                             for name, p in block.module.named_parameters())
+        if stack.final is not None:
+            total += sum(p.numel() // r for p in stack.final.module.parameters())
+        if first.index not in kept and any(block.index in kept for block in stack.blocks):  # the first kept one has it
+            total += sum(p.numel() for name, p in first.module.named_parameters() if "relative_attention_bias" in name)
+    last = anatomy.stacks[-1].blocks[-1].dim
+    return total + (last // r + 1) * last
+
+
 def _hydra(anatomy: Anatomy, method: Any) -> int:
     def branch(i: int, o: int, rank: int, bias: bool) -> int:
         return rank * (i + o) + (rank + o if bias else 0)
@@ -600,6 +621,17 @@ METHODS: dict[str, Row] = {
         random=True, weights=True, commutes=False, operators=16, saved=0.9,
         artifact={"rank": 1, "sequential_rank": 1},
     ),
+    "LadderSideTuning": Row(
+        {"all": Variant({"reduction": 4, "dropout": 0.0}),
+         "dropped": Variant({"reduction": 2, "drop": (0,), "init": "random", "temperature": 1.0, "dropout": 0.0})},
+        trained=_ladder,
+        cards=(("vit_b16", {}, 2_376_492),),
+        bad=(({"reduction": 0}, "reduction 0"), ({"reduction": 3}, "reduction 3 does not divide"),
+             ({"drop": (9,)}, "layer 9"), ({"layers": ()}, "no block"), ({"temperature": 0.0}, "temperature 0"),
+             ({"init": "fishre"}, "'fishre'"), ({"samples": 0}, "samples 0"), ({"dropout": 1.0}, "dropout 1")),
+        random=True, operators=120, saved=0.8,
+        artifact={"reduction": 8},
+    ),
     "IST": Row(
         {"alone": Variant(trains=False)},
         trained=lambda anatomy, method: 0,
@@ -667,6 +699,7 @@ METHODS: dict[str, Row] = {
 REFUSED: dict[tuple[str, str], str] = {
     ("VQT", "timm_swin"): "its blocks attend within windows by the distance of two places; a query has no place",
     ("BitFit", "llama"): "no module of LlamaModel has a bias, so there is nothing to train",
+    ("BitFit", "t5"): "no module of T5Model has a bias, so there is nothing to train",
 }
 """Cells that cannot exist, each with the mathematical reason: at most a tenth of all."""
 

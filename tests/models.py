@@ -30,11 +30,15 @@ class Pooled(nn.Module):
     def __init__(self, model: nn.Module, token: int = 0, padding: int | None = None) -> None:
         super().__init__()
         self.model = model
+        self.decodes = hasattr(model, "decoder")
         self.token, self.padding = token, padding
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """inputs [batch, ...] -> features [batch, dim]; ids equal to ``padding`` are masked out."""
+        """inputs [batch, ...] -> features [batch, dim]; ids equal to ``padding`` are masked out. A decoder gets the
+        ids that its encoder gets."""
         options = {} if self.padding is None else {"attention_mask": (inputs != self.padding).long()}
+        if self.decodes:
+            options["decoder_input_ids"] = inputs
         out = self.model(inputs, **options)
         out = out if isinstance(out, Tensor) else out.last_hidden_state
         return out if out.dim() == 2 else out[:, self.token]
@@ -84,6 +88,20 @@ def _llama(width: int = WIDTH) -> nn.Module:
     return LlamaModel(_llama_config(width))
 
 
+def t5_config(width: int = WIDTH, **changes: Any) -> Any:
+    from transformers import T5Config
+
+    return T5Config(**{"vocab_size": VOCABULARY, "d_model": width, "d_kv": width // 4, "d_ff": 2 * width,
+                       "num_layers": 2, "num_heads": 4, "relative_attention_num_buckets": 8,
+                       "relative_attention_max_distance": 16, "use_cache": False, **changes})
+
+
+def _t5(width: int = WIDTH) -> nn.Module:
+    from transformers import T5Model
+
+    return T5Model(t5_config(width))
+
+
 def _uniform(size: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return (torch.rand(size, *shape, generator=generator) - 0.5) * 3.4  # unit variance
 
@@ -121,6 +139,7 @@ FAMILIES: dict[str, Family] = {
     "bert": Family(_bert, _padded_ids, padding=0),  # masked attention
     "ast": Family(_ast, lambda size, generator: _uniform(size, (24, 32), generator)),
     "llama": Family(_llama, _ids, token=-1),  # causal attention, grouped queries
+    "t5": Family(_t5, _padded_ids, token=-1, padding=0),  # two stacks, cross-attention, tied embeddings
 }
 
 
@@ -184,7 +203,7 @@ def _compute_norms_in_double(model: nn.Module) -> None:
     """Transformers' RMSNorm computes in float32 whatever comes in: put torch's in its place."""
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if type(child).__name__ == "LlamaRMSNorm":
+            if type(child).__name__ in ("LlamaRMSNorm", "T5LayerNorm"):
                 norm = nn.RMSNorm(child.weight.shape[0], child.variance_epsilon, dtype=torch.float64)  # type: ignore
                 norm.weight = child.weight  # type: ignore[assignment]
                 setattr(module, name, norm)

@@ -34,7 +34,7 @@ class Small(Cell):
 
 def artifact_cells() -> list[Cell]:
     """One family a method, by its name (new methods must not shift the others'); methods with stages in each."""
-    families = list(FAMILIES)
+    families = list(FAMILIES)[:5]  # those of the first stored adapters: a new family must not shift the others either
     found: list[Cell] = []
     for method, row in METHODS.items():
         for v, (name, variant) in enumerate(row.variants.items()):

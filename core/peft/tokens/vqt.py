@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from core.anatomy import Anatomy, Site
 from core.errors import ScionError
-from core.graft import Attention, Graft
+from core.graft import Attention, Call, Graft
 from core.method import PEFTMethod
 
 
@@ -66,7 +66,7 @@ class QueryGraft(Graft):
     """O = block(P), with the tokens' keys and values: the block's frozen module once more, on its queries P."""
 
     whole_batch = True
-    calls_again = True
+    reads_call = True
 
     def __init__(self, site: Site, exchange: Exchange, method: VQT) -> None:
         super().__init__(site)
@@ -76,13 +76,13 @@ class QueryGraft(Graft):
         self.mix = nn.Parameter(torch.full((method.tokens,), 1 / method.tokens)) if method.reduce == "sum" else None
         self.dropout = nn.Dropout(method.dropout)
 
-    def after(self, x: Tensor, y: Tensor) -> Tensor:
+    def after(self, x: Tensor, y: Tensor, call: Call) -> Tensor:  # type: ignore[override]
         exchange, block = self.exchange, self.site.block
         if exchange.keys.get(block) is not None:
             queries = self.dropout(self.queries.to(y.dtype).expand(y.shape[0], -1, -1))
             exchange.answering = True
             try:
-                out = self.on_other_tokens(queries)
+                out = self.site.rerun(queries, call.arguments, call.hidden)
             finally:
                 exchange.answering = False
             exchange.keys[block] = None
@@ -201,7 +201,7 @@ class VQT(PEFTMethod):
         self.stage, self.first_lr = "wide", self.suggested["lr"]
 
     def check(self, anatomy: Anatomy) -> None:
-        if any(block.windows for block in anatomy.blocks):
+        if any(block.described.windows for block in anatomy.blocks):
             raise ScionError(f"{self.name}: the blocks of {anatomy.family} attend within windows of a grid, by the "
                              "distance of two places in it; a query has no place there")
         inside = anatomy.stem.get("head", []) + anatomy.stem.get("lm_head", [])
