@@ -17,12 +17,21 @@ from pathlib import Path
 import pytest
 
 ALL = bool(os.environ.get("SCION_ALL"))
-METHODS = ["LoRA", "LTSFT", "AdaLoRA", "TriAdaptLoRA", "MoS", "GaLore", "IST"]
-"""A static one, one in stages, a schedule, growing ranks, shared tensors with indices, an optimizer, one over
-another."""
-OPTIONS = {"LoRA": ["--peft.dropout", "0.1"], "MoS": ["--peft.rank", "2"],
-           "IST": ["--peft", "LoRA", "--peft+=IST"],
-           "GaLore": ["--peft.rank", "4", "--peft.interval", "5"]}
+OPTIONS = {
+    "LoRA": ["--peft.dropout", "0.1"],                          # a static one, with noise
+    "LTSFT": [],                                                # two stages
+    "AdaLoRA": [],                                              # a schedule with running scores, a loss of its own
+    "TriAdaptLoRA": [],                                         # tensors that appear in mid-run
+    "MoS": ["--peft.rank", "2"],                                # shared tensors with indices
+    "GaLore": ["--peft.rank", "4", "--peft.interval", "5"],     # an optimizer
+    "IST": ["--peft", "LoRA", "--peft+=IST"],                   # other layers at each step, over another method
+    "Hydra": ["--peft.dropout", "0.1"],
+    "LIFT": ["--peft.rank", "2", "--peft.interval", "4"],       # positions that move with their moments
+    "SpIEL": ["--peft.rank", "2", "--peft.interval", "5", "--peft.window", "2"],  # windows, an optimizer
+    "RAMT": [],                                                 # two gradients, draws
+    "Quantize": ["--peft", "LoRA", "--peft+=Quantize"],         # files in bits
+}
+METHODS = list(OPTIONS)
 PARTS = '''
 import torch
 from torch.utils.data import TensorDataset
