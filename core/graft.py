@@ -53,6 +53,10 @@ class Graft(nn.Module):
     making it costs little beside the map itself, and is not random."""
     whole_batch: bool = False
     """Its ``before`` and ``after`` see all rows of a routed batch, and look to ``batch`` themselves."""
+    packed: tuple[str, ...] = ()
+    """Its tensors that files hold in another form; it defines ``pack`` and ``unpack`` then. Checkpoints hold
+    the form in use, since training goes on from there."""
+
     def __init__(self, site: Site) -> None:
         super().__init__()
         self.site = site
