@@ -68,7 +68,8 @@ class PEFTMethod(Recorded, Callback, ABC):
     """Roles without which a backbone cannot have this method."""
     inference_cost: ClassVar[str] = "none once merged"
     recommended: ClassVar[dict[str, float]] = {"lr": 1e-3, "weight_decay": 0.0}
-    """Learning rate and weight decay from the paper, taken by ``lr: auto``."""
+    """Learning rate and weight decay from the paper, taken by ``lr: auto``; ``head_lr`` where the rate of a new head
+    beside the method must be another one."""
     stages: tuple[str, ...] = ()
     """Names of the runs that the method needs one after the other; empty means one. An option may say otherwise on the
     instance."""

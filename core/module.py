@@ -224,6 +224,7 @@ class FineTuner(L.LightningModule):
         """Groups by the method that they belong to; those of None are nobody's."""
         methods = [method for method in self.methods if method.is_trained]
         first = methods[0].suggested if methods else PEFTMethod.recommended
+        first = {**first, "lr": first.get("head_lr", first["lr"])}
         found: list[tuple[PEFTMethod | None, list[dict[str, Any]]]] = [
             (method, [self._group(group, method.suggested) for group in method.param_groups()]) for method in methods]
         seen = {id(tensor) for _, groups in found for group in groups for tensor in group["params"]}

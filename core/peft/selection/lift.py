@@ -74,7 +74,7 @@ class LIFT(PEFTMethod):
     """
 
     mergeable = True
-    recommended = {"lr": 2e-4, "weight_decay": 0.0}
+    recommended = {"lr": 2e-4, "weight_decay": 0.0, "head_lr": 1e-3}
 
     def __init__(self, rank: int = 8, filter_rank: int | None = None, interval: int | None = 400,
                  targets: Sequence[str] | None = None, **common: Any) -> None:

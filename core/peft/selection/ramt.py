@@ -79,7 +79,7 @@ class RAMT(PEFTMethod):
     """
 
     mergeable = True
-    recommended = {"lr": 8e-5, "weight_decay": 0.0}
+    recommended = {"lr": 8e-5, "weight_decay": 0.0, "head_lr": 1e-3}
 
     def __init__(self, drop: float = 0.3, l2: float = 1e-4, targets: Sequence[str] = ("q", "k", "v", "o"),
                  **common: Any) -> None:

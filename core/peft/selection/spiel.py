@@ -99,7 +99,7 @@ class SpIEL(PEFTMethod):
     """
 
     mergeable = True
-    recommended = {"lr": 1e-4, "weight_decay": 0.0}
+    recommended = {"lr": 1e-4, "weight_decay": 0.0, "head_lr": 1e-3}
 
     def __init__(self, density: float | None = None, count: int | None = None, rank: int | None = None,
                  kind: Kind = "AG", interval: int = 20, window: int = 5, share: float = 0.2,
