@@ -7,7 +7,7 @@ along the class's MRO, so that nothing here imports a model library)::
     @family("my_package.models:MyEncoder")
     def my_encoder(model):
         return Description(
-            stem={"embed": "embedding", "norm": "final_norm"},
+            stem={"embed": "embedding", "norm": "final_norm"}, final="final_norm",
             blocks=[
                 BlockDescription(
                     path=f"layers.{i}", dim=model.width, heads=(8, 8, model.width // 8),

@@ -57,6 +57,8 @@ class Route(PEFTMethod):
         for method in self.methods:
             if method.moves_base or method.norms:
                 raise ScionError(f"Route: {method.name} trains the backbone itself, which all rows of a batch share")
+            if method.prepares:
+                raise ScionError(f"Route: {method.name} computes start values from data, alone on its backbone")
         self.config["methods"] = self.methods
         self.identity_at_start = all(method.identity_at_start for method in self.methods)
 

@@ -186,7 +186,7 @@ class PEFTMethod(Recorded, Callback, ABC):
         """What a method computes from data before its first step, into tensors of its own, so that it is saved. The
         callback calls it once, when a `FineTuner` begins to train and neither resumes nor has loaded the method, with
         the training samples one by one in random order as ``batches`` and ``FineTuner.loss``; elsewhere it is called by
-        hand."""
+        hand. It sets ``prepared``."""
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """What a method with a schedule does after each step of the optimizer. Gradients are still there;
@@ -811,7 +811,6 @@ class PEFTMethod(Recorded, Callback, ABC):
         self.prepare((trainer.strategy.batch_to_device(loader.collate_fn([loader.dataset[i]])) for i in order),
                      pl_module.loss)
         restore_random_states(states)
-        self.prepared = True
 
     def __getstate__(self) -> dict[str, Any]:
         # Lightning hangs its logging functions, and with them the Trainer, on every callback.

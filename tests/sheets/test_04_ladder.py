@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from core.anatomy import dissect
 from core.backbone import Backbone
+from core.compose import Route
 from core.errors import ScionError
 from core.module import FineTuner
 from core.peft import method_class
@@ -332,6 +333,17 @@ def test_copies_in_the_midst_of_things() -> None:
         assert torch.equal(outputs(twin, batch("t5")), expected)
 
 
+@pytest.mark.parametrize("family", ["timm_swin", "bert", "t5"])
+def test_a_noisy_trunk(family: str) -> None:
+    """With the backbone in train mode its dropout reaches the ladders; a decoder still finds its encoder's side."""
+    model, _ = attached(family, backbone_mode="train")
+    model.train()
+    with seeded(0):
+        first, second = model(batch(family)), model(batch(family))
+    assert not torch.equal(first, second) and first.requires_grad
+    (first + second).sum().backward()
+
+
 def test_two_side_networks_add_their_changes() -> None:
     base = outputs(make("timm_vit"), batch("timm_vit"))
     alone = []
@@ -355,6 +367,9 @@ def test_fisher_chooses_by_squared_gradients() -> None:
     values, flags = snapshot(model), {name: p.requires_grad for name, p in model.named_parameters()}
     before = {name: tensor.clone() for name, tensor in method.tensors().items()}
     method.prepare(samples, lambda ids: model(ids).square().sum())
+    assert method.prepared
+    with pytest.raises(ScionError, match="Route: .* start values from data"):
+        Route([LST(init="fisher")])
     assert all(torch.equal(value, now) for value, now in zip(values.values(), snapshot(model).values(), strict=True))
     assert flags == {name: p.requires_grad for name, p in model.named_parameters()}
     changed = {name for name, tensor in method.tensors().items() if not torch.equal(tensor, before[name])}

@@ -122,6 +122,7 @@ class Tap(Graft):
         run.state = None if self.last else state
         if not self.last:
             return y
+        run.passed = {}
         state = state if self.norm is None else self.norm(state)
         if self.up is None:  # of an encoder the decoder's side reads on
             run.final = y, state, self.site.module.training
@@ -314,6 +315,7 @@ class LadderSideTuning(PEFTMethod):
                     for mine, value in zip(own.parameters() if own else (), fresh.parameters() if fresh else (),
                                            strict=True):
                         mine.copy_(value)
+        self.prepared = True
 
 
 # ------------------------------------------------------------------------------------------------- pruning
