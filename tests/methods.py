@@ -643,7 +643,7 @@ METHODS: dict[str, Row] = {
     ),
     "MTLoRA": Row(
         {"two tasks": Variant({"tasks": ("a", "b"), "rank": 4, "task_rank": 2, "dropout": 0.0}),
-         "plus": Variant({"tasks": ("a", "b.c", "train"), "rank": 2, "targets": ("q", "v", "mlp.down"),
+         "plus": Variant({"tasks": ("b.c", "train"), "rank": 2, "targets": ("q", "v", "mlp.down"),
                           "train": ("norm1", "norm2"), "downsample": "lora"})},
         trained=_mtlora,
         cards=(("vit_b16", {}, 3_023_616),),

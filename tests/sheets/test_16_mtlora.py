@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from core.anatomy import dissect
 from core.compose import Route
+from core.cost import describe
 from core.errors import ScionError
 from core.graft import checkpoint_activations
 from core.peft import method_class
@@ -374,11 +376,14 @@ def test_a_users_module(tmp_path: Any) -> None:
 
 
 def test_streams_are_of_the_last_forward() -> None:
-    """A copy has none; with a part switched off, tasks have the shared stream; with all off, nothing new comes."""
+    """A copy has none, and with a part switched off tasks have the shared stream."""
     model = small()
     method = MTLoRA(("a", "b")).attach(model)
     randomize(method)
+    model(pictures(1))
+    earlier = [weakref.ref(stream) for streams in method.streams for stream in streams.values()]
     model(pictures(3))
+    assert len(earlier) == 12 and all(stream() is None for stream in earlier)
     assert method.streams[0]["a"].requires_grad and len(method.streams[0]["a"]) == 3
     twins = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
     for twin in twins:
@@ -392,6 +397,15 @@ def test_streams_are_of_the_last_forward() -> None:
     for stage, streams in enumerate(method.streams):
         assert torch.equal(streams["a"], streams["shared"]) == (stage == 1)
     up.active = True
+
+
+def test_counting_costs_leaves_the_streams() -> None:
+    model = make("timm_vit")
+    method = MTLoRA(("a",)).attach(model)
+    outputs(model, batch("timm_vit"))
+    [held] = method.streams
+    describe(model, batch("timm_vit"))
+    assert method.streams[0] is held and list(held) == ["shared", "a"]
 
 
 def test_an_error_leaves_nothing() -> None:

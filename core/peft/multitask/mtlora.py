@@ -23,13 +23,14 @@ OWN = (SPLIT, "mlp.up", "mlp.gate", "mlp.down")
 TRAINED = ("norm1", "norm2", "norm", "patch_embed", "position_bias", "downsample")
 
 
-class Stage:
+class Stage(nn.Module):
     """What the grafts of one stage share: its tasks, and what the last forward gave them.
 
     From the input of its last block on, the batch has 1 + T times its rows: the shared stream's, then each task's.
     """
 
     def __init__(self, tasks: Sequence[str]) -> None:
+        super().__init__()
         self.names = ("shared", *tasks)
         self.grafts: list[Graft] = []
         self.streams: dict[str, Tensor] = {}
@@ -79,7 +80,8 @@ class Publish(StageGraft):
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         names = self.stage.names
         parts = y.chunk(len(names)) if self.stage.flows else [y] * len(names)
-        self.stage.streams = {name: part.flatten(1, -2) for name, part in zip(names, parts, strict=True)}
+        self.stage.streams = {name: part.movedim(self.site.channel_axis, -1).flatten(1, -2)
+                              for name, part in zip(names, parts, strict=True)}
         return self.stage.shared(y) if self.stage.flows else y
 
 
@@ -180,7 +182,7 @@ class MTLoRA(PEFTMethod):
         if downsample not in ("train", "lora"):
             raise ScionError(f"MTLoRA: downsample {downsample!r} is not 'train' or 'lora'")
         self.tasks, self.rank, self.task_rank, self.scale, self.dropout = names, rank, task_rank, scale, dropout
-        self.targets, self.downsample = tuple(targets or ()), downsample
+        self.targets, self.downsample = None if targets is None else tuple(targets), downsample
         self.roles = None if train is None else tuple(train)
         self.stages: dict[int | None, Stage] = {}
 
@@ -203,7 +205,7 @@ class MTLoRA(PEFTMethod):
 
     def adapted(self, anatomy: Anatomy) -> list[Site]:
         """Sites with a shared change."""
-        roles = dict.fromkeys(self.targets or anatomy.linear_roles())
+        roles = dict.fromkeys(anatomy.linear_roles() if self.targets is None else self.targets)
         if self.downsample == "lora" and "downsample" in anatomy.roles:
             roles["downsample"] = None
         return anatomy.sites(roles, self.layers, self.name)
@@ -258,7 +260,7 @@ class MTLoRA(PEFTMethod):
             return Publish(site, self.exits[site.name])
         stage = self.stages.get(site.block)
         if stage is not None and site.role in OWN:
-            rank = self.rank if not self.targets or site.role in self.targets else 0
+            rank = self.rank if self.targets is None or site.role in self.targets else 0
             return TaskGraft(site, stage, rank, self.task_rank, self.scale, self.dropout)
         if stage is None or site.kind != "module":
             return LoRAGraft(site, self.rank, self.scale, self.dropout)
