@@ -16,6 +16,7 @@ parameters and state-dict keys stay as they are.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable
@@ -116,6 +117,12 @@ class Graft(nn.Module):
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """(up [out, rank], down [rank, in]) where the change of the weight is their product; None where it is not."""
         return None
+
+    def rerun(self, *args: Any, **kwargs: Any) -> Any:
+        """The site's module once more, with these inputs, for use inside ``before`` or ``after``: with the weights and
+        outputs as the site's other grafts make them, but nothing ``before`` it and without this graft."""
+        carrier = Carrier.of(self.site.module)
+        return self.site.module.forward(*args, **kwargs) if carrier is None else carrier.rerun(self, args, kwargs)
 
     @property
     def by_rows(self) -> bool:
@@ -395,13 +402,26 @@ class Carrier:
             for graft in before:
                 x = self._before_on_rows(graft, x) if graft.by_rows else _weighed(graft, x, graft(x, verb="before"))
             args, kwargs = _with_hidden_in(args, kwargs, x)
-        weights, attend = self._live("weight"), self._live("attend")
-        if weights or attend:
-            x = hidden_in(args, kwargs)
-            mode = _Rewrite(self._effective(weights, x), attend, x)
+        mode = self._rewrite(self._live("weight"), self._live("attend"), args, kwargs)
+        if mode is not None:
             mode.__enter__()
             self.open.append(mode)
         return args, kwargs
+
+    def _rewrite(self, weights: list[Graft], attend: list[Graft], args: tuple, kwargs: dict[str, Any]
+                 ) -> _Rewrite | None:
+        if not weights and not attend:
+            return None
+        x = hidden_in(args, kwargs)
+        return _Rewrite(self._effective(weights, x), attend, x)
+
+    def rerun(self, asker: Graft, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The module as the grafts beside ``asker`` make it, without anything before it."""
+        weights, attend, after = ([graft for graft in self._live(verb) if graft is not asker]
+                                  for verb in ("weight", "attend", "after"))
+        with self._rewrite(weights, attend, args, kwargs) or contextlib.nullcontext():
+            output = self.module.forward(*args, **kwargs)
+        return self._run_after(after, args, kwargs, output)
 
     def _effective(self, grafts: list[Graft], x: Tensor) -> list[Effective]:
         """What stands in for each parameter that these grafts change."""
@@ -437,8 +457,9 @@ class Carrier:
 
     def _after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         after = self._live("after")
-        if not after:
-            return None
+        return self._run_after(after, args, kwargs, output) if after else None
+
+    def _run_after(self, after: list[Graft], args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         x, y = hidden_in(args, kwargs), hidden_out(output)
         call = None
         if any(graft.reads_call for graft in after):
