@@ -115,6 +115,11 @@ def _houlsby(anatomy: Anatomy, method: Any) -> int:
     return bottlenecks + _norms(anatomy, method.norms)
 
 
+def _pfeiffer(anatomy: Anatomy, method: Any) -> int:
+    dims = [anatomy.blocks[i].dim for i in anatomy.layer_indices(method.layers)]
+    return sum(2 * method.width(dim) * dim + method.width(dim) + dim for dim in dims)
+
+
 def _prefix(anatomy: Anatomy, method: Any) -> int:
     widths = [2 * site.heads.key * site.heads.width for site in anatomy.sites("attend", method.layers) if site.heads]
     if not method.hidden or method.folded:
@@ -654,6 +659,14 @@ METHODS: dict[str, Row] = {
              ({"layers": (0,)}, "take one of")),
         random=True, operators=12, saved=1.75,  # half of a tiny model's blocks are last ones, with three streams
         artifact={"tasks": ("a",), "rank": 1, "task_rank": 1, "targets": ("o",), "train": ("norm2",)},
+    ),
+    "Pfeiffer": Row(
+        {"zero_up": Variant({"bottleneck": 4}), "normal": Variant({"reduction": 8, "init": "normal"})},
+        trained=_pfeiffer,
+        cards=(("vit_b16", {}, 894_528), ("bert_base", {"bottleneck": 64}, 1_189_632)),
+        bad=(({"bottleneck": 0}, "bottleneck 0"), ({"reduction": 0}, "reduction 0"), ({"init": "zero"}, "'zero'")),
+        random=True, commutes=False, operators=5, saved=0.68,
+        artifact={"bottleneck": 1},
     ),
     "PortLLM": Row(
         {"low rank": Variant({"scale": 0.5}, _patched, trains=False)},

@@ -13,11 +13,13 @@ from core.errors import ScionError
 from core.graft import Graft
 from core.method import PEFTMethod
 
-Init = Literal["zero_up", "near_identity"]
+Init = Literal["zero_up", "near_identity", "normal"]
 
 
-class BottleneckGraft(Graft):
-    """y + U gelu(D y + b_D) + b_U, with D [bottleneck, dim] and U [dim, bottleneck]."""
+class Bottleneck(Graft):
+    """What bottleneck adapters share: the change U f(D z + b_D) + b_U; D is [bottleneck, dim], U [dim, bottleneck]."""
+
+    activation = staticmethod(F.gelu)
 
     def __init__(self, site: Site, bottleneck: int, init: Init) -> None:
         super().__init__(site)
@@ -26,14 +28,24 @@ class BottleneckGraft(Graft):
         nn.init.zeros_(self.up.bias)
         if init == "zero_up":
             nn.init.zeros_(self.up.weight)
-        else:
-            nn.init.zeros_(self.down.bias)
-            for linear in (self.down, self.up):
+            return
+        nn.init.zeros_(self.down.bias)
+        for linear in (self.down, self.up):
+            if init == "near_identity":
                 nn.init.trunc_normal_(linear.weight, std=1e-2, a=-2e-2, b=2e-2)
+            else:
+                nn.init.normal_(linear.weight, std=2e-2)
+
+    def change(self, z: Tensor) -> Tensor:
+        """z [..., dim] -> what is added to the hidden state [..., dim], in the type of z."""
+        return self.up(self.activation(self.down(z.to(self.down.weight.dtype)))).to(z.dtype)
+
+
+class BottleneckGraft(Bottleneck):
+    """y + U gelu(D y + b_D) + b_U"""
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        z = y.to(self.down.weight.dtype)
-        return y + self.up(F.gelu(self.down(z))).to(y.dtype)
+        return y + self.change(y)
 
 
 class Houlsby(PEFTMethod):
@@ -51,7 +63,8 @@ class Houlsby(PEFTMethod):
         bottleneck: width of the bottleneck, at least 1.
         reduction: alternative to ``bottleneck``: the block's width divided by this, rounded.
         targets: sublayer outputs to adapt.
-        init: ``zero_up`` starts as the identity, ``near_identity`` as in the paper.
+        init: ``zero_up`` starts as the identity, ``near_identity`` as in the paper; ``normal`` draws both maps
+            from a normal of 0.02.
     """
 
     inference_cost = "two bottlenecks a block stay, their activation is not linear"
