@@ -53,7 +53,7 @@ ROLES: dict[str, str] = {
     "position_bias": "the attention's table of relative positions, a parameter",
     "embed": "output of the embedding", "patch_embed": "projection of the patches",
     "downsample": "projection between two stages", "pool": "pooler", "head": "task head",
-    "lm_head": "language-model head",
+    "lm_head": "a language-model head's map to the vocabulary",
     "feature": "output of the whole module that methods are attached to",
 }
 """Every role, with what stands there. A site in a block is named ``<block>.<role>``, any other ``<role>``. Where blocks
@@ -499,6 +499,20 @@ def _find(model: nn.Module) -> tuple[str, nn.Module]:
 _LM_HEADS = ("lm_head", "cls", "embed_out")
 
 
+def _around(model: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    """The wrappers around a backbone, with their paths, from the root inwards."""
+    parts = path.split(".") if path else []
+    for depth in range(len(parts)):
+        place = ".".join(parts[:depth])
+        yield place, model.get_submodule(place)
+
+
+def _projection(around: Any, head: nn.Module) -> str:
+    """Path, in a language-model head, of its map to the vocabulary, where the head holds more and its model says it."""
+    output = around.get_output_embeddings() if hasattr(around, "get_output_embeddings") else None
+    return next((name for name, module in head.named_modules() if module is output), "")
+
+
 def dissect(model: nn.Module) -> Anatomy:
     """The anatomy of ``model``: a described backbone, or a module that wraps exactly one.
 
@@ -522,12 +536,13 @@ def dissect(model: nn.Module) -> Anatomy:
         places = [places] if isinstance(places, str) else places
         stem[role] = [site(role if len(places) == 1 else f"{role}.{i}", role, path, place)
                       for i, place in enumerate(places)]
-    if path:  # what stands beside the backbone in a wrapper is its head
-        beside = [(child_name, child) for child_name, child in model.named_children()
-                  if child_name not in ("peft", path.partition(".")[0]) and any(True for _ in child.parameters())]
-        for child_name, child in beside:
-            role = "lm_head" if child_name in _LM_HEADS else "head"
-            stem.setdefault(role, []).append(Site(name=child_name, role=role, path=child_name, module=child))
+    for place, around in _around(model, path):  # what stands beside the backbone in a wrapper is its head
+        inside = path[len(place):].lstrip(".").partition(".")[0]
+        for child_name, child in around.named_children():
+            if child_name not in ("peft", inside) and any(True for _ in child.parameters()):
+                role = "lm_head" if child_name in _LM_HEADS else "head"
+                inner = _projection(around, child) if role == "lm_head" else ""
+                stem.setdefault(role, []).append(site(child_name, role, place, child_name, inner))
     stem["feature"] = [Site(name="feature", role="feature", path="", module=model)]
 
     blocks = []
