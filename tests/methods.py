@@ -120,6 +120,13 @@ def _pfeiffer(anatomy: Anatomy, method: Any) -> int:
     return sum(2 * method.width(dim) * dim + method.width(dim) + dim for dim in dims)
 
 
+def _language_adapter(anatomy: Anatomy, method: Any) -> int:
+    dim, last = anatomy.blocks[0].dim, anatomy.blocks[-1].dim
+    invertible = 4 * (dim // 2) * (dim // 4) + 2 * (dim // 2 + dim // 4) if method.invertible else 0
+    dropped = 2 * method.width(last) * last + method.width(last) + last if method.drop_last else 0
+    return _pfeiffer(anatomy, method) + invertible - dropped
+
+
 def _prefix(anatomy: Anatomy, method: Any) -> int:
     widths = [2 * site.heads.key * site.heads.width for site in anatomy.sites("attend", method.layers) if site.heads]
     if not method.hidden or method.folded:
@@ -525,6 +532,16 @@ METHODS: dict[str, Row] = {
         operators=1, stored=2.0,
         schedule=_mask_follows_formula,
         artifact={"density": None, "count": 64, **FEW},
+    ),
+    "LanguageAdapter": Row(
+        {"invertible": Variant({"bottleneck": 4}, learns={"lr": 1e-2}),
+         "drop_last": Variant({"reduction": 8, "init": "normal", "drop_last": True}, learns={"lr": 1e-2}),
+         "plain": Variant({"bottleneck": 4, "invertible": False}, learns={"lr": 1e-2})},
+        trained=_language_adapter,
+        cards=(("bert_base", {}, 7_387_776), ("bert_base", {"drop_last": True}, 6_796_800)),
+        bad=(({"bottleneck": 0}, "bottleneck 0"), ({"reduction": 0}, "reduction 0"), ({"init": "zero"}, "'zero'")),
+        random=True, commutes=False, operators=12, saved=0.9,
+        artifact={"bottleneck": 1},
     ),
     "LinearProbe": Row(
         {"head": Variant(trains=False), "norm": Variant({"norms": ("norm",)}, moves_base=True,
