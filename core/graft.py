@@ -54,6 +54,8 @@ class Graft(nn.Module):
     making it costs little beside the map itself, and is not random."""
     whole_batch: bool = False
     """Its ``before`` and ``after`` see all rows of a routed batch, and look to ``batch`` themselves."""
+    momentary: tuple[str, ...] = ("active", "strength", "batch", "route", "variant")
+    """Attributes that may be others at each forward."""
     packed: tuple[str, ...] = ()
     """Its tensors that files hold in another form; it defines ``pack`` and ``unpack`` then. Checkpoints hold
     the form in use, since training goes on from there."""
@@ -585,7 +587,36 @@ class _Checkpointed:
         forward = type(self.block).forward
         if not torch.is_grad_enabled():
             return forward(self.block, *args, **kwargs)
-        return checkpoint(forward, self.block, *args, use_reentrant=False, **kwargs)
+        if torch.compiler.is_compiling():  # the compiler recomputes what it has traced
+            return checkpoint(forward, self.block, *args, use_reentrant=False, **kwargs)
+        now = _Moment(self.block)
+        return checkpoint(forward, self.block, *args, use_reentrant=False,
+                          context_fn=lambda: (contextlib.nullcontext(), now), **kwargs)
+
+
+class _Moment:
+    """The state of a block's grafts at a forward; entered again when the block is recomputed, since by then they may
+    be switched, routed or split otherwise."""
+
+    def __init__(self, block: nn.Module) -> None:
+        carriers = [carrier for module in block.modules() if (carrier := Carrier.of(module))]
+        self.grafts = [graft for carrier in carriers for graft in carrier.grafts]
+        self.states = self._read()
+
+    def _read(self) -> list[dict[str, Any]]:
+        return [{name: getattr(graft, name) for name in graft.momentary} for graft in self.grafts]
+
+    def _write(self, states: list[dict[str, Any]]) -> None:
+        for graft, state in zip(self.grafts, states, strict=True):
+            for name, value in state.items():
+                setattr(graft, name, value)
+
+    def __enter__(self) -> None:
+        self.meanwhile = self._read()
+        self._write(self.states)
+
+    def __exit__(self, *error: object) -> None:
+        self._write(self.meanwhile)
 
 
 def checkpoint_activations(model: nn.Module, on: bool = True) -> None:
