@@ -298,6 +298,8 @@ class Anatomy:
     """The blocks by the stack that they stand in, in the order in which the stacks run."""
     stem: dict[str, list[Site]]
     """Sites outside the blocks, by role; a role may be played more than once (``downsample``, ``norm``)."""
+    inputs: Site
+    """The described model itself, where its inputs arrive: each of its forwards begins here."""
 
     @property
     def stages(self) -> list[list[Block]]:
@@ -566,7 +568,8 @@ def dissect(model: nn.Module) -> Anatomy:
         final = site(join(stack, "final"), "norm", path, place, width=members[-1].dim) if place else None
         stacks.append(Stack(stack, members, final))
     return Anatomy(root=model, family=name, blocks=blocks, stacks=stacks,
-                   stem={role: found for role, found in stem.items() if found})
+                   stem={role: found for role, found in stem.items() if found},
+                   inputs=site("inputs", "inputs", path))
 
 
 def parameter_site(model: nn.Module, name: str) -> Site:

@@ -98,6 +98,10 @@ class Graft(nn.Module):
         -> attention's output [batch, heads, queries, width]."""
         raise NotImplementedError
 
+    def notice(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Called with the arguments of the site's module before it runs, for what a graft must know of the model's
+        inputs; ``args`` and ``kwargs`` stay as they are."""
+
     def merged(self, weight: Tensor) -> Tensor:
         """W [out, in] with this graft written into it. Grafts with ``weight`` have it for free."""
         if type(self).weight is Graft.weight:
@@ -398,6 +402,9 @@ class Carrier:
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         if self.open:
             self._purge()
+        for graft in self.grafts:
+            if graft.active and type(graft).notice is not Graft.notice:
+                graft.notice(args, kwargs)
         before = self._live("before")
         if before:
             x = hidden_in(args, kwargs)

@@ -101,7 +101,7 @@ class PEFTMethod(Recorded, Callback, ABC):
         self.suggested = {**self.recommended, **({} if lr is None else {"lr": lr})}
         self.root: nn.Module | None = None
         self.place = 0  # in the order of attachment
-        self.module: MethodModule = MethodModule(self)
+        self.module: nn.Module = MethodModule(self)  # within a composition, its part of the composition's module
         self.start: dict[str, Tensor] = {}  # start values of the base tensors that this method moves
         self._merged: dict[str, tuple[Tensor, Tensor]] | None = None  # name -> (before, after)
         self._home: Home | None = None  # where it stood before it was merged
@@ -210,7 +210,11 @@ class PEFTMethod(Recorded, Callback, ABC):
     @property
     def grafts(self) -> list[Graft]:
         """The method's grafts, in the order of their sites."""
-        return [module for module in self.module.modules() if isinstance(module, Graft)]
+        return self.standing(self.module)
+
+    def standing(self, module: nn.Module) -> list[Graft]:
+        """Of all grafts in ``module`` those that stand at sites themselves (in a composition some only take part)."""
+        return [child for child in module.modules() if isinstance(child, Graft)]
 
     def attach(self, model: nn.Module) -> PEFTMethod:
         """Freeze ``model`` (the first method does), place the grafts, and return the method.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from core.method import PEFTMethod
 
 
-COMPOSITIONS = ("Route",)
+COMPOSITIONS = ("Route", "Fuse", "Split")
 """Classes in ``core.compose`` that stand where a method can stand."""
 
 
