@@ -140,6 +140,10 @@ class SideBySide(PEFTMethod):
     def _load(self, name: str, branch: nn.Module) -> None:
         folder, _, tensors = self.trained[name]
         into = {key: tensor for key, tensor in branch.state_dict().items() if not key.endswith("_extra_state")}
+        packed = {key: (graft, into.pop(key)) for path, graft in branch.named_modules() if isinstance(graft, Graft)
+                  for key in (f"{path}.{part}" for part in graft.packed) if key not in tensors}
+        parts = {key: graft.pack(tensor) for key, (graft, tensor) in packed.items()}
+        into |= {f"{key}.{part}": tensor for key, found in parts.items() for part, tensor in found.items()}
         for key in sorted(into.keys() | tensors.keys()):
             one, two = (list(side[key].shape) if key in side else "absent" for side in (tensors, into))
             if one != two:
@@ -147,6 +151,8 @@ class SideBySide(PEFTMethod):
         with torch.no_grad():
             for key, tensor in into.items():
                 tensor.copy_(tensors[key])
+            for key, (graft, tensor) in packed.items():
+                graft.unpack({part: tensors[f"{key}.{part}"] for part in parts[key]}, tensor)
 
     def arrange(self, module: nn.Module, anatomy: Anatomy) -> None:
         """Say which of the grafts in the filled branches stand at sites, and how."""
@@ -316,13 +322,14 @@ class FusionGraft(Joined):
             self.value.weight.fill_(1e-6).fill_diagonal_(1.0)
 
     def before(self, x: Tensor) -> Tensor:
-        z = self.rerun(x)
         wide = x.to(self.value.weight.dtype)
-        return x + self.mixed(z, torch.stack([part.before(wide) - wide for part in self.parts], -2)).to(x.dtype)
+        changes = torch.stack([part(wide, verb="before") - wide for part in self.parts], -2)
+        return x + self.mixed(self.again(x), changes).to(x.dtype)
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         wide = y.to(self.value.weight.dtype)
-        return y + self.mixed(y, torch.stack([part.after(x, wide) - wide for part in self.parts], -2)).to(y.dtype)
+        changes = torch.stack([part(x, wide, verb="after") - wide for part in self.parts], -2)
+        return y + self.mixed(y, changes).to(y.dtype)
 
     def mixed(self, z: Tensor, changes: Tensor) -> Tensor:
         """z [..., dim] and changes [..., methods, dim] -> what is added [..., dim]."""
@@ -394,10 +401,10 @@ class SplitGraft(Joined):
     """First position of the second graft: one for all samples, or [batch]."""
 
     def before(self, x: Tensor) -> Tensor:
-        return self._split(*(part.before(x) for part in self.parts))
+        return self._split(*(part(x, verb="before") for part in self.parts))
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        return self._split(*(part.after(x, y) for part in self.parts))
+        return self._split(*(part(x, y, verb="after") for part in self.parts))
 
     def _split(self, first: Tensor, second: Tensor) -> Tensor:
         start, name = self.start, self.site.name

@@ -124,11 +124,12 @@ class Graft(nn.Module):
         """(up [out, rank], down [rank, in]) where the change of the weight is their product; None where it is not."""
         return None
 
-    def rerun(self, *args: Any, **kwargs: Any) -> Any:
-        """The site's module once more, with these inputs, for use inside ``before`` or ``after``: with the weights and
-        outputs as the site's other grafts make them, but nothing ``before`` it and without this graft."""
+    def again(self, *args: Any, **kwargs: Any) -> Any:
+        """Within ``before`` or ``after``: the site's module once more on these inputs, with the weights and outputs as
+        the site's other grafts make them, but nothing ``before`` it and without this graft. (`Site.rerun` is the
+        frozen module alone.)"""
         carrier = Carrier.of(self.site.module)
-        return self.site.module.forward(*args, **kwargs) if carrier is None else carrier.rerun(self, args, kwargs)
+        return self.site.module.forward(*args, **kwargs) if carrier is None else carrier.again(self, args, kwargs)
 
     @property
     def by_rows(self) -> bool:
@@ -424,7 +425,7 @@ class Carrier:
         x = hidden_in(args, kwargs)
         return _Rewrite(self._effective(weights, x), attend, x)
 
-    def rerun(self, asker: Graft, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def again(self, asker: Graft, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The module as the grafts beside ``asker`` make it, without anything before it."""
         weights, attend, after = ([graft for graft in self._live(verb) if graft is not asker]
                                   for verb in ("weight", "attend", "after"))

@@ -33,7 +33,7 @@ class AtNorm(Bottleneck):
     activation = staticmethod(F.relu)
 
     def before(self, x: Tensor) -> Tensor:
-        return x + self.change(self.rerun(x.to(next(self.site.module.parameters()).dtype)))
+        return x + self.change(self.again(x.to(next(self.site.module.parameters()).dtype)))
 
 
 class Pfeiffer(PEFTMethod):

@@ -1,4 +1,4 @@
-"""`Graft.rerun`: the site's module once more, inside a graft."""
+"""`Graft.again`: the site's module once more, inside a graft."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Looking(Graft):
         self.seen: list[Tensor] = []
 
     def before(self, x: Tensor) -> Tensor:
-        self.seen = [x, self.rerun(x)]
+        self.seen = [x, self.again(x)]
         return x * self.one
 
 
@@ -96,7 +96,7 @@ def test_a_failing_second_run_leaves_no_rewriting_behind() -> None:
     masks.advance()
     method = AtNorm2(Looking).attach(model)
     graft: Any = method.grafts[0]
-    graft.before = lambda x: graft.rerun(x[..., :-1])
+    graft.before = lambda x: graft.again(x[..., :-1])
     with pytest.raises(RuntimeError):
         outputs(model, inputs)
     assert torch._C._len_torch_function_stack() == 0
