@@ -253,12 +253,13 @@ class Site:
 
 
 def _last(value: Any) -> Any:
-    """The last token's part of positions: ids [.., tokens], embeddings [.., tokens, width], or a tuple of these."""
+    """The last token's part of positions (ids [.., tokens] or embeddings [.., tokens, width]) or of a mask [.., tokens,
+    keys], or of a tuple of these."""
     if isinstance(value, (tuple, list)):
         return tuple(_last(part) for part in value)
     if not isinstance(value, Tensor):
         return value
-    return value[..., -1:, :] if value.is_floating_point() else value[..., -1:]
+    return value[..., -1:] if value.dtype in (torch.int32, torch.int64) else value[..., -1:, :]
 
 
 @dataclass(eq=False)
@@ -857,6 +858,8 @@ def t5(model: Any) -> Description:
             leads={f"{own}.relative_attention_bias": f"{own}.has_relative_attention_bias"} if i == 0 else {},
             passes={1: "position_bias", 2: "encoder_decoder_position_bias"}, memory="encoder_hidden_states",
             cache="past_key_values",
+            per_token={"attention_mask": "none", "position_bias": "none", "encoder_decoder_position_bias": "none",
+                       "encoder_attention_mask": "last", "past_key_values": "none"},
         ) for i in range(len(stack.block))]
         norms[stage] = f"{stage}.final_layer_norm"
         embeds.append(f"{stage}.embed_tokens")

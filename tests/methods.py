@@ -727,7 +727,7 @@ METHODS: dict[str, Row] = {
 }
 
 REFUSED: dict[tuple[str, str], str] = {
-    ("VQT", "timm_swin"): "its blocks attend within windows by the distance of two places; a query has no place",
+    ("VQT", "timm_swin"): "its blocks cut a map into windows, each with keys of its own; queries are no map",
     ("BitFit", "llama"): "no module of LlamaModel has a bias, so there is nothing to train",
     ("BitFit", "t5"): "no module of T5Model has a bias, so there is nothing to train",
 }

@@ -50,16 +50,14 @@ class KeyGraft(Graft):
         if exchange.running and block not in exchange.keys:  # later calls of the block are reruns on queries
             times = k.shape[1] // heads.key
             # Copies: a view of the fused qkv would keep the queries of all tokens as well.
-            exchange.keys[block] = (k[:, ::times].contiguous(), v[:, ::times].contiguous(), _seen_by_any(mask))
+            exchange.keys[block] = (k[:, ::times].contiguous(), v[:, ::times].contiguous(), _of_last_token(mask))
         return attention(q, k, v, mask)
 
 
-def _seen_by_any(mask: Tensor | None) -> Tensor | None:
-    """The mask [..., queries, keys] of a query that sees each key that some token sees: padding is hidden, what comes
-    later is not."""
-    if mask is None:
-        return None
-    return mask.any(-2, keepdim=True) if mask.dtype == torch.bool else mask.amax(-2, keepdim=True)
+def _of_last_token(mask: Tensor | None) -> Tensor | None:
+    """The row of the mask [..., queries, keys] in which padding is hidden and all that comes earlier is seen; a copy,
+    for a view would keep the whole mask."""
+    return None if mask is None else mask[..., -1:, :].clone()
 
 
 class QueryGraft(Graft):
@@ -159,11 +157,11 @@ class VQT(PEFTMethod):
     Source: Tu, Mai and Chao 2023, arXiv:2212.03220, section 3; the paper's code joins P to the tokens and keeps the
         whole backbone for backward, here the tokens run apart, without a gradient, and only keys and values are kept
         (same features and gradients). P sees what other methods make inside the block and of its keys and values (a
-        prefix, say, but not what they put behind the whole block), and no padding; causal masks do not bind it, and
-        under rotary positions it stands at the last token's place. The head starts as its task has it (in the paper
-        Kaiming, over its outputs). With ``keep`` there are two stages: the second has a new head on the int(keep x
-        width) columns with the largest norms in the first one's head, and half its recommended learning rate. The
-        command runs both; elsewhere fit, call ``advance(module)``, and fit again with a new optimizer
+        prefix, say, but not what they put behind the whole block). It stands at the last token's place, under masks
+        and under positions that attention adds (where it adds any, padding to another length moves that place), and
+        sees all but padding. The head starts as its task has it (in the paper Kaiming, over its outputs). With ``keep`` there are two stages: the second has a new head on the
+        int(keep x width) columns with the largest norms in the first one's head, and half its recommended learning
+        rate. The command runs both; elsewhere fit, call ``advance(module)``, and fit again with a new optimizer
 
     Args:
         tokens: queries a layer, at least 1.
@@ -202,8 +200,8 @@ class VQT(PEFTMethod):
 
     def check(self, anatomy: Anatomy) -> None:
         if any(block.described.windows for block in anatomy.blocks):
-            raise ScionError(f"{self.name}: the blocks of {anatomy.family} attend within windows of a grid, by the "
-                             "distance of two places in it; a query has no place there")
+            raise ScionError(f"{self.name}: the blocks of {anatomy.family} cut a map into windows, each with keys of "
+                             "its own; queries are no map, and have no place there")
         inside = anatomy.stem.get("head", []) + anatomy.stem.get("lm_head", [])
         if inside:
             raise ScionError(f"{self.name}: widens the feature that a head reads, but {type(anatomy.root).__name__} "
