@@ -69,7 +69,7 @@ def test_orthogonality(gamma: float) -> None:
     found = method.loss_terms(None, None, None)
     eye = torch.eye(4, dtype=torch.float64)
     norms = [(m - eye).norm() for graft in method.grafts for m in (graft.A @ graft.A.t(), graft.B.t() @ graft.B)]
-    expected = gamma * sum(norms[1:], norms[0]) / len(norms)
+    expected = gamma * torch.stack(norms).mean()
     assert len(norms) == 8 and distance(found.detach(), expected.detach()) < 1e-12
     tensors = [tensor for graft in method.grafts for tensor in (graft.A, graft.B)]
     mine, theirs = (torch.autograd.grad(loss, tensors) for loss in (found, expected))
@@ -100,9 +100,10 @@ class Follower:
         """Importance of every number from its value and its gradient as they are now."""
         for name, tensor in self.method.module.named_parameters():
             found = (tensor.detach() * tensor.grad).abs()
-            mean = 0.85 * self.mean.get(name, 0 * found) + 0.15 * found
-            spread = 0.85 * self.spread.get(name, 0 * found) + 0.15 * (found - mean).abs()
-            self.mean[name], self.spread[name] = mean, spread
+            if name not in self.mean:
+                self.mean[name], self.spread[name] = torch.zeros_like(found), torch.zeros_like(found)
+            self.mean[name] = 0.85 * self.mean[name] + 0.15 * found
+            self.spread[name] = 0.85 * self.spread[name] + 0.15 * (found - self.mean[name]).abs()
 
     def triplets(self) -> Tensor:
         """The worth of each triplet of the model."""
