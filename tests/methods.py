@@ -699,6 +699,8 @@ METHODS: dict[str, Row] = {
 REFUSED: dict[tuple[str, str], str] = {
     ("VQT", "timm_swin"): "its blocks attend within windows by the distance of two places; a query has no place",
     ("BitFit", "llama"): "no module of LlamaModel has a bias, so there is nothing to train",
+    ("VQT", "t5"): "its attention weighs keys by their distance from the query; a query of VQT has no place",
+    ("MTLoRA", "t5"): "a task's stream runs from o to the MLP; cross-attention between them reads one encoder",
     ("BitFit", "t5"): "no module of T5Model has a bias, so there is nothing to train",
 }
 """Cells that cannot exist, each with the mathematical reason: at most a tenth of all."""

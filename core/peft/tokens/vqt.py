@@ -201,9 +201,9 @@ class VQT(PEFTMethod):
         self.stage, self.first_lr = "wide", self.suggested["lr"]
 
     def check(self, anatomy: Anatomy) -> None:
-        if any(block.described.windows for block in anatomy.blocks):
-            raise ScionError(f"{self.name}: the blocks of {anatomy.family} attend within windows of a grid, by the "
-                             "distance of two places in it; a query has no place there")
+        if "position_bias" in anatomy.roles or any(block.described.windows for block in anatomy.blocks):
+            raise ScionError(f"{self.name}: the blocks of {anatomy.family} attend by distances; a query has no "
+                             "place there")
         inside = anatomy.stem.get("head", []) + anatomy.stem.get("lm_head", [])
         if inside:
             raise ScionError(f"{self.name}: widens the feature that a head reads, but {type(anatomy.root).__name__} "
