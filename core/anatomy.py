@@ -851,8 +851,9 @@ def t5(model: Any) -> Description:
         if config._attn_implementation != "sdpa":
             roles = {role: where for role, where in roles.items() if not role.endswith("attend")}
         attentions = [own, "layer.1.EncDecAttention"] if stack.is_decoder else [own]
+        table: dict[str, Where] = {"position_bias": (f"{own}.relative_attention_bias", "weight")}
         blocks += [BlockDescription(
-            path=f"{stage}.block.{i}", dim=config.d_model, roles=roles, stage=stage,
+            path=f"{stage}.block.{i}", dim=config.d_model, roles={**roles, **table} if i == 0 else roles, stage=stage,
             heads=(config.num_heads, config.num_heads, config.d_kv),
             widths={f"{path}.{name}": 1 for path in attentions for name in ("key_value_proj_dim", "inner_dim")},
             leads={f"{own}.relative_attention_bias": f"{own}.has_relative_attention_bias"} if i == 0 else {},
@@ -864,7 +865,8 @@ def t5(model: Any) -> Description:
         norms[stage] = f"{stage}.final_layer_norm"
         embeds.append(f"{stage}.embed_tokens")
     head: dict[str, str | list[str]] = {"lm_head": "lm_head"} if hasattr(model, "lm_head") else {}
-    return Description(blocks, {"embed": embeds, "norm": list(norms.values()), **head}, final=norms)
+    return Description(blocks, {"embed": embeds, "norm": list(norms.values()), "final_norm": list(norms.values()),
+                                **head}, final=norms)
 
 
 def _t5_attention(path: str) -> dict[str, Where]:

@@ -729,6 +729,7 @@ METHODS: dict[str, Row] = {
 REFUSED: dict[tuple[str, str], str] = {
     ("VQT", "timm_swin"): "its blocks cut a map into windows, each with keys of its own; queries are no map",
     ("BitFit", "llama"): "no module of LlamaModel has a bias, so there is nothing to train",
+    ("MTLoRA", "t5"): "a task's stream runs from o to the MLP; cross-attention between them reads one encoder",
     ("BitFit", "t5"): "no module of T5Model has a bias, so there is nothing to train",
 }
 """Cells that cannot exist, each with the mathematical reason: at most a tenth of all."""
