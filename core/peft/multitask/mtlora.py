@@ -229,8 +229,8 @@ class MTLoRA(PEFTMethod):
                              f"part: take one of {[stage[-1].index for stage in anatomy.stages]}")
         for block, _ in ends:
             if "cross.q" in block.sites:
-                raise ScionError(f"{self.name}: in block {block.index} cross-attention stands between o and the MLP; the "
-                                 "tasks' streams would need encoder states of their own: attach to the encoder")
+                raise ScionError(f"{self.name}: in block {block.index} cross-attention stands between o and the MLP; "
+                                 "the tasks' streams would need encoder states of their own: attach to the encoder")
             if not block.pre_norm and "attend" not in block.sites:
                 raise ScionError(f"{self.name}: attention of block {block.index} has no place where the streams could "
                                  "be parted; build the model with sdpa attention")

@@ -159,9 +159,10 @@ class VQT(PEFTMethod):
         (same features and gradients). P sees what other methods make inside the block and of its keys and values (a
         prefix, say, but not what they put behind the whole block). It stands at the last token's place, under masks
         and under positions that attention adds (where it adds any, padding to another length moves that place), and
-        sees all but padding. The head starts as its task has it (in the paper Kaiming, over its outputs). With ``keep`` there are two stages: the second has a new head on the
-        int(keep x width) columns with the largest norms in the first one's head, and half its recommended learning
-        rate. The command runs both; elsewhere fit, call ``advance(module)``, and fit again with a new optimizer
+        sees all but padding. The head starts as its task has it (in the paper Kaiming, over its outputs). With
+        ``keep`` there are two stages: the second has a new head on the int(keep x width) columns with the largest norms
+        in the first one's head, and half its recommended learning rate. The command runs both; elsewhere fit, call
+        ``advance(module)``, and fit again with a new optimizer
 
     Args:
         tokens: queries a layer, at least 1.
