@@ -678,7 +678,8 @@ METHODS: dict[str, Row] = {
         artifact={"tasks": ("a",), "rank": 1, "task_rank": 1, "targets": ("o",), "train": ("norm2",)},
     ),
     "Pfeiffer": Row(
-        {"zero_up": Variant({"bottleneck": 4}), "normal": Variant({"reduction": 8, "init": "normal"})},
+        {"zero_up": Variant({"bottleneck": 4}, learns={"lr": 3e-3}),
+         "normal": Variant({"reduction": 8, "init": "normal"}, learns={"lr": 3e-3})},
         trained=_pfeiffer,
         cards=(("vit_b16", {}, 894_528), ("bert_base", {"bottleneck": 64}, 1_189_632)),
         bad=(({"bottleneck": 0}, "bottleneck 0"), ({"reduction": 0}, "reduction 0"), ({"init": "zero"}, "'zero'")),

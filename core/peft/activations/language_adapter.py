@@ -50,12 +50,23 @@ class InvertibleGraft(Graft):
         return one, two
 
 
+class FurtherGraft(Graft):
+    """A decoder's embedding goes through the encoder's map."""
+
+    def __init__(self, site: Site, invertible: InvertibleGraft) -> None:
+        super().__init__(site)
+        self.invertible = [invertible]  # in a list: its tensors belong to the other graft
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.invertible[0].after(x, y)
+
+
 class InverseGraft(Graft):
     """What enters the language-model head's projection goes back through the embedding's invertible map."""
 
     def __init__(self, site: Site, invertible: InvertibleGraft) -> None:
         super().__init__(site)
-        self.invertible = [invertible]  # in a list: its tensors belong to the other graft
+        self.invertible = [invertible]
 
     def before(self, x: Tensor) -> Tensor:
         return self.invertible[0].invert(x)
@@ -67,7 +78,7 @@ class LanguageAdapter(Pfeiffer):
 
     Equation: h <- h + A(h) in each block, as Pfeiffer; at the embedding's output e = (e1, e2): y1 = e1 + F(e2),
         y2 = e2 + G(y1), F and G each U relu(D z + b_D) + b_U from dim / 2 over dim / 4; before a language-model head's
-        projection e2 = y2 - G(y1), e1 = y1 - F(e2)
+        projection e2 = y2 - G(y1), e1 = y1 - F(e2). Encoder and decoder share the map, as they share the embedding
     Trains: as Pfeiffer, and dim^2 / 2 + 3 dim / 2 at the embedding; BERT-base: 7,387,776, with drop_last 6,796,800
     Merges: no, the bottleneck is not linear
     Source: Pfeiffer et al. 2020, arXiv:2005.00052 (MAD-X), sections 4.1 and 4.2; without the last block: MAD-X 2.0,
@@ -90,12 +101,12 @@ class LanguageAdapter(Pfeiffer):
         self.invertible, self.drop_last = invertible, drop_last
 
     def check(self, anatomy: Anatomy) -> None:
-        embeddings, width = anatomy.stem.get("embed", []), anatomy.blocks[0].dim
+        width = anatomy.blocks[0].dim
         if not self.invertible:
             return
-        if len(embeddings) != 1:
-            raise ScionError(f"{self.name}: {anatomy.family} has {len(embeddings)} embeddings, the invertible map "
-                             "belongs to one: take invertible=False")
+        if "embed" not in anatomy.stem:
+            raise ScionError(f"{self.name} needs the role 'embed', which {anatomy.family} does not have: take "
+                             "invertible=False")
         if width % 2 or width < 4:
             raise ScionError(f"{self.name}: the invertible map works on two halves of the embedding, which is {width} "
                              "wide: take invertible=False")
@@ -109,11 +120,15 @@ class LanguageAdapter(Pfeiffer):
                  if not self.drop_last or site.block != anatomy.blocks[-1].index]
         if not self.invertible:
             return found
-        embedding = renamed(anatomy.stem["embed"][0], width=anatomy.blocks[0].dim)
-        return [embedding, *found, *anatomy.stem.get("lm_head", [])]
+        embeddings = {id(site.module): renamed(site, width=anatomy.blocks[0].dim) for site in anatomy.stem["embed"]}
+        return [*embeddings.values(), *found, *anatomy.stem.get("lm_head", [])]
 
     def build(self, site: Site) -> Graft:
-        if site.role == "embed":
+        if site.role == "lm_head":
+            return InverseGraft(site, self._map)
+        if site.role != "embed":
+            return super().build(site)
+        if site.name in ("embed", "embed.0"):
             self._map = InvertibleGraft(site, self.init)
             return self._map
-        return InverseGraft(site, self._map) if site.role == "lm_head" else super().build(site)
+        return FurtherGraft(site, self._map)
