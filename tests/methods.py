@@ -202,15 +202,16 @@ def _mtlora(anatomy: Anatomy, method: Any) -> int:
     shared += ["downsample"] if method.downsample == "lora" and "downsample" in anatomy.roles else []
     total = sum(method.rank * (s.in_features + s.out_features) for s in anatomy.sites(shared, method.layers))
     for stage in anatomy.stages:
-        own = [site for role, site in stage[-1].sites.items() if role in ("o", "mlp.up", "mlp.gate", "mlp.down")]
+        own = [site for role, site in stage[-1].sites.items()
+               if role in ("o", "cross.o", "mlp.up", "mlp.gate", "mlp.down")]
         total += len(method.tasks) * sum(method.task_rank * (s.in_features + s.out_features) for s in own)
-    final = {"norm"} & anatomy.roles.keys() and anatomy.stem["norm"][-1].path if anatomy.blocks[0].pre_norm else ""
-    kept = method.roles or ("norm1", "norm2", "norm", "patch_embed", "downsample")
+    final = {site.path for site in anatomy.stem.get("final_norm", [])}
+    kept = method.roles or ("norm1", "cross.norm", "norm2", "norm", "patch_embed", "downsample")
     for site in anatomy.sites([role for role in kept if role in anatomy.roles]):
-        if (site.role != "downsample" or method.downsample == "train") and site.path != final:
+        if (site.role != "downsample" or method.downsample == "train") and site.path not in final:
             total += sum(p.numel() for p in site.module.parameters())
-    if method.roles is None:
-        total += sum(p.numel() for name, p in anatomy.root.named_parameters() if name.endswith("position_bias_table"))
+    if method.roles is None and "position_bias" in anatomy.roles:
+        total += sum(site.full_weight.numel() for site in anatomy.sites("position_bias"))
     return total
 
 
@@ -730,7 +731,6 @@ METHODS: dict[str, Row] = {
 REFUSED: dict[tuple[str, str], str] = {
     ("VQT", "timm_swin"): "its blocks cut a map into windows, each with keys of its own; queries are no map",
     ("BitFit", "llama"): "no module of LlamaModel has a bias, so there is nothing to train",
-    ("MTLoRA", "t5"): "a task's stream runs from o to the MLP; cross-attention between them reads one encoder",
     ("BitFit", "t5"): "no module of T5Model has a bias, so there is nothing to train",
 }
 """Cells that cannot exist, each with the mathematical reason: at most a tenth of all."""

@@ -16,11 +16,11 @@ from core.graft import Graft
 from core.method import PEFTMethod, key_of
 from core.peft.weights.lora import LoRAGraft
 
-SPLIT = "o"
-"""Where the tasks' streams leave the shared one; behind it each has an input of its own."""
-OWN = (SPLIT, "mlp.up", "mlp.gate", "mlp.down")
+SPLIT = ("o", "cross.o")
+"""Where the tasks' streams leave the shared one, on which alone attention runs."""
+OWN = (*SPLIT, "mlp.up", "mlp.gate", "mlp.down")
 """Linear maps of a stage's last block in which each task has a low-rank change of its own."""
-TRAINED = ("norm1", "norm2", "norm", "patch_embed", "position_bias", "downsample")
+TRAINED = ("norm1", "cross.norm", "norm2", "norm", "patch_embed", "position_bias", "downsample")
 
 
 class Stage(nn.Module):
@@ -112,7 +112,7 @@ class TaskGraft(StageGraft):
         self.scale, self.dropout = scale, nn.Dropout(dropout)
 
     def before(self, x: Tensor) -> Tensor:
-        if self.site.role == SPLIT or not self.stage.flows:
+        if self.site.role in SPLIT or not self.stage.flows:
             return x
         shared: Any = self.stage.shared(x)
         shared.streams = x  # `after` meets this very tensor: nothing is left behind if it is never called
@@ -124,7 +124,7 @@ class TaskGraft(StageGraft):
         if not self.stage.flows:
             return out
         streams = [dropped] * len(self.tasks)
-        if self.site.role != SPLIT:
+        if self.site.role not in SPLIT:
             _, *streams = x.streams.chunk(len(self.stage.names))  # type: ignore[attr-defined]
         tasks = [y + task(self.site, x_t, scale).to(y.dtype)
                  for task, x_t in zip(self.tasks.values(), streams, strict=True)]
@@ -164,7 +164,7 @@ class MTLoRA(PEFTMethod):
     """
 
     moves_base = True
-    needs = OWN[:2]
+    needs = ("o", "mlp.up")
     inference_cost = "each task's stream runs through its low-rank maps in the last block of every stage"
     recommended = {"lr": 5e-4, "weight_decay": 0.05}
 
@@ -210,11 +210,14 @@ class MTLoRA(PEFTMethod):
             roles["downsample"] = None
         return anatomy.sites(roles, self.layers, self.name)
 
+    def shares(self, block: Block) -> tuple[str, str]:
+        """What sees the shared stream alone in a block."""
+        return ("norm1", "cross.norm") if block.pre_norm else ("attend", "cross.attend")
+
     def sites(self, anatomy: Anatomy) -> list[Site]:
         found = self.adapted(anatomy)
         for block, between in self.ends(anatomy):
-            found += [block.sites[role] for role in ("block", "norm1" if block.pre_norm else "attend", *OWN)
-                      if role in block.sites]
+            found += [block.sites[role] for role in ("block", *self.shares(block), *OWN) if role in block.sites]
             if between is not None:
                 found.append(renamed(between, name=f"{between.name}.streams"))
         return list({site.name: site for site in found}.values())
@@ -228,9 +231,6 @@ class MTLoRA(PEFTMethod):
             raise ScionError(f"{self.name}: layers={self.layers} has no stage's last block, where each task has its "
                              f"part: take one of {[stage[-1].index for stage in anatomy.stages]}")
         for block, _ in ends:
-            if "cross.q" in block.sites:
-                raise ScionError(f"{self.name}: in block {block.index} cross-attention stands between o and the MLP; "
-                                 "the tasks' streams would need encoder states of their own: attach to the encoder")
             if not block.pre_norm and "attend" not in block.sites:
                 raise ScionError(f"{self.name}: attention of block {block.index} has no place where the streams could "
                                  "be parted; build the model with sdpa attention")
