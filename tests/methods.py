@@ -253,7 +253,7 @@ def _to_compact(method: Any) -> None:
     """As after a wide stage that left a head of random columns."""
     from core.anatomy import dissect
 
-    head = nn.utils.skip_init(nn.Linear, method.feature_dim(WIDTH, dissect(method.root)), 4)
+    head: Any = nn.utils.skip_init(nn.Linear, method.feature_dim(WIDTH, dissect(method.root)), 4)
     with torch.no_grad():
         head.weight.copy_(torch.rand(head.weight.shape, generator=torch.Generator().manual_seed(0)))
     method.advance(head)
