@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from core import peft
 from tests.methods import Cell
 from tests.models import WIDTH, make
 from tests.toolkit import CLASSES, narrowed, problem, randomize
@@ -55,14 +57,47 @@ def trained(cell: Cell, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in copy.copy(method.tensors()).items()}
 
 
+MOVING: dict[str, dict[str, Any]] = {
+    "TriAdaptLoRA": {"rank": 4, "growth": 2, "warmup": 1, "interval": 2, "targets": ("q", "v")},
+    "AdaLoRA": {"rank": 4, "target_rank": 1, "warmup": 1, "cooldown": 3, "interval": 1},
+    "LIFT": {"rank": 2, "interval": 3},
+    "SpIEL": {"rank": 2, "interval": 4, "window": 2},
+    "RAMT": {"drop": 1.0},
+}
+"""Methods that change as they train: what they choose must be the same in both processes."""
+
+
+def moved(name: str, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
+    """The method's tensors after 8 steps in which its schedule has acted, with SGD or its own optimizer."""
+    classifier = Classifier(make("timm_vit"))
+    method: Any = peft.make(name, MOVING[name]).attach(classifier.backbone)
+    randomize(method, size=0.02)
+    model: Any = classifier
+    if world > 1:
+        model = DistributedDataParallel(classifier, find_unused_parameters=bool(method.idle()))
+    [(inputs, labels), _], _ = problem("timm_vit", size=4)
+    share = slice(rank * 4 // world, (rank + 1) * 4 // world)
+    optimizer = method.make_optimizer(method.param_groups(), lr=0.01) or torch.optim.SGD(method.param_groups(), lr=0.1)
+    method.follow(optimizer, total=8, around=classifier)
+    trainer = SimpleNamespace(accumulate_grad_batches=1)
+    for _ in range(8):
+        classifier.zero_grad()
+        outputs = model(inputs[share])
+        term = method.loss_terms(classifier, (inputs[share], labels[share]), outputs)
+        (F.cross_entropy(outputs, labels[share]) + (0 if term is None else term)).backward()
+        method.on_before_optimizer_step(trainer, classifier, optimizer)
+        optimizer.step()
+    return {name: tensor.detach().clone() for name, tensor in method.live_tensors().items()}
+
+
 def work(rank: int, folder: str, cells: list[Cell]) -> None:
-    """Every cell in turn, its result or its error into a file."""
+    """Every cell in turn, and every method that moves, its result or its error into a file."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=PATIENCE)
-    for cell in cells:
+    for cell in [*cells, *MOVING]:
         result: Any
         try:
-            result = trained(cell, rank, 2)
+            result = moved(cell, rank, 2) if isinstance(cell, str) else trained(cell, rank, 2)
         except Exception as error:  # told to the test of this cell; the others go on
             result = f"{type(error).__name__}: {error}"
         torch.save(result, Path(folder) / f"{cell}-{rank}.pt")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.core.ddp_pair import PATIENCE, trained, work
+from tests.core.ddp_pair import MOVING, PATIENCE, moved, trained, work
 from tests.methods import Cell, cells
 from tests.toolkit import EVERYTHING, invariant
 
@@ -58,3 +58,18 @@ def test_two_processes(cell: Cell, pair: Path) -> None:
     for name, tensor in expected.items():
         assert torch.equal(results[0][name], results[1][name]), name
         assert torch.allclose(results[0][name], tensor, rtol=1e-5, atol=1e-5), name
+
+
+@pytest.mark.parametrize("method", MOVING)
+def test_what_moves_moves_alike(method: str, pair: Path) -> None:
+    """Ranks that grow or fall, and positions: the same in both processes, and as in one process on the joint batch (but
+    for SpIEL, whose candidates are those of the first process)."""
+    results: list[Any] = [torch.load(pair / f"{method}-{rank}.pt") for rank in range(2)]
+    assert all(isinstance(result, dict) for result in results), results
+    expected = moved(method)
+    assert results[0].keys() == results[1].keys() == expected.keys()
+    assert method != "TriAdaptLoRA" or any(name.endswith(".A.1") for name in expected), "nothing has grown"
+    for name, tensor in results[0].items():
+        assert torch.equal(tensor, results[1][name]), name
+        if method != "SpIEL":
+            assert torch.allclose(tensor.float(), expected[name].float(), rtol=1e-4, atol=1e-4), name
