@@ -30,6 +30,10 @@ OPTIONS = {
     "SpIEL": ["--peft.rank", "2", "--peft.interval", "5", "--peft.window", "2"],  # windows, an optimizer
     "RAMT": [],                                                 # two gradients, draws
     "Quantize": ["--peft", "LoRA", "--peft+=Quantize"],         # files in bits
+    "VQT": ["--peft.keep", "0.5"],                              # a wider feature, two stages, a new head
+    "LadderSideTuning": ["--peft.reduction", "2"],              # values from data before the first step
+    "MTLoRA": ["--peft.tasks", "[one, two]"],                   # streams in the batch, tensors of the base
+    "Pfeiffer": ["--peft", "{class: LanguageAdapter, trainable: false}", "--peft+=Pfeiffer"],  # one over a frozen one
 }
 METHODS = list(OPTIONS)
 PARTS = '''
@@ -142,7 +146,7 @@ def test_killed_behind_a_checkpoint(point_of, tmp_path: Path, method: str) -> No
     point = point_of("--peft", method, *OPTIONS.get(method, []))
     run.execute(point, tmp_path / "unbroken")
     reference = weights(tmp_path / "unbroken")
-    total = 24 if method == "LTSFT" else 12
+    total = 24 if method in ("LTSFT", "VQT") else 12  # two stages
     stops = range(1, total + 1) if ALL else (1, 4, total // 2 + 1)
     for stop in stops:
         folder = tmp_path / f"stop{stop}"
