@@ -528,8 +528,8 @@ class PEFTMethod(Recorded, Callback, ABC):
                 site = graft.site
                 name = site.weight_name
                 self._check_neighbours(graft)
-                ties = any(root.get_parameter(other) is parameters[name] for other in shared)
-                if name in shared or (ties and not site.tied):  # tied modules that all have the graft change as one
+                if name in shared or (not site.tied and any(  # tied modules that all have the graft change as one
+                        root.get_parameter(other) is parameters[name] for other in shared)):
                     raise ScionError(f"{self.name}: {name} is tied to another tensor, which merging would change too")
                 before, now = merged.get(name, (parameters[name].detach().clone(), parameters[name].detach()))
                 wide = now.float() if now.dtype in (torch.float16, torch.bfloat16) else now

@@ -31,9 +31,9 @@ OPTIONS = {
     "RAMT": [],                                                 # two gradients, draws
     "Quantize": ["--peft", "LoRA", "--peft+=Quantize"],         # files in bits
     "VQT": ["--peft.keep", "0.5"],                              # a wider feature, two stages, a new head
-    "LadderSideTuning": ["--peft.reduction", "2"],              # values from data before the first step
+    "LadderSideTuning": ["--peft.reduction", "2", "--peft.init", "fisher", "--peft.samples", "16"],  # data first
     "MTLoRA": ["--peft.tasks", "[one, two]"],                   # streams in the batch, tensors of the base
-    "Pfeiffer": ["--peft", "{class: LanguageAdapter, trainable: false}", "--peft+=Pfeiffer"],  # one over a frozen one
+    "Pfeiffer": ["--peft", "{class: LanguageAdapter, trainable: false}", "--peft+={class: Pfeiffer, bottleneck: 4}"],
 }
 METHODS = list(OPTIONS)
 PARTS = '''
