@@ -22,7 +22,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,9 @@ from core.errors import ScionError, listed, nearest
 from core.graft import Graft, route_rows
 from core.method import PEFTMethod, key_of, methods_on
 from core.spec import plain
+
+if TYPE_CHECKING:
+    import lightning.pytorch as L
 
 __all__ = ["Fuse", "Route", "Split"]
 
@@ -168,6 +171,13 @@ class SideBySide(PEFTMethod):
             for spec in (method.spec() for method in self.methods)]}}
 
     # --------------------------------------------------------------------------------- in training
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        for method in self.methods if stage == "fit" and self.is_trained else ():
+            if method.is_trained and (method.is_scheduled or method.is_optimizer or method.stages):
+                raise ScionError(f"{self.name}: {method.name} steers its own training, which has no place here: train "
+                                 "it alone, and give its folder, or trainable: false")
+        super().setup(trainer, pl_module, stage)
 
     @property
     def adds_loss(self) -> bool:

@@ -640,8 +640,7 @@ class PEFTMethod(Recorded, Callback, ABC):
             else:
                 self.attach(root)
         keep_only_owned(pl_module)
-        is_optimizer = type(self).make_optimizer is not PEFTMethod.make_optimizer
-        if is_optimizer and stage == "fit" and not hasattr(pl_module, "methods"):
+        if self.is_optimizer and stage == "fit" and not hasattr(pl_module, "methods"):
             warnings.warn(f"{self.name} is an optimizer: {type(pl_module).__name__}.configure_optimizers should return "
                           "method.make_optimizer(method.param_groups()), as core.FineTuner does", stacklevel=2)
         if self.prepares and not self.prepared and stage == "fit" and not hasattr(pl_module, "methods"):
@@ -696,6 +695,11 @@ class PEFTMethod(Recorded, Callback, ABC):
     def is_scheduled(self) -> bool:
         """Whether the method acts after each optimizer step."""
         return type(self).after_step is not PEFTMethod.after_step
+
+    @property
+    def is_optimizer(self) -> bool:
+        """Whether the method brings an optimizer for its own tensors."""
+        return type(self).make_optimizer is not PEFTMethod.make_optimizer
 
     def follow(self, optimizer: torch.optim.Optimizer, total: int, around: nn.Module | None = None) -> Any:
         """Let a scheduled method act after each step of ``optimizer``; a Trainer's callback does this by itself.

@@ -28,7 +28,20 @@ from core.peft import (  # type: ignore[attr-defined]
     PrefixTuning,
 )
 from tests.models import batch, make
-from tests.toolkit import differences, distance, outputs, problem, randomize, same, snapshot, trace, train
+from tests.toolkit import (
+    Plain,
+    differences,
+    distance,
+    loader,
+    outputs,
+    problem,
+    randomize,
+    same,
+    snapshot,
+    trace,
+    train,
+    trainer,
+)
 
 FAMILIES = ("timm_vit", "bert", "llama")
 
@@ -349,6 +362,15 @@ def test_bad_folders(folders: list[str], tmp_path: Path) -> None:
     fuse.trained["other"][2]["more"] = torch.zeros(2)
     with pytest.raises(ScionError, match=r"more is \[2\] in the file, absent here"):
         fuse.attach(make("bert"))
+
+
+@pytest.mark.parametrize(("method", "options"), [("AdaLoRA", {}), ("VQT", {"keep": 0.5})])
+def test_what_steers_its_training_trains_alone(method: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """Schedules and stages are refused where a Route is to be trained, not where it stands."""
+    route = [peft.make(method, {**options, "name": name, "trainable": name == "b"}) for name in "ab"]
+    Route(copy.deepcopy(route)).attach(make("ast"))
+    with pytest.raises(ScionError, match="Route: b steers its own training"):
+        trainer(tmp_path, Route(route), max_steps=1).fit(Plain(make("ast")), loader("ast"))
 
 
 @pytest.mark.parametrize(("methods", "words"), [

@@ -41,7 +41,7 @@ def t5_base(real: bool = False) -> Any:
     from transformers import T5Config, T5ForConditionalGeneration
 
     config = T5Config(vocab_size=32_100, d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_heads=12,
-                      decoder_start_token_id=0)
+                      decoder_start_token_id=0)  # type: ignore[call-arg]
     with torch.device("cpu" if real else "meta"):
         return T5ForConditionalGeneration(config)
 
