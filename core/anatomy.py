@@ -524,13 +524,14 @@ def dissect(model: nn.Module) -> Anatomy:
     name, describer = _describer(backbone) or ("", None)
     assert describer is not None
     description = describer(backbone)
+    modules = dict(model.named_modules(remove_duplicate=False))
 
     def join(*parts: str) -> str:
         return ".".join(part for part in parts if part)
 
     def site(site_name: str, role: str, *where: str, rows: Rows | None = None, **rest: Any) -> Site:
         full = join(*where)
-        return Site(name=site_name, role=role, path=full, module=model.get_submodule(full), rows=rows, **rest)
+        return Site(name=site_name, role=role, path=full, module=modules[full], rows=rows, **rest)
 
     stem: dict[str, list[Site]] = {}
     for role, places in description.stem.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import random
 from typing import Any
@@ -132,7 +131,7 @@ def test_setup_twice(cell: Cell) -> None:
 @invariant(8, "trained count equals the closed formula")
 def test_count(cell: Cell) -> None:
     model = make(cell.family)
-    anatomy = dissect(copy.deepcopy(model))
+    anatomy = dissect(make(cell.family))
     method = cell.attach(model)
     trained = method.trainable()
     counts = method.counts()
@@ -143,9 +142,8 @@ def test_count(cell: Cell) -> None:
     assert flags == set(trained)
 
 
-def _refuses(cell: Cell, changes: dict[str, Any], *words: str) -> str:
+def _refuses(cell: Cell, model: torch.nn.Module, changes: dict[str, Any], *words: str) -> str:
     """The method stops with one line holding ``words``, before anything has changed."""
-    model = make(cell.family)
     left, values = trace(model), snapshot(model)
     with pytest.raises(ScionError) as refusal:
         cell.attach(model, **changes)
@@ -161,15 +159,15 @@ def _takes(cell: Cell, argument: str) -> bool:
 
 @invariant(9, "a target that matches nothing stops the run")
 def test_targets(cell: Cell) -> None:
-    name = {"name": "mine"}
-    assert _refuses(cell, {"layers": (0, 99), **name}, "99", "mine", "layers 0 to")
-    assert _refuses(cell, {"norms": ("norm2", "normm"), **name}, "'normm'", "mine")
+    name, model = {"name": "mine"}, make(cell.family)
+    assert _refuses(cell, model, {"layers": (0, 99), **name}, "99", "mine", "layers 0 to")
+    assert _refuses(cell, model, {"norms": ("norm2", "normm"), **name}, "'normm'", "mine")
     if _takes(cell, "targets"):
         good = tuple(cell.new().config["targets"] or ("mlp.up",))
-        assert _refuses(cell, {"targets": ("mlp.dwn",), **name}, "'mlp.dwn'", "mlp.down", "mine")
-        assert _refuses(cell, {"targets": (*good, "mlp.dwn"), **name}, "'mlp.dwn'", "mlp.down", "mine")
+        assert _refuses(cell, model, {"targets": ("mlp.dwn",), **name}, "'mlp.dwn'", "mlp.down", "mine")
+        assert _refuses(cell, model, {"targets": (*good, "mlp.dwn"), **name}, "'mlp.dwn'", "mlp.down", "mine")
     if _takes(cell, "exclude"):
-        assert _refuses(cell, {"exclude": ("nrom1",), **name}, "'nrom1'", "norm1", "mine")
+        assert _refuses(cell, model, {"exclude": ("nrom1",), **name}, "'nrom1'", "norm1", "mine")
 
 
 @invariant(9, "a target that matches nothing stops the run", where=lambda cell: cell.method != "LinearProbe")
@@ -196,9 +194,9 @@ def test_unknown_option(cell: Cell) -> None:
 
 @invariant(10, "bad values stop before anything changes")
 def test_bad_values(cell: Cell) -> None:
+    model = make(cell.family)
+    left = trace(model)
     for changes, words in (*cell.row.bad, ({"name": "a.b"}, "'a.b'"), ({"name": ""}, "''")):
-        model = make(cell.family)
-        left = trace(model)
         with pytest.raises(ScionError) as refusal:
             cell.cls(**changes).attach(model)
         assert words in str(refusal.value) and cell.method in str(refusal.value)
