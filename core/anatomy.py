@@ -48,10 +48,12 @@ ROLES: dict[str, str] = {
     "cross.attention": "output of the cross-attention sublayer, before the residual is added",
     "norm": "norms outside blocks: the final norm, the embedding's norm",
     "final_norm": "of these, the one behind the last block",
+    "conv": "the block's spatial convolution, where it has no attention",
     "position_bias": "the attention's table of relative positions, a parameter",
     "embed": "output of the embedding", "patch_embed": "projection of the patches",
     "downsample": "projection between two stages", "pool": "pooler", "head": "task head",
     "lm_head": "a language-model head's map to the vocabulary",
+    "projection": "map of a tower's feature into a space that towers share",
     "feature": "output of the whole module that methods are attached to",
 }
 """Every role, with what stands there. A site in a block is named ``<block>.<role>``, any other ``<role>``. Where blocks
@@ -114,8 +116,8 @@ class Site:
     """Which of the module's parameters the verb ``weight`` sees."""
     tied: tuple[nn.Module, ...] = ()
     """Other modules that hold the same parameter under the same name."""
-    while_active: dict[str, Any] = field(default_factory=dict)
-    """Attributes of the module that must have these values while a graft is active here."""
+    while_active: tuple[tuple[nn.Module, str, Any], ...] = ()
+    """(module, attribute, value) that must be so while a graft is active here."""
     per_token: dict[str, str] = field(default_factory=dict)
     """Further arguments of the module that belong to the tokens it is called with."""
 
@@ -185,8 +187,8 @@ class Site:
 
     @property
     def channel_axis(self) -> int:
-        """Axis of the channels in the site's output: 1 behind a convolution, else the last."""
-        return 1 if self.kind == "conv" else -1
+        """Axis of the channels in the site's output: 1 behind a convolution or a norm of images, else the last."""
+        return 1 if self.kind == "conv" or type(self.module).__name__.endswith("Norm2d") else -1
 
     def take(self, y: Tensor) -> Tensor:
         """The site's channels of its module's output."""
@@ -405,12 +407,13 @@ class BlockDescription:
     Args:
         path: the block's module.
         dim: width of its hidden state.
-        heads: (query heads, key/value heads, head width).
+        heads: (query heads, key/value heads, head width); None without attention.
         roles: role -> path, or (path, Rows) for a part of a fused weight, or (path, name) for a parameter. ``block``
             is added.
         stage: name of the stage or stack, where there are several.
         pre_norm: whether the norms stand before the sublayers.
-        while_active: role -> attributes that its module must have while a graft is active there.
+        while_active: role -> attributes (as paths from the block), and the values that they must have while a graft is
+            active there.
         windows: whether its attention sees windows of a grid, not the whole sequence.
         per_token: further arguments of the block's forward that belong to its tokens, and what becomes of them when it
             is called on other tokens: ``none`` (masks, caches) leaves them out, ``last`` (positions) takes those of the
@@ -423,11 +426,12 @@ class BlockDescription:
         memory: the argument that holds an encoder's final state.
         cache: the argument that holds keys and values of earlier tokens.
         rotary: the argument that holds cosines and sines as wide as a head, in two halves.
+        repeats: how often a forward runs the block, where its weights serve several layers.
     """
 
     path: str
     dim: int
-    heads: tuple[int, int, int]
+    heads: tuple[int, int, int] | None
     roles: dict[str, Where]
     stage: str = ""
     pre_norm: bool = True
@@ -441,6 +445,7 @@ class BlockDescription:
     memory: str = ""
     cache: str = ""
     rotary: str = ""
+    repeats: int = 1
 
 
 @dataclass
@@ -474,6 +479,8 @@ def _class_names(module: nn.Module) -> list[str]:
 
 
 def _describer(module: nn.Module) -> tuple[str, Describer] | None:
+    from core import families  # noqa: F401  (they register themselves)
+
     for name in _class_names(module):
         if name in FAMILIES:
             return name.rpartition(":")[2], FAMILIES[name]
@@ -497,7 +504,9 @@ def _find(model: nn.Module) -> tuple[str, nn.Module]:
                      f"few lines with @core.anatomy.family({_class_names(model)[0]!r})")
 
 
-_LM_HEADS = ("lm_head", "cls", "embed_out")
+_BESIDE = {"lm_head": "lm_head", "cls": "lm_head", "embed_out": "lm_head",
+           "text_projection": "projection", "visual_projection": "projection"}
+"""What stands beside a backbone in a library's own wrapper and comes pretrained with it: name -> role."""
 
 
 def _around(model: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
@@ -542,20 +551,25 @@ def dissect(model: nn.Module) -> Anatomy:
         inside = path[len(place):].lstrip(".").partition(".")[0]
         for child_name, child in around.named_children():
             if child_name not in ("peft", inside) and any(True for _ in child.parameters()):
-                role = "lm_head" if child_name in _LM_HEADS else "head"
+                role = _BESIDE.get(child_name, "head")
                 inner = _projection(around, child) if role == "lm_head" else ""
                 stem.setdefault(role, []).append(site(child_name, role, place, child_name, inner))
     stem["feature"] = [Site(name="feature", role="feature", path="", module=model)]
 
+    def settings(block: BlockDescription, role: str) -> tuple[tuple[nn.Module, str, Any], ...]:
+        found = block.while_active.get(role, {})
+        owners = {attribute: modules[join(path, block.path, attribute.rpartition(".")[0])] for attribute in found}
+        return tuple((owners[attribute], attribute.rpartition(".")[2], value) for attribute, value in found.items())
+
     blocks = []
     for index, block in enumerate(description.blocks):
-        heads = Heads(*block.heads)
+        heads = Heads(*block.heads) if block.heads is not None else None
         sites = {"block": site(f"{index}.block", "block", path, block.path, block=index, width=block.dim)}
         for role, where in block.roles.items():
             place, part = where if isinstance(where, tuple) else (where, None)
             which: dict[str, Any] = {"parameter": part} if isinstance(part, str) else {"rows": part}
             sites[role] = site(f"{index}.{role}", role, path, block.path, place, block=index, heads=heads,
-                               width=block.dim, while_active=block.while_active.get(role, {}), **which)
+                               width=block.dim, while_active=settings(block, role), **which)
         sites["block"].per_token = block.per_token
         entry = site(f"{index}.entry", "entry", path, block.entry, width=block.dim) if block.entry else None
         blocks.append(Block(index=index, path=join(path, block.path), module=sites["block"].module, dim=block.dim,
@@ -588,167 +602,3 @@ def linear_sites(anatomy: Anatomy) -> dict[str, Site]:
 def renamed(site: Site, **changes: Any) -> Site:
     """A copy of a site with other fields."""
     return replace(site, **changes)
-
-
-# ------------------------------------------------------------------------------------------------- families
-
-
-def _thirds(path: str, width: int) -> dict[str, Where]:
-    """A fused projection: whole as ``qkv``, and q, k, v as its contiguous thirds."""
-    return {"qkv": path, **{role: (path, Rows(i * width, (i + 1) * width)) for i, role in enumerate(("q", "k", "v"))}}
-
-
-@family("timm.models.vision_transformer:VisionTransformer")
-def timm_vit(model: Any) -> Description:
-    blocks = []
-    for i, block in enumerate(model.blocks):
-        attention = block.attn
-        roles: dict[str, Where] = {
-            **_thirds("attn.qkv", attention.attn_dim), "o": "attn.proj", "mlp.up": "mlp.fc1", "mlp.down": "mlp.fc2",
-            "attend": "attn", "attention": "attn", "mlp": "mlp", "norm1": "norm1", "norm2": "norm2",
-        }
-        blocks.append(BlockDescription(
-            path=f"blocks.{i}", dim=attention.qkv.in_features, roles=roles,
-            heads=(attention.num_heads, attention.num_heads, attention.head_dim),
-            while_active={"attend": {"fused_attn": True}}, per_token={"attn_mask": "none"},
-            widths={"attn.head_dim": 1, "attn.attn_dim": 1, "attn.scale": -0.5},
-        ))
-    norms = [name for name in ("norm_pre", "norm", "fc_norm") if any(True for _ in getattr(model, name).parameters())]
-    return Description(blocks, {"patch_embed": "patch_embed.proj", "embed": "norm_pre", "norm": norms,
-                                "final_norm": norms[-1:], **_head(model, "head")}, final="norm")
-
-
-@family("timm.models.swin_transformer:SwinTransformer")
-def timm_swin(model: Any) -> Description:
-    blocks, downsamples, norms = [], [], ["patch_embed.norm"]
-    for s, stage in enumerate(model.layers):
-        if hasattr(stage.downsample, "reduction"):
-            downsamples.append(f"layers.{s}.downsample.reduction")
-            norms.append(f"layers.{s}.downsample.norm")
-        for b, block in enumerate(stage.blocks):
-            attention = block.attn
-            width = attention.qkv.out_features // 3
-            roles: dict[str, Where] = {
-                **_thirds("attn.qkv", width), "o": "attn.proj", "mlp.up": "mlp.fc1", "mlp.down": "mlp.fc2",
-                "attend": "attn", "attention": "attn", "mlp": "mlp", "norm1": "norm1", "norm2": "norm2",
-                "position_bias": ("attn", "relative_position_bias_table"),
-            }
-            blocks.append(BlockDescription(
-                path=f"layers.{s}.blocks.{b}", dim=attention.dim, roles=roles, stage=f"stage{s}",
-                heads=(attention.num_heads, attention.num_heads, width // attention.num_heads),
-                while_active={"attend": {"fused_attn": True}}, windows=True, widths={"attn.scale": -0.5},
-                entry=f"layers.{s}.downsample" if b == 0 and hasattr(stage.downsample, "reduction") else "",
-            ))
-    norms = [name for name in [*norms, "norm"] if any(True for _ in model.get_submodule(name).parameters())]
-    return Description(blocks, {"patch_embed": "patch_embed.proj", "embed": "patch_embed", "downsample": downsamples,
-                                "norm": norms, "final_norm": "norm", **_head(model, "head")}, final="norm")
-
-
-def _head(model: nn.Module, path: str) -> dict[str, str | list[str]]:
-    return {"head": path} if any(True for _ in model.get_submodule(path).parameters()) else {}
-
-
-@family("transformers.models.audio_spectrogram_transformer.modeling_audio_spectrogram_transformer:ASTModel")
-def ast(model: Any) -> Description:
-    roles: dict[str, Where] = {
-        "q": "attention.q_proj", "k": "attention.k_proj", "v": "attention.v_proj", "o": "attention.o_proj",
-        "mlp.up": "mlp.fc1", "mlp.down": "mlp.fc2", "attend": "attention", "attention": "attention", "mlp": "mlp",
-        "norm1": "layernorm_before", "norm2": "layernorm_after",
-    }
-    return Description(
-        _transformers_blocks(model, "layers", roles, widths={"attention.head_dim": 1, "attention.scaling": -0.5}),
-        {"patch_embed": "embeddings.patch_embeddings.projection", "embed": "embeddings", "norm": "layernorm",
-         "final_norm": "layernorm"},
-        final="layernorm",
-    )
-
-
-@family("transformers.models.bert.modeling_bert:BertModel")
-def bert(model: Any) -> Description:
-    roles: dict[str, Where] = {
-        "q": "attention.self.query", "k": "attention.self.key", "v": "attention.self.value",
-        "o": "attention.output.dense", "mlp.up": "intermediate.dense", "mlp.down": "output.dense",
-        "attend": "attention.self", "attention": "attention.output.dropout", "mlp": "output.dropout",
-        "norm1": "attention.output.LayerNorm", "norm2": "output.LayerNorm",
-    }
-    stem: dict[str, str | list[str]] = {"embed": "embeddings", "norm": "embeddings.LayerNorm"}
-    if model.pooler is not None:
-        stem["pool"] = "pooler.dense"
-    widths = {f"attention.self.{name}": power for name, power in (
-        ("attention_head_size", 1), ("all_head_size", 1), ("scaling", -0.5))}
-    return Description(_transformers_blocks(model, "encoder.layer", roles, pre_norm=False, widths=widths), stem)
-
-
-@family("transformers.models.llama.modeling_llama:LlamaModel")
-def llama(model: Any) -> Description:
-    roles: dict[str, Where] = {
-        "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
-        "mlp.up": "mlp.up_proj", "mlp.gate": "mlp.gate_proj", "mlp.down": "mlp.down_proj",
-        "attend": "self_attn", "attention": "self_attn", "mlp": "mlp",
-        "norm1": "input_layernorm", "norm2": "post_attention_layernorm",
-    }
-    blocks = _transformers_blocks(model, "layers", roles, cache="past_key_values", rotary="position_embeddings",
-                                  widths={"self_attn.head_dim": 1, "self_attn.scaling": -0.5})
-    return Description(blocks, {"embed": "embed_tokens", "norm": "norm", "final_norm": "norm"}, final="norm")
-
-
-def _transformers_blocks(model: Any, layers: str, roles: dict[str, Where], pre_norm: bool = True, **rest: Any
-                         ) -> list[BlockDescription]:
-    config = model.config
-    if config._attn_implementation != "sdpa":  # the verb `attend` rewrites scaled_dot_product_attention
-        roles = {role: where for role, where in roles.items() if role != "attend"}
-    query = config.num_attention_heads
-    heads = (query, getattr(config, "num_key_value_heads", None) or query,
-             getattr(config, "head_dim", None) or config.hidden_size // query)
-    per_token = {"attention_mask": "none", "past_key_values": "none", "position_ids": "last",
-                 "position_embeddings": "last"}
-    return [BlockDescription(path=f"{layers}.{i}", dim=config.hidden_size, heads=heads, roles=roles, pre_norm=pre_norm,
-                             per_token=per_token, **rest)
-            for i in range(len(model.get_submodule(layers)))]
-
-
-@family(*(f"transformers.models.t5.modeling_t5:{name}" for name in (
-    "T5Model", "T5EncoderModel", "T5ForConditionalGeneration")))
-def t5(model: Any) -> Description:
-    """Encoder and decoder are stages. A sublayer holds norm and residual; what it adds is its inner module's output."""
-    blocks, embeds = [], []
-    norms: dict[str, str] = {}
-    own = "layer.0.SelfAttention"
-    for stage in ("encoder", "decoder"):
-        stack = getattr(model, stage, None)
-        if stack is None:
-            continue
-        config = stack.config
-        up = {"mlp.gate": "wi_0", "mlp.up": "wi_1"} if config.is_gated_act else {"mlp.up": "wi"}
-        last = 2 if stack.is_decoder else 1
-        mlp = f"layer.{last}.DenseReluDense"
-        roles: dict[str, Where] = {
-            **_t5_attention(own), "norm1": "layer.0.layer_norm",
-            **({f"cross.{role}": path for role, path in _t5_attention("layer.1.EncDecAttention").items()}
-               | {"cross.norm": "layer.1.layer_norm"} if stack.is_decoder else {}),
-            **{role: f"{mlp}.{path}" for role, path in up.items()}, "mlp.down": f"{mlp}.wo",
-            "mlp": mlp, "norm2": f"layer.{last}.layer_norm",
-        }
-        if config._attn_implementation != "sdpa":
-            roles = {role: where for role, where in roles.items() if not role.endswith("attend")}
-        attentions = [own, "layer.1.EncDecAttention"] if stack.is_decoder else [own]
-        table: dict[str, Where] = {"position_bias": (f"{own}.relative_attention_bias", "weight")}
-        blocks += [BlockDescription(
-            path=f"{stage}.block.{i}", dim=config.d_model, roles={**roles, **table} if i == 0 else roles, stage=stage,
-            heads=(config.num_heads, config.num_heads, config.d_kv),
-            widths={f"{path}.{name}": 1 for path in attentions for name in ("key_value_proj_dim", "inner_dim")},
-            leads={f"{own}.relative_attention_bias": f"{own}.has_relative_attention_bias"} if i == 0 else {},
-            passes={1: "position_bias", 2: "encoder_decoder_position_bias"}, memory="encoder_hidden_states",
-            cache="past_key_values",
-            per_token={"attention_mask": "none", "position_bias": "none", "encoder_decoder_position_bias": "none",
-                       "encoder_attention_mask": "last", "past_key_values": "none"},
-        ) for i in range(len(stack.block))]
-        norms[stage] = f"{stage}.final_layer_norm"
-        embeds.append(f"{stage}.embed_tokens")
-    head: dict[str, str | list[str]] = {"lm_head": "lm_head"} if hasattr(model, "lm_head") else {}
-    return Description(blocks, {"embed": embeds, "norm": list(norms.values()), "final_norm": list(norms.values()),
-                                **head}, final=norms)
-
-
-def _t5_attention(path: str) -> dict[str, Where]:
-    return {**{role: f"{path}.{role}" for role in "qkvo"}, "attend": path, "attention": path}

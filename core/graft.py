@@ -346,6 +346,10 @@ def route_rows(grafts: list[Graft], route: Tensor | None, variant: int = 0) -> N
 # ------------------------------------------------------------------------------------------------- the carrier
 
 
+_OF_THE_CLASS = "what the class says"
+"""Stands for an attribute that a module does not have itself."""
+
+
 class Carrier:
     """All grafts of one module, and the module's only hooks of ours. It copies and pickles with the module."""
 
@@ -353,6 +357,8 @@ class Carrier:
         self.module = module
         self.grafts: list[Graft] = []
         self.open: list[_Rewrite] = []
+        self.own: list[tuple[nn.Module, str, Any]] = []
+        """Attributes that modules had before active grafts needed others."""
         self.names = list(inspect.signature(type(module).forward).parameters)[1:]
         self.handles = [
             module.register_forward_pre_hook(self._enter, with_kwargs=True),
@@ -383,19 +389,21 @@ class Carrier:
                 handle.remove()
 
     def refresh(self) -> None:
-        """Give the module the attributes that its active grafts need (and its own back when there are none)."""
-        wanted: dict[str, Any] = {}
-        for graft in self.grafts:
-            if graft.active:
-                wanted.update(graft.site.while_active)
-        own = self._own if hasattr(self, "_own") else {}
-        for name, value in own.items():
-            if name not in wanted:
-                setattr(self.module, name, value)
-        for name, value in wanted.items():
-            own.setdefault(name, getattr(self.module, name))
-            setattr(self.module, name, value)
-        self._own = {name: value for name, value in own.items() if name in wanted}
+        """Give modules the attributes that active grafts need here (and their own back when there are none)."""
+        wanted = [setting for graft in self.grafts if graft.active for setting in graft.site.while_active]
+        own = []
+        for module, name, value in self.own:
+            if any(module is other and name == attribute for other, attribute, _ in wanted):
+                own.append((module, name, value))
+            elif value is _OF_THE_CLASS:
+                delattr(module, name)
+            else:
+                setattr(module, name, value)
+        for module, name, value in wanted:
+            if not any(module is other and name == attribute for other, attribute, _ in own):
+                own.append((module, name, vars(module).get(name, _OF_THE_CLASS)))
+            setattr(module, name, value)
+        self.own = own
 
     def _live(self, verb: str) -> list[Graft]:
         return [graft for graft in self.grafts if graft.active and verb in graft.verbs]

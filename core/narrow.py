@@ -28,7 +28,8 @@ def narrow(block: Block, ratio: int, keep: Keep, leader: Block | None = None, nu
         leader: first block of the stack, where the copy is to have what that one has for all.
         number: the copy's place in a cache of keys and values.
     """
-    described = block.described
+    described, heads = block.described, block.sites["q"].heads
+    assert heads is not None
     copied = bare_copy(block.module)
     for path, flag in leader.described.leads.items() if leader is not None else ():
         assert leader is not None
@@ -53,7 +54,7 @@ def narrow(block: Block, ratio: int, keep: Keep, leader: Block | None = None, nu
                 continue
             if parameter.shape == (block.dim,):
                 slice_parameters(module, keep["block"][0])
-            elif parameter.shape[-1] == block.dim or parameter.shape == (described.heads[2],):
+            elif parameter.shape[-1] == block.dim or parameter.shape == (heads.width,):
                 raise ScionError(f"{block.path}.{path}.{name}: it is unknown how a thinner copy of this is made")
         if hasattr(module, "layer_idx"):
             module.layer_idx = number  # type: ignore[assignment]

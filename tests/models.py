@@ -102,6 +102,111 @@ def _t5(width: int = WIDTH) -> nn.Module:
     return T5Model(t5_config(width))
 
 
+def _timm_eva(width: int = WIDTH) -> nn.Module:
+    import timm
+
+    return timm.create_model("eva02_tiny_patch14_224", img_size=32, patch_size=8, embed_dim=width, depth=2, num_heads=4,
+                             num_classes=0, qkv_fused=True, global_pool="token")
+
+
+def _timm_convnext(width: int = WIDTH) -> nn.Module:
+    import timm
+
+    return timm.create_model("convnext_atto", depths=(1, 1, 1, 1), dims=(width // 4, width // 4, width // 2, width),
+                             num_classes=0, kernel_sizes=3, conv_mlp=False, patch_size=2)
+
+
+def _vit(width: int = WIDTH) -> nn.Module:
+    from transformers import ViTConfig, ViTModel
+
+    config = ViTConfig(hidden_size=width, num_hidden_layers=2, num_attention_heads=4, intermediate_size=2 * width,
+                       image_size=32, patch_size=8)
+    return ViTModel(config, add_pooling_layer=False)
+
+
+def _clip_configs(width: int) -> tuple[Any, Any]:
+    from transformers import CLIPTextConfig, CLIPVisionConfig
+
+    common = {"hidden_size": width, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 2 * width,
+              "projection_dim": width}
+    return (CLIPTextConfig(vocab_size=VOCABULARY, max_position_embeddings=32, eos_token_id=VOCABULARY - 1, **common),
+            CLIPVisionConfig(image_size=32, patch_size=8, **common))
+
+
+class _Towers(nn.Module):
+    """Both towers of CLIP on one input: images, and with each a sentence that its pixels choose."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        ids = 1 + (images.flatten(1)[:, :12] > 0).long()
+        out = self.model(input_ids=ids, pixel_values=images)
+        return out.text_model_output.pooler_output + out.vision_model_output.pooler_output
+
+
+def _clip(width: int = WIDTH) -> nn.Module:
+    from transformers import CLIPConfig, CLIPModel
+
+    text, vision = _clip_configs(width)
+    return _Towers(CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(),
+                                        projection_dim=width)))
+
+
+def _clip_text(width: int = WIDTH) -> nn.Module:
+    from transformers import CLIPTextModel
+
+    return CLIPTextModel(_clip_configs(width)[0])
+
+
+def _clip_vision(width: int = WIDTH) -> nn.Module:
+    from transformers import CLIPVisionModel
+
+    return CLIPVisionModel(_clip_configs(width)[1])
+
+
+def _roberta(width: int = WIDTH) -> nn.Module:
+    from transformers import RobertaConfig, RobertaModel
+
+    config = RobertaConfig(vocab_size=VOCABULARY, hidden_size=width, num_hidden_layers=2, num_attention_heads=4,
+                           intermediate_size=2 * width, max_position_embeddings=32, pad_token_id=0)
+    return RobertaModel(config, add_pooling_layer=False)
+
+
+def _albert(width: int = WIDTH) -> nn.Module:
+    from transformers import AlbertConfig, AlbertModel
+
+    config = AlbertConfig(vocab_size=VOCABULARY, embedding_size=width // 2, hidden_size=width, num_hidden_layers=3,
+                          num_attention_heads=4, intermediate_size=2 * width, max_position_embeddings=32)
+    return AlbertModel(config, add_pooling_layer=False)
+
+
+def _decoder(name: str, width: int = WIDTH, **changes: Any) -> nn.Module:
+    import transformers
+
+    config = getattr(transformers, f"{name}Config")(**{
+        "vocab_size": VOCABULARY, "hidden_size": width, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "intermediate_size": 2 * width, "max_position_embeddings": 32, "use_cache": False, "bos_token_id": 0,
+        "eos_token_id": 0, "pad_token_id": 0, **changes})
+    return getattr(transformers, f"{name}Model")(config)
+
+
+def _gpt2(width: int = WIDTH) -> nn.Module:
+    from transformers import GPT2Config, GPT2Model
+
+    return GPT2Model(GPT2Config(vocab_size=VOCABULARY, n_embd=width, n_layer=2, n_head=4, n_inner=2 * width,
+                                n_positions=32, use_cache=False, bos_token_id=0, eos_token_id=0))
+
+
+def _codegen(width: int = WIDTH) -> nn.Module:
+    from transformers import CodeGenConfig, CodeGenModel
+
+    return CodeGenModel(CodeGenConfig(vocab_size=VOCABULARY, n_embd=width, n_layer=2, n_head=4, n_inner=2 * width,
+                                      n_positions=32, n_ctx=32, rotary_dim=4, use_cache=False, bos_token_id=0,
+                                      eos_token_id=0))
+
+
 def _uniform(size: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return (torch.rand(size, *shape, generator=generator) - 0.5) * 3.4  # unit variance
 
@@ -140,6 +245,21 @@ FAMILIES: dict[str, Family] = {
     "ast": Family(_ast, lambda size, generator: _uniform(size, (24, 32), generator)),
     "llama": Family(_llama, _ids, token=-1),  # causal attention, grouped queries
     "t5": Family(_t5, _padded_ids, token=-1, padding=0),  # two stacks, cross-attention, tied embeddings
+    "timm_eva": Family(_timm_eva, _images),  # rotary positions in an image, a fused map that is not called, gated MLP
+    "timm_convnext": Family(_timm_convnext, _images),  # no attention, channels first
+    "vit": Family(_vit, _images),
+    "clip": Family(_clip, _images),  # two towers
+    "clip_text": Family(_clip_text, _ids, token=-1),
+    "clip_vision": Family(_clip_vision, _images),
+    "roberta": Family(_roberta, _padded_ids, padding=0),
+    "albert": Family(_albert, _padded_ids, padding=0),  # one layer that runs several times
+    "gpt2": Family(_gpt2, _ids, token=-1),  # weights [in, out], fused
+    "gpt_neox": Family(functools.partial(_decoder, "GPTNeoX"), _ids, token=-1),  # fused head by head
+    "codegen": Family(_codegen, _ids, token=-1),  # fused by quarters, attention beside the MLP
+    "mistral": Family(functools.partial(_decoder, "Mistral", num_key_value_heads=2, sliding_window=8), _ids, token=-1),
+    "qwen2": Family(functools.partial(_decoder, "Qwen2", num_key_value_heads=2), _ids, token=-1),
+    "gemma": Family(functools.partial(_decoder, "Gemma", num_key_value_heads=1, head_dim=16), _ids, token=-1),
+    "starcoder2": Family(functools.partial(_decoder, "Starcoder2", num_key_value_heads=2), _ids, token=-1),
 }
 
 
@@ -153,7 +273,8 @@ def spread(model: nn.Module, seed: int = 0) -> nn.Module:
             if parameter.dim() > 1:
                 parameter.copy_(0.5 * values)
             else:
-                parameter.copy_(0.3 * values + float("norm" in name.lower() and name.endswith("weight")))
+                norm = "norm" in name.lower() or ".ln_" in name
+                parameter.copy_(0.3 * values + float(norm and name.endswith("weight")))
     return model
 
 
