@@ -273,7 +273,7 @@ def spread(model: nn.Module, seed: int = 0) -> nn.Module:
             if parameter.dim() > 1:
                 parameter.copy_(0.5 * values)
             else:
-                norm = "norm" in name.lower() or ".ln_" in name
+                norm = "norm" in name.lower() or "ln_" in name
                 parameter.copy_(0.3 * values + float(norm and name.endswith("weight")))
     return model
 
