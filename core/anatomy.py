@@ -120,6 +120,8 @@ class Site:
     """(module, attribute, value) that must be so while a graft is active here."""
     per_token: dict[str, str] = field(default_factory=dict)
     """Further arguments of the module that belong to the tokens it is called with."""
+    offset: float = 0.0
+    """What a norm adds to its weight before it multiplies."""
 
     def rerun(self, x: Tensor, arguments: Mapping[str, Any], hidden: str) -> Tensor:
         """The frozen module called once more, on tokens ``x`` that are not the call's own, without the hooks that stand
@@ -249,7 +251,7 @@ class Site:
         if self.rows is not None:
             whole = weight.t() if self.kind == "conv1d" else weight.flatten(1)
             matrix = self.rows.put(whole.to(matrix.dtype), matrix)
-        return matrix.t() if self.kind == "conv1d" else matrix.view_as(weight)
+        return matrix.t() if self.kind == "conv1d" else matrix.reshape(weight.shape)
 
 
 def _last(value: Any) -> Any:
@@ -451,12 +453,13 @@ class BlockDescription:
 @dataclass
 class Description:
     """A whole backbone: its blocks, the roles outside them (a role may have several paths), and the path of the norm
-    behind the last block; where the blocks' stages are stacks of their own, each stage's, in the order in which they
-    run."""
+    behind the last block (where the blocks' stages are stacks of their own, each stage's, in the order in which they
+    run). Norms multiply by their weight plus ``norm_offset``."""
 
     blocks: list[BlockDescription]
     stem: dict[str, str | list[str]] = field(default_factory=dict)
     final: str | dict[str, str] = ""
+    norm_offset: float = 0.0
 
 
 Describer = Callable[[Any], Description]
@@ -540,7 +543,8 @@ def dissect(model: nn.Module) -> Anatomy:
 
     def site(site_name: str, role: str, *where: str, rows: Rows | None = None, **rest: Any) -> Site:
         full = join(*where)
-        return Site(name=site_name, role=role, path=full, module=modules[full], rows=rows, **rest)
+        offset = description.norm_offset if role in NORMS else 0.0
+        return Site(name=site_name, role=role, path=full, module=modules[full], rows=rows, offset=offset, **rest)
 
     stem: dict[str, list[Site]] = {}
     for role, places in description.stem.items():

@@ -33,6 +33,8 @@ class Variant:
     """Run on every family in the structural tier, as the first variant is; else on one family, in rotation."""
     trains: bool = True
     """Whether it trains anything inside a backbone without a head."""
+    random: bool | None = None
+    """Whether its start values depend on the seed; None is what the row says."""
     moves_base: bool | None = None
     """Whether it trains the backbone's own tensors in this stage; None is what the class declares."""
     alone: bool = False
@@ -57,14 +59,17 @@ class Row:
     """Start values depend on the seed."""
     weights: bool = False
     """`targets` are linear maps, parts of fused ones included."""
-    commutes: bool = True
-    """Two of its adapters give the same function in either order."""
+    commutes: bool | None = True
+    """Two of its adapters give the same function in either order; None where that depends (rotations of a plane do,
+    scales without shifts)."""
     stopped: tuple[str, ...] = ()
     """Endings of the names of tensors whose gradient, by the paper, is not the function's derivative."""
     operators: int = 0
     """Operators that one graft may add to a forward."""
     saved: float = 1.0
     """Bytes that the first variant keeps for backward, at most, as a share of full fine-tuning's on the same model."""
+    size: float = 0.05
+    """Spread of the random values with which merging is compared; less where many of them add up in one weight."""
     decays: bool | None = None
     """Whether its tensors are decayed: all, none, or (None) those of two axes and more."""
     state: int = 0
@@ -75,6 +80,8 @@ class Row:
     """Asserts that what changes in training (a rank, a mask) follows the method's formula."""
     absent: tuple[str, ...] = ()
     """Tests of the matrix that do not apply: those that train a method which works on others, alone."""
+    without_attention: Config = field(default_factory=dict)
+    """Arguments on a family without attention; for methods of linear maps the MLP's are taken."""
     artifact: Config = field(default_factory=dict)
     """Arguments, beside the first variant's, that make the stored regression adapter small."""
 
@@ -103,6 +110,50 @@ def _linear(anatomy: Anatomy, method: Any) -> list[tuple[int, int]]:
 
 def _lora(anatomy: Anatomy, method: Any) -> int:
     return sum(method.rank * (i + o) for i, o in _linear(anatomy, method))
+
+
+def _vera(anatomy: Anatomy, method: Any) -> int:
+    return sum(method.rank + o for _, o in _linear(anatomy, method))
+
+
+def _lokr(anatomy: Anatomy, method: Any) -> int:
+    from core.peft.weights.lokr import split
+
+    total = 0
+    for i, o in _linear(anatomy, method):
+        (out_1, out_2), (in_1, in_2) = split(o, method.factor), split(i, method.factor)
+        small = method.rank < max(out_2, in_2) / 2
+        total += out_1 * in_1 + (method.rank * (out_2 + in_2) if small else out_2 * in_2)
+    return total
+
+
+def _boft(anatomy: Anatomy, method: Any) -> int:
+    return sum(method.factors * i * (method.block - 1) // 2 + o for i, o in _linear(anatomy, method))
+
+
+def _bone(anatomy: Anatomy, method: Any) -> int:
+    return sum(method.rank * (method.columns or o) for _, o in _all_linear(anatomy, method))
+
+
+def _bat(anatomy: Anatomy, method: Any) -> int:
+    return sum(method.rank * (o if method.group == "outputs" else i) for i, o in _all_linear(anatomy, method))
+
+
+def _ia3(anatomy: Anatomy, method: Any) -> int:
+    outputs = sum(s.out_features for s in anatomy.sites(method.outputs)) if method.outputs else 0
+    return outputs + (sum(s.in_features for s in anatomy.sites(method.inputs)) if method.inputs else 0)
+
+
+def _ssf(anatomy: Anatomy, method: Any) -> int:
+    shifted = [method.shift if method.shift is not None else getattr(site.module, "bias", None) is not None
+               for site in method.sites(anatomy)]
+    return sum((1 + shift) * site.out_features for shift, site in zip(shifted, method.sites(anatomy), strict=True))
+
+
+def _layernorms(anatomy: Anatomy, method: Any) -> int:
+    names = anatomy.norm_names() if method.roles is None else {
+        name for site in anatomy.sites(method.roles) for name in site.parameter_names}
+    return sum(anatomy.root.get_parameter(name).numel() for name in names)
 
 
 def _dora(anatomy: Anatomy, method: Any) -> int:
@@ -478,7 +529,132 @@ RANK = {"rank": 4}
 WIDE = {"targets": ("q", "k", "v", "o", "mlp.up", "mlp.down")}
 FEW = {"layers": (0,), "exclude": ("q", "k", "v", "mlp.up", "mlp.down")}
 
+NOT_LINEAR: tuple[tuple[Config, str], ...] = (({"targets": ("mlp.up", "block")}, "linear weight"),
+                                              ({"targets": ("mlp.upp",)}, "'mlp.up'"))
+
 METHODS: dict[str, Row] = {
+    "rsLoRA": Row(
+        {"q, v": Variant(RANK), "all": Variant({"rank": 2, "alpha": 4, **WIDE})},
+        trained=_lora,
+        bad=(({"rank": 0}, "rank 0"), ({"dropout": 1.5}, "dropout 1.5"), *NOT_LINEAR),
+        random=True, weights=True, operators=5, saved=0.76,
+        artifact={"rank": 1},
+    ),
+    "LoRAPlus": Row(
+        {"q, v": Variant(RANK), "all": Variant({"rank": 2, "alpha": 4, **WIDE})},
+        trained=_lora,
+        bad=(({"rank": 0}, "rank 0"), ({"lr_ratio": 0.0}, "lr_ratio 0"), *NOT_LINEAR),
+        random=True, weights=True, operators=5, saved=0.76,
+        artifact={"rank": 1},
+    ),
+    "PiSSA": Row(
+        {"q, v": Variant(RANK), "all": Variant({"rank": 2, "alpha": 4, **WIDE})},
+        trained=_lora,
+        bad=(({"rank": 0}, "rank 0"), ({"rank": 99}, "rank 99"), ({"start": "best"}, "'best'"), *NOT_LINEAR),
+        weights=True, commutes=True, operators=9, saved=0.8, stored=2.0,
+        artifact={"rank": 1},
+    ),
+    "VeRA": Row(
+        {"q, v": Variant({"rank": 8}), "all": Variant({"rank": 4, **WIDE})},
+        trained=_vera,
+        cards=(("bert_base", {}, 24_576),),
+        bad=(({"rank": 0}, "rank 0"), ({"start": 0.0}, "start 0"), *NOT_LINEAR),
+        weights=True, operators=12, saved=0.9,
+        artifact={"rank": 2},
+    ),
+    "FourierFT": Row(
+        {"q, v": Variant({"frequencies": 20, "scale": 30.0}),
+         "all": Variant({"frequencies": 9, "scale": 20.0, "init": "normal", **WIDE}, random=True)},
+        trained=lambda anatomy, method: method.frequencies * len(method.sites(anatomy)),
+        cards=(("bert_base", {}, 24_000),),
+        bad=(({"frequencies": 0}, "frequencies 0"), ({"scale": 0}, "scale 0"), ({"init": "one"}, "'one'"),
+             ({"frequencies": 10**6}, "fewer"), *NOT_LINEAR),
+        weights=True, operators=14, saved=0.8,
+        artifact={"frequencies": 2},
+    ),
+    "LoHa": Row(
+        {"q, v": Variant(RANK), "all": Variant({"rank": 2, "alpha": 4, **WIDE})},
+        trained=lambda anatomy, method: 2 * _lora(anatomy, method),
+        cards=(("bert_base", {}, 589_824),),
+        bad=(({"rank": 0}, "rank 0"), *NOT_LINEAR),
+        random=True, weights=True, operators=8, saved=0.8,
+        artifact={"rank": 1},
+    ),
+    "LoKr": Row(
+        {"q, v": Variant(RANK), "all": Variant({"rank": 1, "factor": 2, **WIDE})},
+        trained=_lokr,
+        cards=(("bert_base", {}, 26_112),),
+        bad=(({"rank": 0}, "rank 0"), ({"factor": 0}, "factor 0"), *NOT_LINEAR),
+        random=True, weights=True, operators=12, saved=0.8,
+        artifact={"rank": 1},
+    ),
+    "OFT": Row(
+        {"q, v": Variant({"block": 4}), "all": Variant({"block": 2, "terms": 0, **WIDE})},
+        trained=lambda anatomy, method: sum(i * (method.block - 1) // 2 for i, _ in _linear(anatomy, method)),
+        cards=(("bert_base", {}, 285_696),),
+        bad=(({"block": 1}, "block 1"), ({"terms": 1}, "terms 1"), ({"block": 13}, "block 13"), *NOT_LINEAR),
+        weights=True, commutes=None, operators=26, saved=0.8,
+        artifact={"block": 2},
+    ),
+    "BOFT": Row(
+        {"q, v": Variant(), "all": Variant({"block": 2, "factors": 2, **WIDE})},
+        trained=_boft,
+        cards=(("bert_base", {}, 46_080),),
+        bad=(({"block": 3}, "block 3"), ({"factors": 0}, "factors 0"), ({"block": 26}, "block 26"), *NOT_LINEAR),
+        weights=True, commutes=False, operators=26, saved=0.8,
+        artifact={"block": 2},
+    ),
+    "Bone": Row(
+        {"all": Variant({"rank": 4}), "mini": Variant({"rank": 5, "columns": 8, "targets": ("q", "v")})},
+        trained=_bone,
+        cards=(("vit_b16", {}, 5_308_416),),
+        bad=(({"rank": 0}, "rank 0"), ({"rank": 10**6}, "inputs"), ({"rank": 2, "columns": 7}, "columns 7"),
+             *NOT_LINEAR),
+        weights=True, operators=8, saved=0.9, size=0.01,
+        artifact={"rank": 1},
+    ),
+    "Bat": Row(
+        {"outputs": Variant({"rank": 2}), "inputs": Variant({"rank": 4, "group": "inputs", "targets": ("q", "v")})},
+        trained=_bat,
+        cards=(("vit_b16", {}, 5_308_416), ("vit_b16", {"group": "inputs"}, 4_128_768)),
+        bad=(({"rank": 0}, "rank 0"), ({"rank": 7}, "rank 7"), ({"group": "rows"}, "'rows'"), *NOT_LINEAR),
+        weights=True, commutes=False, operators=14, saved=0.9,
+        artifact={"rank": 1},
+    ),
+    "SVFit": Row(
+        {"q, v": Variant(), "all": Variant({"rank": 3, **WIDE})},
+        trained=lambda anatomy, method: sum(method.rank or min(i, o) for i, o in _linear(anatomy, method)),
+        cards=(("bert_base", {}, 18_432),),
+        bad=(({"rank": 0}, "rank 0"), ({"rank": 99}, "rank 99"), *NOT_LINEAR),
+        weights=True, operators=7, saved=0.8, stored=90, size=0.02,
+        artifact={"rank": 1},
+    ),
+    "IA3": Row(
+        {"k, v, mlp": Variant(), "outputs": Variant({"outputs": ("q", "mlp.up"), "inputs": ()})},
+        trained=_ia3,
+        cards=(("vit_b16", {}, 55_296), ("bert_base", {}, 55_296)),
+        bad=(({"outputs": (), "inputs": ()}, "neither"), ({"inputs": ("q",), "outputs": ("q",)}, "q")),
+        operators=4, saved=0.9, without_attention={"outputs": ("mlp.up",)},
+        artifact={"inputs": ()},
+    ),
+    "SSF": Row(
+        {"published": Variant(), "identity": Variant({"init": "identity", "patch_merging": True}, random=False),
+         "few": Variant({"targets": ("norm", "mlp.down")})},
+        trained=_ssf,
+        cards=(("vit_b16", {}, 205_824),),
+        bad=(({"init": "zero"}, "'zero'"), ({"targets": ("block",)}, "no weight of its own"),
+             ({"targets": ("nrom1",)}, "'norm1'")),
+        random=True, commutes=None, operators=3, saved=1.2, size=0.01,
+        artifact={"targets": ("o",)},
+    ),
+    "LayerNormTuning": Row(
+        {"all": Variant(), "few": Variant({"targets": ("norm",)})},
+        trained=_layernorms,
+        cards=(("vit_b16", {}, 38_400), ("bert_base", {}, 38_400)),
+        bad=(({"targets": ("mlp.up",)}, "no norm"), ({"targets": ("nrom1",)}, "'norm1'")),
+        saved=0.9,
+        artifact={"targets": ("norm2",)},
+    ),
     "BitFit": Row(
         {"all": Variant(), "mlp": Variant({"targets": ("mlp.up", "mlp.down"), "layers": (-1,)},
                                           learns={"lr": 3e-2})},
@@ -493,7 +669,7 @@ METHODS: dict[str, Row] = {
         trained=_dora,
         cards=(("bert_base", {}, 313_344),),
         bad=(({"rank": 0}, "rank 0"), ({"rank": -1}, "rank -1"), ({"dropout": 1.5}, "dropout 1.5"),
-             ({"targets": ("q", "block")}, "linear weight"), ({"targets": ("mlp.upp",)}, "'mlp.up'")),
+             ({"targets": ("mlp.up", "block")}, "linear weight"), ({"targets": ("mlp.upp",)}, "'mlp.up'")),
         random=True, weights=True, commutes=False, stopped=(".A", ".B"), operators=26, saved=0.92,
         artifact={"rank": 1},
     ),
@@ -521,7 +697,7 @@ METHODS: dict[str, Row] = {
         cards=(("vit_b16", {}, 2_379_264), ("bert_base", {}, 2_379_264)),
         bad=(({"bottleneck": 0}, "bottleneck 0"), ({"reduction": -2}, "reduction -2"),
              ({"targets": ("q",)}, "no hidden state"), ({"targets": ("atention",)}, "'attention'")),
-        random=True, commutes=False, operators=4, saved=0.68,
+        random=True, commutes=False, operators=4, saved=0.68, without_attention={"targets": ("mlp",)},
         artifact={"bottleneck": 1},
     ),
     "LTSFT": Row(
@@ -560,7 +736,7 @@ METHODS: dict[str, Row] = {
         trained=_lift,
         cards=(("bert_base", {"targets": ("q", "k", "v", "o", "mlp.up", "mlp.down")}, 1_327_104),),
         bad=(({"rank": 0}, "rank 0"), ({"filter_rank": 0}, "filter_rank 0"), ({"interval": 0}, "interval 0"),
-             ({"targets": ("q", "block")}, "linear weight"), ({"targets": ("mlp.upp",)}, "'mlp.up'")),
+             ({"targets": ("mlp.up", "block")}, "linear weight"), ({"targets": ("mlp.upp",)}, "'mlp.up'")),
         operators=2, saved=0.96, stored=4.0, state=12,
         schedule=_selection_follows_formula,
         artifact={"rank": 1, "targets": ("o",)},
@@ -574,7 +750,7 @@ METHODS: dict[str, Row] = {
         bad=(({"density": 0.0}, "density 0"), ({"rank": 0}, "rank 0"), ({"count": 10**9}, "1000000000 entries"),
              ({"count": 3}, "none falls to"), ({"window": 20}, "window 20"), ({"share": 0.0}, "share 0"),
              ({"kind": "SM3"}, "'SM3'"), ({"rank": 2, "density": 0.1}, "give one of"),
-             ({"targets": ("q", "block")}, "linear weight")),
+             ({"targets": ("mlp.up", "block")}, "linear weight")),
         random=True, operators=1, saved=0.96, stored=2.0, state=24, decays=True,
         schedule=_positions_follow_formula,
         artifact={"rank": None, "count": 60, "targets": ("o",)},
@@ -585,7 +761,7 @@ METHODS: dict[str, Row] = {
                         learns={"lr": 1e-2})},
         trained=lambda anatomy, method: sum(i * o for i, o in _linear(anatomy, method)),
         cards=(("vit_b16", {}, 28_311_552),),
-        bad=(({"drop": 1.5}, "drop 1.5"), ({"l2": -1.0}, "l2 -1"), ({"targets": ("q", "block")}, "linear weight"),
+        bad=(({"drop": 1.5}, "drop 1.5"), ({"l2": -1.0}, "l2 -1"), ({"targets": ("mlp.up", "block")}, "linear weight"),
              ({"targets": ("mlp.upp",)}, "'mlp.up'")),
         stopped=(".scores",), operators=6, saved=0.96, decays=False,
         absent=("test_gradcheck",),  # no gradient is the function's derivative: tests/sheets has the one it should be
@@ -597,7 +773,7 @@ METHODS: dict[str, Row] = {
         trained=_lora,
         cards=(("vit_b16", {}, 294_912), ("bert_base", {}, 294_912)),
         bad=(({"rank": 0}, "rank 0"), ({"rank": -1}, "rank -1"), ({"dropout": 1.5}, "dropout 1.5"),
-             ({"targets": ("q", "block")}, "linear weight"), ({"targets": ("mlp.upp",)}, "'mlp.up'")),
+             ({"targets": ("mlp.up", "block")}, "linear weight"), ({"targets": ("mlp.upp",)}, "'mlp.up'")),
         random=True, weights=True, operators=5, saved=0.76,
         artifact={"rank": 1},
     ),
@@ -607,7 +783,7 @@ METHODS: dict[str, Row] = {
         trained=_adalora,
         cards=(("bert_base", {}, 442_656),),
         bad=(({"rank": 0}, "rank 0"), ({"target_rank": 13}, "target_rank 13"), ({"interval": 0}, "interval 0"),
-             ({"beta": 1.0}, "beta 1"), ({"targets": ("q", "block")}, "linear weight")),
+             ({"beta": 1.0}, "beta 1"), ({"targets": ("mlp.up", "block")}, "linear weight")),
         random=True, weights=True, operators=7, saved=0.8,
         schedule=_budget_follows_formula, state=8,
         artifact={"rank": 1, "target_rank": 1},
@@ -619,7 +795,7 @@ METHODS: dict[str, Row] = {
         cards=(("bert_base", {}, 166_032),),
         bad=(({"rank": 0}, "rank 0"), ({"init_rank": 9}, "init_rank 9"), ({"growth": 0}, "growth 0"),
              ({"interval": 0}, "interval 0"), ({"scale": "alpha"}, "'alpha'"),
-             ({"targets": ("q", "block")}, "linear weight")),
+             ({"targets": ("mlp.up", "block")}, "linear weight")),
         random=True, weights=True, operators=18, saved=0.9,
         schedule=_rank_follows_formula,
         artifact={"rank": 1},
@@ -631,7 +807,7 @@ METHODS: dict[str, Row] = {
         cards=(("vit_b16", {"targets": ("qkv", "o", "mlp.up", "mlp.down")}, 294_912),),
         bad=(({"rank": 0}, "rank 0"), ({"budget": 0}, "budget 0"), ({"private": 3}, "private 3"),
              ({"rank": 3, "private": 2}, "must be the same"), ({"shards": 7}, "does not divide"),
-             ({"rank": 99}, "at most"), ({"targets": ("q", "block")}, "linear weight")),
+             ({"rank": 99}, "at most"), ({"targets": ("mlp.up", "block")}, "linear weight")),
         random=True, weights=True, operators=12, saved=0.9, stored=1.2,
         artifact={"rank": 2},
     ),
@@ -640,7 +816,7 @@ METHODS: dict[str, Row] = {
         trained=_hydra,
         cards=(("vit_b16", {}, 239_712),),
         bad=(({"rank": 0}, "rank 0"), ({"sequential_rank": 0}, "sequential_rank 0"), ({"dropout": 1.5}, "dropout 1.5"),
-             ({"targets": ("q", "block")}, "linear weight"), ({"targets": ("mlp.upp",)}, "'mlp.up'")),
+             ({"targets": ("mlp.up", "block")}, "linear weight"), ({"targets": ("mlp.upp",)}, "'mlp.up'")),
         random=True, weights=True, commutes=False, operators=16, saved=0.9,
         artifact={"rank": 1, "sequential_rank": 1},
     ),
@@ -673,7 +849,7 @@ METHODS: dict[str, Row] = {
         bad=(({"rank": 0}, "rank 0"), ({"task_rank": 0}, "task_rank 0"), ({"tasks": ()}, "tasks"),
              ({"tasks": ("a", "a")}, "different names"), ({"tasks": ("shared",)}, "'shared'"),
              ({"tasks": "depth"}, "'depth'"), ({"dropout": 1.5}, "dropout 1.5"), ({"downsample": "no"}, "'no'"),
-             ({"targets": ("q", "block")}, "linear weight"), ({"train": ("norm", "nrom1")}, "'norm1'"),
+             ({"targets": ("mlp.up", "block")}, "linear weight"), ({"train": ("norm", "nrom1")}, "'norm1'"),
              ({"layers": (0,)}, "take one of")),
         random=True, operators=12, saved=1.75,  # half of a tiny model's blocks are last ones, with three streams
         artifact={"tasks": ("a",), "rank": 1, "task_rank": 1, "targets": ("o",), "train": ("norm2",)},
@@ -766,7 +942,20 @@ class Cell:
 
     def new(self, **changes: Any) -> PEFTMethod:
         """The method, not attached."""
-        return self.cls(**{**self.row.variants[self.variant].config, **changes})
+        return self.cls(**{**self.row.variants[self.variant].config, **self.elsewhere, **changes})
+
+    @property
+    def elsewhere(self) -> Config:
+        """Arguments that the family asks for."""
+        if FAMILIES[self.family].attention:
+            return {}
+        return {**({"targets": ("mlp.up", "mlp.down")} if self.row.weights else {}), **self.row.without_attention}
+
+    @property
+    def random(self) -> bool:
+        """Whether start values depend on the seed."""
+        own = self.row.variants[self.variant].random
+        return self.row.random if own is None else own
 
     def attach(self, model: nn.Module, **changes: Any) -> PEFTMethod:
         """The method on ``model``, in the variant's stage."""
@@ -791,13 +980,17 @@ class Cell:
         return self.cls.moves_base if declared is None else declared
 
 
+SHARE = 5
+"""In the quick tier an invariant meets every fifth family with each method; which ones, turns with its number."""
+
+
 def cells(everything: bool, number: int = 0, rotate: bool = False) -> list[Cell]:
     """The cells of invariant ``number``.
 
     Args:
         everything: all variants on all families.
         number: shifts the rotation, so that one method does not meet the same family in every invariant.
-        rotate: one family a variant instead of all.
+        rotate: one family a variant instead of a share of them.
     """
     families = list(FAMILIES)
     found = []
@@ -805,7 +998,8 @@ def cells(everything: bool, number: int = 0, rotate: bool = False) -> list[Cell]
         for v, (name, variant) in enumerate(row.variants.items()):
             wide = v == 0 or variant.everywhere
             if everything or (wide and not rotate):
-                found += [Cell(method, name, family) for family in families]
+                share = families if everything else families[(m + number) % SHARE::SHARE]
+                found += [Cell(method, name, family) for family in share]
             elif wide or not rotate:
                 turn = families[(m + v + number) % len(families):] + families[:(m + v + number) % len(families)]
                 found.append(next(cell for f in turn if not (cell := Cell(method, name, f)).refused))

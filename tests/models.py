@@ -106,7 +106,7 @@ def _timm_eva(width: int = WIDTH) -> nn.Module:
     import timm
 
     return timm.create_model("eva02_tiny_patch14_224", img_size=32, patch_size=8, embed_dim=width, depth=2, num_heads=4,
-                             num_classes=0, qkv_fused=True, global_pool="token")
+                             num_classes=0, mlp_ratio=2, qkv_fused=True, global_pool="token")
 
 
 def _timm_convnext(width: int = WIDTH) -> nn.Module:
@@ -236,6 +236,7 @@ class Family:
     """The token whose state is the feature."""
     padding: int | None = None
     """The id that pads, where the model takes a padding mask."""
+    attention: bool = True
 
 
 FAMILIES: dict[str, Family] = {
@@ -246,7 +247,7 @@ FAMILIES: dict[str, Family] = {
     "llama": Family(_llama, _ids, token=-1),  # causal attention, grouped queries
     "t5": Family(_t5, _padded_ids, token=-1, padding=0),  # two stacks, cross-attention, tied embeddings
     "timm_eva": Family(_timm_eva, _images),  # rotary positions in an image, a fused map that is not called, gated MLP
-    "timm_convnext": Family(_timm_convnext, _images),  # no attention, channels first
+    "timm_convnext": Family(_timm_convnext, _images, attention=False),  # no attention, channels first
     "vit": Family(_vit, _images),
     "clip": Family(_clip, _images),  # two towers
     "clip_text": Family(_clip_text, _ids, token=-1),

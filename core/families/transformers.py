@@ -157,7 +157,8 @@ def llama(model: Any) -> Description:
     }
     blocks = blocks_of(model, "layers", roles, cache="past_key_values", rotary="position_embeddings",
                        widths={"self_attn.head_dim": 1, "self_attn.scaling": -0.5})
-    return Description(blocks, {"embed": "embed_tokens", "norm": "norm", "final_norm": "norm"}, final="norm")
+    return Description(blocks, {"embed": "embed_tokens", "norm": "norm", "final_norm": "norm"}, final="norm",
+                       norm_offset=1.0 if type(model.norm).__name__.startswith("Gemma") else 0.0)
 
 
 @family(f"{MODELS}.gpt2.modeling_gpt2:GPT2Model")

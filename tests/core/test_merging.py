@@ -13,7 +13,7 @@ from core.artifact import RECORD, TENSORS
 from core.errors import ScionError
 from core.method import PEFTMethod
 from tests.methods import Cell
-from tests.models import batch, make
+from tests.models import FAMILIES, batch, make
 from tests.toolkit import TOLERANCE, differences, distance, invariant, outputs, randomize, same, snapshot, trace
 
 
@@ -26,7 +26,7 @@ def mergeable(cell: Cell) -> bool:
 def test_merge(cell: Cell, dtype: torch.dtype) -> None:
     model, inputs = make(cell.family, dtype=dtype), batch(cell.family, dtype=dtype)
     method = cell.attach(model)
-    randomize(method, size=0.05)
+    randomize(method, size=cell.row.size)
     values, expected, held = snapshot(model), outputs(model, inputs), list(model.state_dict())
     method.merge()
     assert not method.attached and method.trainable() == {}
@@ -140,8 +140,10 @@ def test_merge_two(cell: Cell, order: tuple[int, int]) -> None:
 def test_merge_beside_lora(cell: Cell, early: str, order: tuple[int, int]) -> None:
     """Another method's graft at the same sites."""
     model, inputs = make(cell.family, dtype=torch.float64), batch(cell.family, dtype=torch.float64)
-    lora = peft.method_class("LoRA")(rank=2, name="beside")  # type: ignore[call-arg]
-    method = cell.new(dropout=0.0, targets=("q", "v"))
+    targets = ("q", "v") if FAMILIES[cell.family].attention else ("mlp.up",)
+    lora = peft.method_class("LoRA")(rank=2, name="beside", targets=targets)  # type: ignore[call-arg]
+    options = {"dropout": 0.0} if "dropout" in cell.new().config else {}
+    method = cell.new(**options, targets=targets)
     methods = [method, lora] if early == "cell" else [lora, method]
     for seed, one in enumerate(methods):
         one.attach(model)

@@ -17,9 +17,9 @@ from tests.toolkit import differences, distance, invariant, outputs, randomize, 
 def partner_of(cell: Cell, model: nn.Module) -> PEFTMethod:
     """A method of another kind beside the cell's, with values of its own."""
     if cell.method == "LoRA":
-        method = peft.method_class("Houlsby")(name="partner", bottleneck=2)  # type: ignore[call-arg]
+        method = peft.method_class("Houlsby")(name="partner", bottleneck=2, targets=("mlp",))  # type: ignore[call-arg]
     else:
-        method = peft.method_class("LoRA")(name="partner", rank=2, targets=("v", "mlp.up"))  # type: ignore[call-arg]
+        method = peft.method_class("LoRA")(name="partner", rank=2, targets=("mlp.up",))  # type: ignore[call-arg]
     method.attach(model)
     randomize(method, seed=5)
     return method

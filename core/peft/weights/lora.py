@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,33 @@ class LoRAGraft(Graft):
         return self.scale * self.B, self.A
 
 
+class PrincipalGraft(LoRAGraft):
+    """y + s (B A - B_0 A_0) x; W = U S V^T gives A_0 = sqrt(S_r / s) V_r^T and B_0 = U_r sqrt(S_r / s)."""
+
+    A_0: Tensor
+    B_0: Tensor
+
+    def __init__(self, site: Site, rank: int, scale: float, dropout: float) -> None:
+        super().__init__(site, rank, scale, dropout)
+        u, s, v = torch.linalg.svd(site.matrix(site.full_weight.detach()).float(), full_matrices=False)
+        root = (s[:rank] / scale).sqrt()
+        self.A = nn.Parameter(root[:, None] * v[:rank])
+        self.B = nn.Parameter((u[:, :rank] * root).contiguous())
+        self.register_buffer("A_0", self.A.detach().clone())
+        self.register_buffer("B_0", self.B.detach().clone())
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        x = x.to(self.A.dtype)  # two calls, so that the start cancels to the last bit
+        change = self.site.low_rank(x, self.A, self.B, self.scale)
+        return self.site.put(y, self.site.take(y) + (change - self.site.low_rank(x, self.A_0, self.B_0, self.scale)))
+
+    def merged(self, weight: Tensor) -> Tensor:
+        return weight + (self.scale * (self.B @ self.A - self.B_0 @ self.A_0)).to(weight.dtype)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.scale * torch.cat([self.B, -self.B_0], 1), torch.cat([self.A, self.A_0])
+
+
 class LoRA(PEFTMethod):
     """A low-rank change beside a frozen weight: linear maps, Conv1D, convolutions, and parts of a fused projection.
 
@@ -44,7 +71,8 @@ class LoRA(PEFTMethod):
         zeros
     Trains: rank (in + out) a target; ViT-B/16 or BERT-base, q and v, rank 8: 294,912
     Merges: W + (alpha / rank) B A
-    Source: Hu et al. 2021, arXiv:2106.09685, section 4.1; learning rate of Cappellazzo et al. 2024 (PETL-AST)
+    Source: Hu et al. 2021, arXiv:2106.09685, section 4.1; learning rate of Cappellazzo et al. 2024 (PETL-AST).
+        ``rsLoRA``, ``LoRAPlus`` and ``PiSSA`` are this method with other defaults
 
     Args:
         rank: rank of the change, at least 1.
@@ -52,14 +80,24 @@ class LoRA(PEFTMethod):
         dropout: probability of dropping an input of A, in [0, 1).
         targets: roles to adapt; None is every linear map of the blocks. q, k, v of a fused projection get a change of
             their own each; ``qkv`` gets one.
+        root: whether the scale is alpha / sqrt(rank).
+        start: ``random``, or ``principal``: A_0 and B_0 are the first singular directions of W, and the change is
+            B A - B_0 A_0.
+        lr_ratio: learning rate of B as a multiple of A's.
     """
 
     mergeable = True
     recommended = {"lr": 5e-3, "weight_decay": 0.1}
 
     def __init__(self, rank: int = 8, alpha: float | None = None, dropout: float = 0.0,
-                 targets: Sequence[str] | None = ("q", "v"), **common: Any) -> None:
+                 targets: Sequence[str] | None = ("q", "v"), root: bool = False,
+                 start: Literal["random", "principal"] = "random", lr_ratio: float = 1.0, **common: Any) -> None:
         super().__init__(**common)
+        if start not in ("random", "principal") or lr_ratio <= 0:
+            raise ScionError(f"{type(self).__name__}: start {start!r} must be 'random' or 'principal', lr_ratio "
+                             f"{lr_ratio} positive")
+        if start == "principal" and dropout:
+            raise ScionError(f"{type(self).__name__}: dropout {dropout} would break the principal start, which cancels")
         if rank < 1:
             raise ScionError(f"{type(self).__name__}: rank {rank} must be at least 1")
         if not 0 <= dropout < 1:
@@ -67,12 +105,28 @@ class LoRA(PEFTMethod):
         self.rank, self.dropout = rank, dropout
         self.targets = None if targets is None else tuple(targets)
         self.alpha = rank if alpha is None else alpha
+        self.scale = self.alpha / (math.sqrt(rank) if root else rank)
+        self.principal, self.lr_ratio = start == "principal", lr_ratio
 
     def check(self, anatomy: Anatomy) -> None:
         self.need_linear(anatomy)
+        for site in self.sites(anatomy) if self.principal else ():
+            if self.rank > min(site.in_features, site.out_features):
+                raise ScionError(f"{self.name}: rank {self.rank} is more than the {site.out_features} x "
+                                 f"{site.in_features} weight at {site.name} has")
 
     def build(self, site: Site) -> Graft:
-        return LoRAGraft(site, self.rank, self.alpha / self.rank, self.dropout)
+        return (PrincipalGraft if self.principal else LoRAGraft)(site, self.rank, self.scale, self.dropout)
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        groups = super().param_groups()
+        if self.lr_ratio == 1:
+            return groups
+        fast = {id(tensor) for name, tensor in self.trainable().items() if name.endswith(".B")}
+        parts = [(group, [p for p in group["params"] if (id(p) in fast) == which]) for group in groups
+                 for which in (False, True)]
+        return [{**group, "params": tensors, **({"lr_factor": self.lr_ratio} if id(tensors[0]) in fast else {})}
+                for group, tensors in parts if tensors]
 
 
 def orthogonality(matrices: Sequence[Tensor]) -> Tensor:

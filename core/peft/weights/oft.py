@@ -1,0 +1,175 @@
+"""OFT and BOFT: rotations of what a linear map reads (Qiu et al. 2023, arXiv:2306.07280; Liu et al. 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from core.anatomy import Anatomy, Site
+from core.errors import ScionError
+from core.graft import Graft
+from core.method import PEFTMethod
+
+
+def skew(vector: Tensor, block: int) -> Tensor:
+    """[..., block (block - 1) / 2] -> skew-symmetric matrices [..., block, block], the vector above the diagonal."""
+    rows, columns = torch.triu_indices(block, block, 1, device=vector.device)
+    upper = vector.new_zeros(*vector.shape[:-1], block, block)
+    upper[..., rows, columns] = vector
+    return upper - upper.transpose(-1, -2)
+
+
+def cayley(q: Tensor) -> Tensor:
+    """(I - Q) (I + Q)^-1"""
+    eye = torch.eye(q.shape[-1]).to(q)
+    return torch.linalg.solve(eye + q, eye - q, left=False)
+
+
+def neumann(q: Tensor, terms: int) -> Tensor:
+    """I + 2 Q + 2 Q^2 + ... + Q^(terms - 1), near (I + Q) (I - Q)^-1 for small Q."""
+    total = torch.eye(q.shape[-1]).to(q).expand_as(q)
+    power = torch.eye(q.shape[-1]).to(q)
+    for term in range(1, terms):
+        power = power @ q
+        total = total + (power if term == terms - 1 and term > 1 else 2 * power)
+    return total
+
+
+def rotate(weight: Tensor, rotations: Tensor) -> Tensor:
+    """W [out, in] times the transpose of block-diagonal rotations [blocks, block, block]."""
+    parts = weight.unflatten(1, rotations.shape[:2])
+    return torch.einsum("onk,njk->onj", parts, rotations).flatten(1)
+
+
+class OFTGraft(Graft):
+    """W R^T with R block-diagonal, orthogonal."""
+
+    remade = True
+    reads_weight = True
+
+    def __init__(self, site: Site, block: int, terms: int) -> None:
+        super().__init__(site)
+        self.Q = nn.Parameter(torch.zeros(site.in_features // block, block * (block - 1) // 2))
+        self.block, self.terms = block, terms
+
+    def weight(self, weight: Tensor) -> Tensor:
+        q = skew(self.Q, self.block)
+        rotations = neumann(q, self.terms) if self.terms else cayley(q)
+        return rotate(weight.to(q.dtype), rotations).to(weight.dtype)
+
+
+class OFT(PEFTMethod):
+    """Orthogonal fine-tuning: the input of a linear map is rotated, in blocks.
+
+    Equation: y = W R^T x + b, R = diag(R_1, ...), R_i = I + 2 Q + 2 Q^2 + 2 Q^3 + Q^4 with Q skew-symmetric, zeros
+    Trains: in (block - 1) / 2 a target; BERT-base, q and v, blocks of 32: 285,696
+    Merges: W R^T
+    Source: Qiu et al. 2023, arXiv:2306.07280, section 4, with the truncated series of Qiu et al. 2025,
+        arXiv:2506.19847; terms=0 is the exact transform (I - Q) (I + Q)^-1, which turns the other way. The learning
+        rate is from memory
+
+    Args:
+        block: width of a rotation, at least 2; it divides the inputs of each target.
+        terms: of the series, at least 2; 0 is the exact transform.
+        targets: roles to adapt; None is every linear map of the blocks.
+    """
+
+    mergeable = True
+    recommended = {"lr": 1e-3, "weight_decay": 0.0}
+
+    def __init__(self, block: int = 32, terms: int = 5, targets: Sequence[str] | None = ("q", "v"), **common: Any
+                 ) -> None:
+        super().__init__(**common)
+        if block < 2 or terms < 0 or terms == 1:
+            raise ScionError(f"{type(self).__name__}: block {block} must be at least 2, terms {terms} 0 or at least 2")
+        self.block, self.terms = block, terms
+        self.targets = None if targets is None else tuple(targets)
+
+    def check(self, anatomy: Anatomy) -> None:
+        self.need_linear(anatomy)
+        for site in self.sites(anatomy):
+            if site.in_features % self.block:
+                raise ScionError(f"{self.name}: block {self.block} does not divide the {site.in_features} inputs of "
+                                 f"{site.name}")
+
+    def build(self, site: Site) -> Graft:
+        return OFTGraft(site, self.block, self.terms)
+
+
+class BOFTGraft(Graft):
+    """diag(s) W (P_m B_m P_m^T ... P_1 B_1 P_1^T)^T with B_i block-diagonal, orthogonal, and P_i a butterfly's."""
+
+    remade = True
+    reads_weight = True
+
+    def __init__(self, site: Site, block: int, factors: int) -> None:
+        super().__init__(site)
+        count = site.in_features // block
+        self.Q = nn.Parameter(torch.zeros(factors, count, block * (block - 1) // 2))
+        self.s = nn.Parameter(torch.ones(site.out_features))
+        self.block = block
+        # Factor i joins the halves of blocks that lie 2^i halves apart.
+        self.orders = [butterfly(site.in_features, block, i) for i in range(factors)]
+
+    def weight(self, weight: Tensor) -> Tensor:
+        changed = weight.to(self.Q.dtype)
+        for rotations, order in zip(cayley(skew(self.Q, self.block)), self.orders, strict=True):
+            order = order.to(changed.device)
+            changed = rotate(changed[:, order], rotations)[:, order.argsort()]
+        return (self.s[:, None] * changed).to(weight.dtype)
+
+    def merged_bias(self, bias: Tensor) -> Tensor:
+        return bias
+
+
+def butterfly(width: int, block: int, level: int) -> Tensor:
+    """The order in which channels enter the blocks of a factor: at level 0 their own; at level i, within groups of 2^i
+    blocks, first all even halves of blocks, then all odd ones."""
+    order = torch.arange(width)
+    if level == 0:
+        return order
+    halves = order.view(-1, 2 ** level, 2, block // 2)  # [group, block, half, channel]
+    return halves.transpose(1, 2).flatten()
+
+
+class BOFT(PEFTMethod):
+    """Orthogonal fine-tuning with rotations that are products of sparse ones, and a scale for each output.
+
+    Equation: y = diag(s) W (R_m ... R_1)^T x + b, R_i = P_i diag(C(Q_1), ...) P_i^T with P_i the butterfly's order at
+        level i - 1 and C(Q) = (I - Q) (I + Q)^-1; Q skew-symmetric, zeros; s ones
+    Trains: factors in (block - 1) / 2 + out a target; BERT-base, q and v, blocks of 4: 46,080. The published 92,160
+        counts whole blocks, of which the part below the diagonal is the part above it, negative, and the diagonal is
+        dead
+    Merges: diag(s) W (R_m ... R_1)^T
+    Source: Liu et al. 2023, arXiv:2311.06243, section 4; the learning rate is from memory
+
+    Args:
+        block: width of a rotation, even; it divides the inputs of each target.
+        factors: sparse rotations in a product, at least 1.
+        targets: roles to adapt; None is every linear map of the blocks.
+    """
+
+    mergeable = True
+    recommended = {"lr": 1e-3, "weight_decay": 0.0}
+
+    def __init__(self, block: int = 4, factors: int = 1, targets: Sequence[str] | None = ("q", "v"), **common: Any
+                 ) -> None:
+        super().__init__(**common)
+        if block < 2 or block % 2 or factors < 1:
+            raise ScionError(f"BOFT: block {block} must be even, factors {factors} at least 1")
+        self.block, self.factors = block, factors
+        self.targets = None if targets is None else tuple(targets)
+
+    def check(self, anatomy: Anatomy) -> None:
+        self.need_linear(anatomy)
+        for site in self.sites(anatomy):
+            if site.in_features % (self.block * 2 ** (self.factors - 1)):
+                raise ScionError(f"{self.name}: block {self.block} with factors {self.factors} needs inputs that are a "
+                                 f"multiple of {self.block * 2 ** (self.factors - 1)}, and {site.name} has "
+                                 f"{site.in_features}")
+
+    def build(self, site: Site) -> Graft:
+        return BOFTGraft(site, self.block, self.factors)
