@@ -132,8 +132,8 @@ class Site:
             arguments: those of the call, by name; masks and caches are left out, positions are the last token's.
             hidden: the name of the hidden state among them.
         """
-        kept = {name: _last(value) if self.per_token.get(name) == "last" else value
-                for name, value in arguments.items() if self.per_token.get(name) != "none"}
+        fates = {"none": lambda value: None, "last": _last, "": lambda value: value}
+        kept = {name: fates[self.per_token.get(name, "")](value) for name, value in arguments.items()}
         output = type(self.module).forward(self.module, **{**kept, hidden: x})
         return output[0] if isinstance(output, tuple) else output
 
@@ -323,7 +323,7 @@ class Anatomy:
     def linear_roles(self) -> list[str]:
         """Roles in the blocks that are linear maps; of a fused projection the whole, not its parts."""
         roles = dict.fromkeys(site.role for block in self.blocks for site in block.sites.values()
-                              if site.kind != "module")
+                              if site.kind != "module" and site.role not in ("attention", "mlp"))
         return [role for role in roles if role not in (("q", "k", "v") if "qkv" in roles else ())]
 
     def all_sites(self) -> Iterator[Site]:
@@ -418,8 +418,8 @@ class BlockDescription:
             active there.
         windows: whether its attention sees windows of a grid, not the whole sequence.
         per_token: further arguments of the block's forward that belong to its tokens, and what becomes of them when it
-            is called on other tokens: ``none`` (masks, caches) leaves them out, ``last`` (positions) takes those of the
-            last token.
+            is called on other tokens: ``none`` (masks, caches) is None then, ``last`` (positions) those of the last
+            token.
         entry: path (from the backbone) of what stands between the block before and this one: a downsampling.
         widths: attributes (as paths from the block) that follow the width of a head, with the power: ``head_dim`` 1,
             a scale -0.5.

@@ -149,6 +149,16 @@ class PEFTMethod(Recorded, Callback, ABC):
     def restructure(self, structure: dict[str, Any]) -> None:
         """Bring an attached method into a saved ``structure``, before its tensors are loaded."""
 
+    def shapes(self) -> dict[str, list[int]]:
+        """The weights' shapes by site: the `structure` of methods whose tensors do not show them."""
+        return {graft.site.weight_name: list(graft.site.full_weight.shape) for graft in self.grafts}
+
+    def check_shapes(self, saved: dict[str, list[int]]) -> None:
+        """Refuse, in `restructure`, weights that differ from the saved `shapes`."""
+        for name, shape in self.shapes().items():
+            if saved.get(name, shape) != shape:
+                raise ScionError(f"{self.name}: {name} is {saved[name]} in the file, {shape} here")
+
     def idle(self) -> set[str]:
         """Names of trained tensors that may go without a gradient."""
         return set()

@@ -87,14 +87,18 @@ def spread(index: Tensor, dim: int, size: int) -> Tensor:
 
 def slice_parameters(module: nn.Module, rows: Tensor, columns: Tensor | None = None) -> None:
     """Leave a linear map or a norm with these rows of its parameters, and these columns of its weight."""
+    transposed = hasattr(module, "nf")  # transformers' Conv1D, with a weight [in, out]
     for name, parameter in list(module.named_parameters()):
-        kept = parameter.detach().index_select(0, rows)
+        kept = parameter.detach()
+        kept = kept.index_select(1 if transposed and kept.dim() > 1 else 0, rows)
         if columns is not None and kept.dim() > 1:
-            kept = kept.index_select(1, columns)
+            kept = kept.index_select(0 if transposed else 1, columns)
         owner, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(owner), leaf, nn.Parameter(kept.clone()))
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
+    elif transposed:
+        module.nx, module.nf = module.weight.shape  # type: ignore[union-attr, misc]
     elif hasattr(module, "normalized_shape"):
         module.normalized_shape = (len(rows),)  # type: ignore[assignment]
 

@@ -314,9 +314,11 @@ def _patched(method: Any) -> None:
     """As made from a saved patch of rank 2, with values of zero."""
     from core.anatomy import dissect
 
-    sites = dissect(method.root).sites(("mlp.up", "o"))
-    method.restructure({"changes": {site.weight_name: [[site.full_weight.shape[0], 2], [2, site.in_features]]
-                                    for site in sites}})
+    anatomy = dissect(method.root)
+    weights = {site.weight_name: site.full_weight for site in anatomy.sites(
+        ("mlp.up", "o") if "o" in anatomy.roles else ("mlp.up",))}
+    method.restructure({"changes": {name: [[weight.shape[0], 2], [2, weight.numel() // weight.shape[0]]]
+                                    for name, weight in weights.items()}})
 
 
 def _grown(method: Any) -> None:
@@ -717,7 +719,7 @@ METHODS: dict[str, Row] = {
         trained=_language_adapter,
         cards=(("bert_base", {}, 7_387_776), ("bert_base", {"drop_last": True}, 6_796_800)),
         bad=(({"bottleneck": 0}, "bottleneck 0"), ({"reduction": 0}, "reduction 0"), ({"init": "zero"}, "'zero'")),
-        random=True, commutes=False, operators=12, saved=0.9,
+        random=True, commutes=False, operators=12, saved=0.9, without_attention={"invertible": False},
         artifact={"bottleneck": 1},
     ),
     "LinearProbe": Row(
@@ -763,7 +765,7 @@ METHODS: dict[str, Row] = {
         cards=(("vit_b16", {}, 28_311_552),),
         bad=(({"drop": 1.5}, "drop 1.5"), ({"l2": -1.0}, "l2 -1"), ({"targets": ("mlp.up", "block")}, "linear weight"),
              ({"targets": ("mlp.upp",)}, "'mlp.up'")),
-        stopped=(".scores",), operators=6, saved=0.96, decays=False,
+        stopped=(".scores",), operators=6, saved=0.96, decays=False, without_attention={"targets": ("mlp.down",)},
         absent=("test_gradcheck",),  # no gradient is the function's derivative: tests/sheets has the one it should be
         artifact={"targets": ("o",)},
     ),
@@ -907,7 +909,18 @@ METHODS: dict[str, Row] = {
 REFUSED: dict[tuple[str, str], str] = {
     ("VQT", "timm_swin"): "its blocks cut a map into windows, each with keys of its own; queries are no map",
     ("BitFit", "llama"): "no module of LlamaModel has a bias, so there is nothing to train",
-    ("BitFit", "t5"): "no module of T5Model has a bias, so there is nothing to train",
+    **{("BitFit", family): f"no module of {name} has a bias, so there is nothing to train" for family, name in (
+        ("t5", "T5Model"), ("mistral", "MistralModel"), ("gemma", "GemmaModel"))},
+    **{(method, "timm_convnext"): "there is no attention that could read more keys, queries or streams" for method in (
+        "PrefixTuning", "VQT", "MTLoRA", "LadderSideTuning")},
+    ("LadderSideTuning", "albert"): "one layer runs many times, so that there is no ladder of layers beside it",
+    ("LadderSideTuning", "timm_eva"): "its rotary positions are made for one width of head, and end in the attention",
+    ("LadderSideTuning", "codegen"): "its rotary positions are made for one width of head, and end in the attention",
+    **{("LadderSideTuning", family): "the vision tower's final norm sees the pooled token alone, not the sequence"
+       for family in ("clip", "clip_vision")},
+    ("MTLoRA", "albert"): "one layer runs many times: streams that part in it would enter it again",
+    ("MTLoRA", "codegen"): "attention and MLP run side by side, so that streams part before and meet behind both",
+    ("MTLoRA", "timm_eva"): "gate and MLP are one fused map, whose rows the tasks' streams cannot share",
 }
 """Cells that cannot exist, each with the mathematical reason: at most a tenth of all."""
 
@@ -980,8 +993,8 @@ class Cell:
         return self.cls.moves_base if declared is None else declared
 
 
-SHARE = 5
-"""In the quick tier an invariant meets every fifth family with each method; which ones, turns with its number."""
+SHARE = 7
+"""In the quick tier an invariant meets every seventh family with each method; which ones, turns with its number."""
 
 
 def cells(everything: bool, number: int = 0, rotate: bool = False) -> list[Cell]:

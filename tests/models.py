@@ -27,7 +27,7 @@ VOCABULARY = 50
 class Pooled(nn.Module):
     """A thin wrapper, as a domain writes one: the library's model, and one feature a sample [batch, dim]."""
 
-    def __init__(self, model: nn.Module, token: int = 0, padding: int | None = None) -> None:
+    def __init__(self, model: nn.Module, token: int | None = 0, padding: int | None = None) -> None:
         super().__init__()
         self.model = model
         self.decodes = hasattr(model, "decoder")
@@ -40,6 +40,8 @@ class Pooled(nn.Module):
         if self.decodes:
             options["decoder_input_ids"] = inputs
         out = self.model(inputs, **options)
+        if self.token is None and not isinstance(out, Tensor):
+            return out.pooler_output
         out = out if isinstance(out, Tensor) else out.last_hidden_state
         return out if out.dim() == 2 else out[:, self.token]
 
@@ -143,7 +145,7 @@ class _Towers(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         ids = 1 + (images.flatten(1)[:, :12] > 0).long()
         out = self.model(input_ids=ids, pixel_values=images)
-        return out.text_model_output.pooler_output + out.vision_model_output.pooler_output
+        return self.model.logit_scale * (out.text_embeds + out.image_embeds)  # type: ignore[operator]
 
 
 def _clip(width: int = WIDTH) -> nn.Module:
@@ -232,8 +234,8 @@ class Family:
     build: Callable[[int], nn.Module]
     inputs: Callable[[int, torch.Generator], Tensor]
     """(batch size, generator) -> inputs"""
-    token: int = 0
-    """The token whose state is the feature."""
+    token: int | None = 0
+    """The token whose state is the feature; None is the model's own pooling."""
     padding: int | None = None
     """The id that pads, where the model takes a padding mask."""
     attention: bool = True
@@ -251,7 +253,7 @@ FAMILIES: dict[str, Family] = {
     "vit": Family(_vit, _images),
     "clip": Family(_clip, _images),  # two towers
     "clip_text": Family(_clip_text, _ids, token=-1),
-    "clip_vision": Family(_clip_vision, _images),
+    "clip_vision": Family(_clip_vision, _images, token=None),
     "roberta": Family(_roberta, _padded_ids, padding=0),
     "albert": Family(_albert, _padded_ids, padding=0),  # one layer that runs several times
     "gpt2": Family(_gpt2, _ids, token=-1),  # weights [in, out], fused

@@ -136,6 +136,6 @@ def timm_convnext(model: Any) -> Description:
                 stage=f"stage{s}", entry=entry if b == 0 else "",
             ))
     norms += [name for name in ("norm_pre", "head.norm") if with_tensors(model, name)]
-    stem: dict[str, str | list[str]] = {"patch_embed": "stem.0", "embed": "stem", "downsample": downsamples,
+    stem: dict[str, str | list[str]] = {"patch_embed": "stem.0", "downsample": downsamples,
                                         "norm": norms, "final_norm": norms[-1:]}
     return Description(blocks, {**stem, **head(model, "head.fc")})

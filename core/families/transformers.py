@@ -95,6 +95,7 @@ def _clip_blocks(model: Any, before: str = "", stage: str = "") -> list[BlockDes
         "self_attn.head_dim": 1, "self_attn.embed_dim": 1, "self_attn.scale": -0.5})
     for block in blocks:
         block.path = before + block.path
+        block.per_token = {"attention_mask": "none", "is_causal": "none"}
     return blocks
 
 

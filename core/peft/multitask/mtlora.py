@@ -231,6 +231,10 @@ class MTLoRA(PEFTMethod):
             raise ScionError(f"{self.name}: layers={self.layers} has no stage's last block, where each task has its "
                              f"part: take one of {[stage[-1].index for stage in anatomy.stages]}")
         for block, _ in ends:
+            if block.described.repeats > 1 or "norm2" not in block.sites:
+                why = "runs several times" if block.described.repeats > 1 else "has its attention beside its MLP"
+                raise ScionError(f"{self.name}: block {block.index} of {anatomy.family} {why}, so that streams would "
+                                 "part and meet again")
             if not block.pre_norm and "attend" not in block.sites:
                 raise ScionError(f"{self.name}: attention of block {block.index} has no place where the streams could "
                                  "be parted; build the model with sdpa attention")

@@ -214,6 +214,9 @@ class LadderSideTuning(PEFTMethod):
         for block in anatomy.blocks:
             sites, heads = block.sites, block.sites["q"].heads
             assert heads is not None
+            if not block.described.widths:
+                raise ScionError(f"{self.name}: the description of {anatomy.family} does not say what follows the "
+                                 "width of a head, so that no thin copy can be made")
             pairs = 2 if block.described.rotary else 1  # rotary positions turn pairs of a head's channels
             widths = {"width": block.dim, "heads' width": heads.width, "MLP": sites["mlp.up"].out_features}
             for what, width in widths.items():
@@ -221,8 +224,8 @@ class LadderSideTuning(PEFTMethod):
                     raise ScionError(f"{self.name}: reduction {self.reduction} does not divide the {what} {width} of "
                                      f"{block.path}{' into pairs' if pairs == 2 else ''}")
             for site in sites.values():
-                if site.role in self.needs[:6] and site.kind != "linear":
-                    raise ScionError(f"{self.name}: {site.name} is no nn.Linear, of which alone thin copies are made")
+                if site.role in self.needs[:6] and site.kind not in ("linear", "conv1d"):
+                    raise ScionError(f"{self.name}: {site.name} is no linear map, of which alone thin copies are made")
 
     def _fill(self, module: nn.Module, anatomy: Anatomy) -> None:
         self._places = self._parts(anatomy, lambda weight: weight.detach().double().abs())

@@ -84,6 +84,12 @@ class Bone(PEFTMethod):
     def build(self, site: Site) -> Graft:
         return BoneGraft(site, self.rank, self.columns or site.out_features)
 
+    def structure(self) -> dict[str, Any]:
+        return {} if self.columns is None else {"shapes": self.shapes()}
+
+    def restructure(self, structure: dict[str, Any]) -> None:
+        self.check_shapes(structure.get("shapes", {}))
+
 
 class BatGraft(Graft):
     """W_ac (I + Q) + Q for the blocks W_ac of W, with Q_a (grouped by outputs) or Q_c (by inputs)."""

@@ -74,3 +74,9 @@ class FourierFT(PEFTMethod):
 
     def build(self, site: Site) -> Graft:
         return FourierGraft(site, self.frequencies, self.scale, self.places, self.init == "normal")
+
+    def structure(self) -> dict[str, Any]:
+        return {"shapes": self.shapes()}
+
+    def restructure(self, structure: dict[str, Any]) -> None:
+        self.check_shapes(structure.get("shapes", {}))

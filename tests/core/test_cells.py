@@ -1,0 +1,65 @@
+"""One walk through every cell of methods and families, of which the quick tier's other tests meet a share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from core import load_adapter
+from core.anatomy import dissect
+from tests.core.test_matrix import check_refusal
+from tests.methods import METHODS, Cell
+from tests.models import FAMILIES, batch, make
+from tests.toolkit import TOLERANCE, differences, distance, outputs, randomize, same, snapshot, trace
+
+CELLS = [Cell(method, next(iter(row.variants)), family) for method, row in METHODS.items() for family in FAMILIES]
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=str)
+def test_cell(cell: Cell, tmp_path: Path) -> None:
+    """Attached, counted, moved, differentiated, switched off, merged, saved, loaded, removed."""
+    if cell.refused:
+        return check_refusal(cell)
+    model, inputs = make(cell.family), batch(cell.family)
+    base, left, values = outputs(model, inputs), trace(model), snapshot(model)
+    method = cell.attach(model)
+    if cell.new().identity_at_start:
+        assert torch.equal(outputs(model, inputs), base)
+    trained = method.trainable()
+    assert sum(t.numel() for t in trained.values()) == cell.row.trained(dissect(make(cell.family)), method)
+
+    randomize(method, size=cell.row.size)
+    moved = outputs(model, inputs)
+    assert bool(torch.isfinite(moved).all())
+    if trained:
+        assert distance(moved, base) > 1e-5
+        model.train()
+        result = model(inputs)
+        (result * torch.linspace(-1, 1, result.numel()).view_as(result)).sum().backward()
+        idle = method.idle()
+        dead = [name for name, t in trained.items() if t.grad is None and name not in idle]
+        assert not dead
+        model.eval()
+    frozen = {name for name, p in model.named_parameters() if p.grad is not None} - set(trained)
+    assert not frozen
+    with method.disabled():
+        assert torch.equal(outputs(model, inputs), base)
+    assert torch.equal(outputs(model, inputs), moved)
+
+    if cell.mergeable:
+        here = snapshot(model)
+        method.merge()
+        assert distance(outputs(model, inputs), moved) < TOLERANCE[torch.float32]
+        method.unmerge()
+        assert same(here, snapshot(model)) and torch.equal(outputs(model, inputs), moved)
+    method.save(tmp_path)
+    fresh = make(cell.family)
+    load_adapter(tmp_path, fresh)
+    assert torch.equal(outputs(fresh, inputs), moved)
+    method.remove()
+    model.zero_grad()
+    assert same(values, snapshot(model)) and torch.equal(outputs(model, inputs), base)
+    assert differences(left, trace(model)) == []
+    return None
