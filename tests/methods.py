@@ -37,6 +37,8 @@ class Variant:
     """Whether it trains the backbone's own tensors in this stage; None is what the class declares."""
     alone: bool = False
     """What made it ready holds for the feature as it was, without another of its kind."""
+    own_optimizer: bool = False
+    """It trains with the method's own optimizer alone."""
     learns: Config = field(default_factory=dict)
     """Arguments for invariant 16, where a share of a tiny model times the recommended learning rate cannot reach."""
 
@@ -505,7 +507,7 @@ METHODS: dict[str, Row] = {
         artifact=FEW,
     ),
     "GaLore": Row(
-        {"all": Variant({"rank": 4, "interval": 5}),
+        {"all": Variant({"rank": 4, "interval": 5}, learns={"rank": 16, "lr": 1e-3}),
          "few": Variant({"rank": 8, "scale": 1.0, "targets": ("mlp.up",), "layers": (0,)}, learns={"lr": 1e-3})},
         trained=_full,
         cards=(("vit_b16", {}, 85_798_656),),
@@ -568,14 +570,14 @@ METHODS: dict[str, Row] = {
     "SpIEL": Row(
         {"AG": Variant({"rank": 2}, learns={"rank": None, "density": 0.4, "lr": 1e-2}),
          "MA": Variant({"density": 0.05, "kind": "MA", "targets": ("q", "mlp.down")},
-                       learns={"density": 0.2, "lr": 3e-2})},
+                       learns={"density": 0.2, "lr": 3e-2}, own_optimizer=True)},
         trained=_spiel,
         cards=(("vit_b16", {"rank": 8}, 1_179_648),),
         bad=(({"density": 0.0}, "density 0"), ({"rank": 0}, "rank 0"), ({"count": 10**9}, "1000000000 entries"),
              ({"count": 3}, "none falls to"), ({"window": 20}, "window 20"), ({"share": 0.0}, "share 0"),
              ({"kind": "SM3"}, "'SM3'"), ({"rank": 2, "density": 0.1}, "give one of"),
              ({"targets": ("q", "block")}, "linear weight")),
-        random=True, operators=1, saved=0.96, stored=2.0, state=24, decays=True,
+        random=True, operators=2, saved=0.96, stored=2.0, state=24, decays=True,
         schedule=_positions_follow_formula,
         artifact={"rank": None, "count": 60, "targets": ("o",)},
     ),
@@ -679,7 +681,7 @@ METHODS: dict[str, Row] = {
         artifact={"tasks": ("a",), "rank": 1, "task_rank": 1, "targets": ("o",), "train": ("norm2",)},
     ),
     "Pfeiffer": Row(
-        {"zero_up": Variant({"bottleneck": 4}, learns={"lr": 3e-3}),
+        {"zero_up": Variant({"bottleneck": 8}, learns={"lr": 3e-3}),  # of four all may be dead
          "normal": Variant({"reduction": 8, "init": "normal"}, learns={"lr": 3e-3})},
         trained=_pfeiffer,
         cards=(("vit_b16", {}, 894_528), ("bert_base", {"bottleneck": 64}, 1_189_632)),
@@ -723,7 +725,7 @@ METHODS: dict[str, Row] = {
         bad=(({"tokens": 0}, "tokens 0"), ({"dropout": 1.0}, "dropout 1"), ({"reduce": "max"}, "'max'"),
              ({"reduce": "sum"}, "2 tokens"), ({"keep": 0.0}, "keep 0"), ({"sparsity": -1.0}, "sparsity -1"),
              ({"lr_factor": 0.0}, "lr_factor 0")),
-        random=True, commutes=False, operators=22, saved=0.25, stored=1.8,
+        random=True, commutes=False, operators=24, saved=0.25, stored=1.8,
         artifact={},
     ),
 }
