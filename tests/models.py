@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from core.data import seed_of
+from core.families.transformers import _attention
 
 WIDTH = 32
 """Width of every family's feature."""
@@ -239,6 +240,10 @@ class Family:
     padding: int | None = None
     """The id that pads, where the model takes a padding mask."""
     attention: bool = True
+    repeats: int = 1
+    """How often a forward runs each block."""
+    saved: float = 1.0
+    """Factor on the rows' shares of kept bytes, where the frozen part keeps a larger part of them."""
 
 
 FAMILIES: dict[str, Family] = {
@@ -255,10 +260,10 @@ FAMILIES: dict[str, Family] = {
     "clip_text": Family(_clip_text, _ids, token=-1),
     "clip_vision": Family(_clip_vision, _images, token=None),
     "roberta": Family(_roberta, _padded_ids, padding=0),
-    "albert": Family(_albert, _padded_ids, padding=0),  # one layer that runs several times
-    "gpt2": Family(_gpt2, _ids, token=-1),  # weights [in, out], fused
-    "gpt_neox": Family(functools.partial(_decoder, "GPTNeoX"), _ids, token=-1),  # fused head by head
-    "codegen": Family(_codegen, _ids, token=-1),  # fused by quarters, attention beside the MLP
+    "albert": Family(_albert, _padded_ids, padding=0, repeats=3, saved=1.2),  # one layer that runs several times
+    "gpt2": Family(_gpt2, _ids, token=-1, saved=1.25),  # weights [in, out], fused
+    "gpt_neox": Family(functools.partial(_decoder, "GPTNeoX"), _ids, token=-1, saved=1.25),  # fused head by head
+    "codegen": Family(_codegen, _ids, token=-1, saved=1.25),  # fused by quarters, attention beside the MLP
     "mistral": Family(functools.partial(_decoder, "Mistral", num_key_value_heads=2, sliding_window=8), _ids, token=-1),
     "qwen2": Family(functools.partial(_decoder, "Qwen2", num_key_value_heads=2), _ids, token=-1),
     "gemma": Family(functools.partial(_decoder, "Gemma", num_key_value_heads=1, head_dim=16), _ids, token=-1),
@@ -324,13 +329,22 @@ def make(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, width: 
 
 
 def _compute_norms_in_double(model: nn.Module) -> None:
-    """Transformers' RMSNorm computes in float32 whatever comes in: put torch's in its place."""
+    """Libraries compute RMSNorm, and CodeGen its attention, in float32 whatever comes in: put torch's in place."""
     for module in list(model.modules()):
+        if type(module).__name__ == "CodeGenAttention":
+            module._attn = functools.partial(_attention, nn.Dropout(0.0))  # type: ignore[assignment]
         for name, child in module.named_children():
-            if type(child).__name__ in ("LlamaRMSNorm", "T5LayerNorm"):
-                norm = nn.RMSNorm(child.weight.shape[0], child.variance_epsilon, dtype=torch.float64)  # type: ignore
+            if type(child).__name__.endswith(("RMSNorm", "T5LayerNorm")) and not isinstance(child, nn.RMSNorm):
+                epsilon = getattr(child, "variance_epsilon", None) or child.eps
+                norm = (_GemmaNorm if "Gemma" in type(child).__name__ else nn.RMSNorm)(
+                    child.weight.shape[0], epsilon, dtype=torch.float64)  # type: ignore[arg-type]
                 norm.weight = child.weight  # type: ignore[assignment]
                 setattr(module, name, norm)
+
+
+class _GemmaNorm(nn.RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.rms_norm(x, self.normalized_shape, 1 + self.weight, self.eps)
 
 
 def batch(family: str, size: int = 3, seed: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:

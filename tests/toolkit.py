@@ -224,6 +224,7 @@ class Plain(L.LightningModule):
         with seeded(0):
             self.head = nn.Linear(WIDTH, CLASSES)
         self.lr = lr
+        self.make: Callable[[], torch.optim.Optimizer] | None = None  # in place of AdamW
         self.losses: list[float] = []
 
     def training_step(self, samples: tuple[Tensor, Tensor], index: int) -> Tensor:
@@ -236,7 +237,8 @@ class Plain(L.LightningModule):
         self.log("test_loss", F.cross_entropy(self.head(narrowed(self.backbone(samples[0]))).float(), samples[1]))
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], self.lr)
+        optimizer = self.make() if self.make else torch.optim.AdamW(
+            [p for p in self.parameters() if p.requires_grad], self.lr)
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)]
 
 
