@@ -755,8 +755,6 @@ METHODS: dict[str, Row] = {
              ({"count": 3}, "none falls to"), ({"window": 20}, "window 20"), ({"share": 0.0}, "share 0"),
              ({"kind": "SM3"}, "'SM3'"), ({"rank": 2, "density": 0.1}, "give one of"),
              ({"targets": ("mlp.up", "block")}, "linear weight")),
-        random=True, operators=1, saved=0.96, stored=2.0, state=24, decays=True,
-             ({"targets": ("mlp.up", "block")}, "linear weight")),
         random=True, operators=2, saved=0.96, stored=2.0, state=24, decays=True,
         schedule=_positions_follow_formula,
         artifact={"rank": None, "count": 60, "targets": ("o",)},
