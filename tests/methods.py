@@ -648,7 +648,7 @@ METHODS: dict[str, Row] = {
         cards=(("vit_b16", {}, 205_824),),
         bad=(({"init": "zero"}, "'zero'"), ({"targets": ("block",)}, "no weight of its own"),
              ({"targets": ("nrom1",)}, "'norm1'")),
-        random=True, commutes=None, operators=3, saved=1.3, absent=("test_no_graph_below_the_first_graft",), size=0.01,
+        random=True, commutes=None, operators=3, saved=1.4, absent=("test_no_graph_below_the_first_graft",), size=0.01,
         artifact={"targets": ("o",)},
     ),
     "LayerNormTuning": Row(

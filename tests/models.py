@@ -146,7 +146,7 @@ class _Towers(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         ids = 1 + (images.flatten(1)[:, :12] > 0).long()
         out = self.model(input_ids=ids, pixel_values=images)
-        return self.model.logit_scale * (out.text_embeds + out.image_embeds)  # type: ignore[operator]
+        return 4 * self.model.logit_scale * (out.text_embeds + out.image_embeds)  # type: ignore[operator]
 
 
 def _clip(width: int = WIDTH) -> nn.Module:
