@@ -36,6 +36,25 @@ def ast(frames: int = 500) -> nn.Module:
     return AST("MIT/ast-finetuned-audioset-10-10-0.4593", pretrained=False, frames=frames)
 
 
+def vit_small() -> nn.Module:
+    import timm
+
+    return timm.create_model("vit_small_patch16_224", num_classes=0)
+
+
+def swin_base() -> nn.Module:
+    import timm
+
+    return timm.create_model("swin_base_patch4_window7_224", num_classes=0)
+
+
+def llama_7b() -> nn.Module:
+    from transformers import LlamaConfig, LlamaModel
+
+    return LlamaModel(LlamaConfig())
+
+
+FUSED: dict[str, Any] = {"targets": ("qkv",)}
 SIX = ("q", "k", "v", "o", "mlp.up", "mlp.down")
 # (backbone, method, options, method's count, norms' count)
 ROWS: list[tuple[Callable[[], nn.Module], str, dict[str, Any], int, int]] = [
@@ -47,6 +66,25 @@ ROWS: list[tuple[Callable[[], nn.Module], str, dict[str, Any], int, int]] = [
     (lambda: ast(100), "FullFineTuning", {}, 85_339_392, 0),
     (vit, "LinearProbe", {"norms": ("norm1", "norm2", "norm")}, 0, 38_400),
     (bert, "LinearProbe", {"norms": ("norm1", "norm2", "norm")}, 0, 38_400),
+    (vit, "rsLoRA", {}, 294_912, 0),
+    (bert, "PiSSA", {"targets": SIX}, 1_327_104, 0),
+    (vit, "VeRA", {}, 24_576, 0),
+    (vit, "VeRA", FUSED, 30_720, 0),
+    (vit, "FourierFT", FUSED, 12_000, 0),
+    (bert, "FourierFT", {"frequencies": 3000}, 72_000, 0),
+    (vit, "LoHa", FUSED, 589_824, 0),
+    (vit, "LoKr", FUSED, 21_504, 0),
+    (vit, "OFT", FUSED, 142_848, 0),
+    (vit, "BOFT", FUSED, 41_472, 0),  # 64,512 with whole blocks, of which the part above the diagonal can learn
+    (vit, "Bone", {"rank": 8}, 663_552, 0),
+    (swin, "Bone", {"rank": 32}, 1_271_808, 0),
+    (llama_7b, "Bone", {}, 87_031_808, 0),
+    (vit, "SVFit", {}, 18_432, 0),
+    (vit, "SVFit", {"targets": ("qkv", "o", "mlp.up", "mlp.down")}, 36_864, 0),
+    (bert, "SVFit", {"targets": SIX}, 55_296, 0),
+    (vit_small, "SSF", {}, 102_912, 0),
+    (swin_base, "SSF", {}, 267_264, 0),
+    (swin_base, "SSF", {"patch_merging": True}, 274_432, 0),
     (vit, "BitFit", {}, 102_912, 0),
     (bert, "BitFit", {}, 102_912, 0),
     (bert, "BitFit", {"targets": ("q", "mlp.up")}, 46_080, 0),
