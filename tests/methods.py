@@ -118,6 +118,18 @@ def _vera(anatomy: Anatomy, method: Any) -> int:
     return sum(method.rank + o for _, o in _linear(anatomy, method))
 
 
+def _fourier(anatomy: Anatomy, method: Any) -> int:
+    return method.frequencies * len(method.sites(anatomy))
+
+
+def _oft(anatomy: Anatomy, method: Any) -> int:
+    return sum(i * (method.block - 1) // 2 for i, _ in _linear(anatomy, method))
+
+
+def _svfit(anatomy: Anatomy, method: Any) -> int:
+    return sum(method.rank or min(i, o) for i, o in _linear(anatomy, method))
+
+
 def _lokr(anatomy: Anatomy, method: Any) -> int:
     from core.peft.weights.lokr import split
 
@@ -569,7 +581,7 @@ METHODS: dict[str, Row] = {
     "FourierFT": Row(
         {"q, v": Variant({"frequencies": 20, "scale": 30.0}),
          "all": Variant({"frequencies": 9, "scale": 20.0, "init": "normal", **WIDE}, random=True)},
-        trained=lambda anatomy, method: method.frequencies * len(method.sites(anatomy)),
+        trained=_fourier,
         cards=(("bert_base", {}, 24_000),),
         bad=(({"frequencies": 0}, "frequencies 0"), ({"scale": 0}, "scale 0"), ({"init": "one"}, "'one'"),
              ({"frequencies": 10**6}, "fewer"), *NOT_LINEAR),
@@ -594,7 +606,7 @@ METHODS: dict[str, Row] = {
     ),
     "OFT": Row(
         {"q, v": Variant({"block": 4}, learns={"lr": 2e-2}), "all": Variant({"block": 2, "terms": 0, **WIDE})},
-        trained=lambda anatomy, method: sum(i * (method.block - 1) // 2 for i, _ in _linear(anatomy, method)),
+        trained=_oft,
         cards=(("bert_base", {}, 285_696),),
         bad=(({"block": 1}, "block 1"), ({"terms": 1}, "terms 1"), ({"block": 13}, "block 13"), *NOT_LINEAR),
         weights=True, commutes=None, operators=26, saved=0.8,
@@ -627,7 +639,7 @@ METHODS: dict[str, Row] = {
     ),
     "SVFit": Row(
         {"q, v": Variant(), "all": Variant({"rank": 3, **WIDE})},
-        trained=lambda anatomy, method: sum(method.rank or min(i, o) for i, o in _linear(anatomy, method)),
+        trained=_svfit,
         cards=(("bert_base", {}, 18_432),),
         bad=(({"rank": 0}, "rank 0"), ({"rank": 99}, "rank 99"), *NOT_LINEAR),
         weights=True, operators=7, saved=0.8, stored=90, size=0.02,

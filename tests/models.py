@@ -130,8 +130,8 @@ def _vit(width: int = WIDTH) -> nn.Module:
 def _clip_configs(width: int) -> tuple[Any, Any]:
     from transformers import CLIPTextConfig, CLIPVisionConfig
 
-    common = {"hidden_size": width, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 2 * width,
-              "projection_dim": width}
+    common: Any = {"hidden_size": width, "num_hidden_layers": 2, "num_attention_heads": 4,
+                   "intermediate_size": 2 * width, "projection_dim": width}
     return (CLIPTextConfig(vocab_size=VOCABULARY, max_position_embeddings=32, eos_token_id=VOCABULARY - 1, **common),
             CLIPVisionConfig(image_size=32, patch_size=8, **common))
 
