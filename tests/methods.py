@@ -17,7 +17,7 @@ from torch import nn
 from core import peft
 from core.anatomy import Anatomy
 from core.method import PEFTMethod, key_of
-from tests.models import FAMILIES, WIDTH
+from tests.models import EVERY_FAMILY, FAMILIES, WIDTH
 
 Config = dict[str, Any]
 
@@ -974,7 +974,7 @@ class Cell:
     @property
     def elsewhere(self) -> Config:
         """Arguments that the family asks for."""
-        if FAMILIES[self.family].attention:
+        if EVERY_FAMILY[self.family].attention:
             return {}
         return {**({"targets": ("mlp.up", "mlp.down")} if self.row.weights else {}), **self.row.without_attention}
 
@@ -1007,8 +1007,8 @@ class Cell:
         return self.cls.moves_base if declared is None else declared
 
 
-SHARE = 7
-"""In the quick tier an invariant meets every seventh family with each method; which ones, turns with its number."""
+SHARE = 3
+"""In the quick tier an invariant meets every third family with each method; which ones, turns with its number."""
 
 
 def cells(everything: bool, number: int = 0, rotate: bool = False) -> list[Cell]:

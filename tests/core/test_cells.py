@@ -11,10 +11,10 @@ from core import load_adapter
 from core.anatomy import dissect
 from tests.core.test_matrix import check_refusal
 from tests.methods import METHODS, Cell
-from tests.models import FAMILIES, batch, make
+from tests.models import EVERY_FAMILY, batch, make
 from tests.toolkit import TOLERANCE, differences, distance, outputs, randomize, same, snapshot, trace
 
-CELLS = [Cell(method, next(iter(row.variants)), family) for method, row in METHODS.items() for family in FAMILIES]
+CELLS = [Cell(method, next(iter(row.variants)), family) for method, row in METHODS.items() for family in EVERY_FAMILY]
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=str)

@@ -142,6 +142,13 @@ def test_count(cell: Cell) -> None:
     assert flags == set(trained)
 
 
+@pytest.mark.parametrize("method", ["DoRA", "AdaLoRA", "MoS", "TriAdaptLoRA"])
+def test_options_of_lora_alone(method: str) -> None:
+    for options in ({"root": True}, {"start": "principal"}, {"lr_ratio": 2.0}):
+        with pytest.raises(ScionError, match=f"{method}.*(no option|options of LoRA alone)"):
+            peft.make(method, options)
+
+
 def _refuses(cell: Cell, model: torch.nn.Module, changes: dict[str, Any], *words: str) -> str:
     """The method stops with one line holding ``words``, before anything has changed."""
     left, values = trace(model), snapshot(model)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -58,6 +61,10 @@ class DoRA(LoRA):
         dropout: probability of dropping an input of A, in [0, 1).
         targets: roles to adapt.
     """
+
+    def __init__(self, rank: int = 8, alpha: float | None = None, dropout: float = 0.0,
+                 targets: Sequence[str] | None = ("q", "v"), **common: Any) -> None:
+        super().__init__(rank, alpha, dropout, targets, **common)
 
     def build(self, site: Site) -> Graft:
         return DoRAGraft(site, self.rank, self.alpha / self.rank, self.dropout)

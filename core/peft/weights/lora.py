@@ -93,6 +93,8 @@ class LoRA(PEFTMethod):
                  targets: Sequence[str] | None = ("q", "v"), root: bool = False,
                  start: Literal["random", "principal"] = "random", lr_ratio: float = 1.0, **common: Any) -> None:
         super().__init__(**common)
+        if (root or start != "random" or lr_ratio != 1) and type(self).build is not LoRA.build:
+            raise ScionError(f"{type(self).__name__}: root, start and lr_ratio are options of LoRA alone")
         if start not in ("random", "principal") or lr_ratio <= 0:
             raise ScionError(f"{type(self).__name__}: start {start!r} must be 'random' or 'principal', lr_ratio "
                              f"{lr_ratio} positive")
