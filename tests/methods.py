@@ -70,6 +70,8 @@ class Row:
     """Operators that one graft may add to a forward."""
     saved: float = 1.0
     """Bytes that the first variant keeps for backward, at most, as a share of full fine-tuning's on the same model."""
+    quick: bool = True
+    """Whether the quick tier meets all its variants, on a share of the families; else the first on one family."""
     size: float = 0.05
     """Spread of the random values with which merging is compared; less where many of them add up in one weight."""
     decays: bool | None = None
@@ -554,6 +556,7 @@ METHODS: dict[str, Row] = {
         trained=_lora,
         bad=(({"rank": 0}, "rank 0"), ({"dropout": 1.5}, "dropout 1.5"), *NOT_LINEAR),
         random=True, weights=True, operators=8, saved=0.76,
+        quick=False,
         artifact={"rank": 1},
     ),
     "LoRAPlus": Row(
@@ -561,6 +564,7 @@ METHODS: dict[str, Row] = {
         trained=_lora,
         bad=(({"rank": 0}, "rank 0"), ({"lr_ratio": 0.0}, "lr_ratio 0"), *NOT_LINEAR),
         random=True, weights=True, operators=8, saved=0.76,
+        quick=False,
         artifact={"rank": 1},
     ),
     "PiSSA": Row(
@@ -568,6 +572,7 @@ METHODS: dict[str, Row] = {
         trained=_lora,
         bad=(({"rank": 0}, "rank 0"), ({"rank": 99}, "rank 99"), ({"start": "best"}, "'best'"), *NOT_LINEAR),
         weights=True, commutes=True, operators=14, saved=0.8, stored=2.0,
+        quick=False,
         artifact={"rank": 1},
     ),
     "VeRA": Row(
@@ -576,16 +581,18 @@ METHODS: dict[str, Row] = {
         cards=(("bert_base", {}, 24_576),),
         bad=(({"rank": 0}, "rank 0"), ({"start": 0.0}, "start 0"), *NOT_LINEAR),
         weights=True, operators=12, saved=0.9,
+        quick=False,
         artifact={"rank": 2},
     ),
     "FourierFT": Row(
-        {"q, v": Variant({"frequencies": 20, "scale": 30.0}),
+        {"q, v": Variant({"frequencies": 20, "scale": 30.0}, learns={"frequencies": 200, "lr": 3e-2}),
          "all": Variant({"frequencies": 9, "scale": 20.0, "init": "normal", **WIDE}, random=True)},
         trained=_fourier,
         cards=(("bert_base", {}, 24_000),),
         bad=(({"frequencies": 0}, "frequencies 0"), ({"scale": 0}, "scale 0"), ({"init": "one"}, "'one'"),
              ({"frequencies": 10**6}, "fewer"), *NOT_LINEAR),
         weights=True, operators=14, saved=0.8,
+        quick=False,
         artifact={"frequencies": 2},
     ),
     "LoHa": Row(
@@ -594,6 +601,7 @@ METHODS: dict[str, Row] = {
         cards=(("bert_base", {}, 589_824),),
         bad=(({"rank": 0}, "rank 0"), *NOT_LINEAR),
         random=True, weights=True, operators=8, saved=0.8,
+        quick=False,
         artifact={"rank": 1},
     ),
     "LoKr": Row(
@@ -602,6 +610,7 @@ METHODS: dict[str, Row] = {
         cards=(("bert_base", {}, 26_112),),
         bad=(({"rank": 0}, "rank 0"), ({"factor": 0}, "factor 0"), *NOT_LINEAR),
         random=True, weights=True, operators=12, saved=0.8,
+        quick=False,
         artifact={"rank": 1},
     ),
     "OFT": Row(
@@ -610,6 +619,7 @@ METHODS: dict[str, Row] = {
         cards=(("bert_base", {}, 285_696),),
         bad=(({"block": 1}, "block 1"), ({"terms": 1}, "terms 1"), ({"block": 13}, "block 13"), *NOT_LINEAR),
         weights=True, commutes=None, operators=26, saved=0.8,
+        quick=False,
         artifact={"block": 2},
     ),
     "BOFT": Row(
@@ -618,6 +628,7 @@ METHODS: dict[str, Row] = {
         cards=(("bert_base", {}, 46_080),),
         bad=(({"block": 3}, "block 3"), ({"factors": 0}, "factors 0"), ({"block": 26}, "block 26"), *NOT_LINEAR),
         weights=True, commutes=False, operators=26, saved=0.8,
+        quick=False,
         artifact={"block": 2},
     ),
     "Bone": Row(
@@ -627,6 +638,7 @@ METHODS: dict[str, Row] = {
         bad=(({"rank": 0}, "rank 0"), ({"rank": 10**6}, "inputs"), ({"rank": 2, "columns": 7}, "columns 7"),
              *NOT_LINEAR),
         weights=True, operators=8, saved=0.9, size=0.01,
+        quick=False,
         artifact={"rank": 1},
     ),
     "Bat": Row(
@@ -635,6 +647,7 @@ METHODS: dict[str, Row] = {
         cards=(("vit_b16", {}, 5_308_416), ("vit_b16", {"group": "inputs"}, 4_128_768)),
         bad=(({"rank": 0}, "rank 0"), ({"rank": 7}, "rank 7"), ({"group": "rows"}, "'rows'"), *NOT_LINEAR),
         weights=True, commutes=False, operators=14, saved=1.0,
+        quick=False,
         artifact={"rank": 1},
     ),
     "SVFit": Row(
@@ -643,6 +656,7 @@ METHODS: dict[str, Row] = {
         cards=(("bert_base", {}, 18_432),),
         bad=(({"rank": 0}, "rank 0"), ({"rank": 99}, "rank 99"), *NOT_LINEAR),
         weights=True, operators=7, saved=0.8, stored=90, size=0.02,
+        quick=False,
         artifact={"rank": 1},
     ),
     "IA3": Row(
@@ -650,7 +664,8 @@ METHODS: dict[str, Row] = {
         trained=_ia3,
         cards=(("vit_b16", {}, 55_296), ("bert_base", {}, 55_296)),
         bad=(({"outputs": (), "inputs": ()}, "neither"), ({"inputs": ("q",), "outputs": ("q",)}, "q")),
-        operators=4, saved=1.0, without_attention={"outputs": ("mlp.up",)},
+        operators=4, saved=1.1, without_attention={"outputs": ("mlp.up",)},
+        quick=False,
         artifact={"inputs": ()},
     ),
     "SSF": Row(
@@ -661,6 +676,7 @@ METHODS: dict[str, Row] = {
         bad=(({"init": "zero"}, "'zero'"), ({"targets": ("block",)}, "no weight of its own"),
              ({"targets": ("nrom1",)}, "'norm1'")),
         random=True, commutes=None, operators=3, saved=1.4, absent=("test_no_graph_below_the_first_graft",), size=0.01,
+        quick=False,
         artifact={"targets": ("o",)},
     ),
     "LayerNormTuning": Row(
@@ -669,6 +685,7 @@ METHODS: dict[str, Row] = {
         cards=(("vit_b16", {}, 38_400), ("bert_base", {}, 38_400)),
         bad=(({"targets": ("mlp.up",)}, "no norm"), ({"targets": ("nrom1",)}, "'norm1'")),
         saved=0.9, absent=("test_no_graph_below_the_first_graft",),
+        quick=False,
         artifact={"targets": ("norm2",)},
     ),
     "BitFit": Row(
@@ -1023,11 +1040,13 @@ def cells(everything: bool, number: int = 0, rotate: bool = False) -> list[Cell]
     found = []
     for m, (method, row) in enumerate(METHODS.items()):
         for v, (name, variant) in enumerate(row.variants.items()):
-            wide = v == 0 or variant.everywhere
-            if everything or (wide and not rotate):
+            if not (everything or row.quick or v == 0):
+                continue
+            first = v == 0 or variant.everywhere
+            if everything or (first and row.quick and not rotate):
                 share = families if everything else families[(m + number) % SHARE::SHARE]
                 found += [Cell(method, name, family) for family in share]
-            elif wide or not rotate:
+            elif first or not rotate:
                 turn = families[(m + v + number) % len(families):] + families[:(m + v + number) % len(families)]
                 found.append(next(cell for f in turn if not (cell := Cell(method, name, f)).refused))
     return found
