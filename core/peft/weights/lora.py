@@ -45,7 +45,9 @@ class PrincipalGraft(LoRAGraft):
 
     def __init__(self, site: Site, rank: int, scale: float, dropout: float) -> None:
         super().__init__(site, rank, scale, dropout)
-        u, s, v = torch.linalg.svd(site.matrix(site.full_weight.detach()).float(), full_matrices=False)
+        weight = site.matrix(site.full_weight.detach())
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        u, s, v = torch.linalg.svd(weight.to(wide), full_matrices=False)
         root = (s[:rank] / scale).sqrt()
         self.A = nn.Parameter(root[:, None] * v[:rank])
         self.B = nn.Parameter((u[:, :rank] * root).contiguous())

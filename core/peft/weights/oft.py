@@ -126,12 +126,9 @@ class BOFTGraft(Graft):
 
 
 def butterfly(width: int, block: int, level: int) -> Tensor:
-    """The order in which channels enter the blocks of a factor: at level 0 their own; at level i, within groups of 2^i
-    blocks, first all even halves of blocks, then all odd ones."""
-    order = torch.arange(width)
-    if level == 0:
-        return order
-    halves = order.view(-1, 2 ** level, 2, block // 2)  # [group, block, half, channel]
+    """The order in which channels enter the blocks of a factor: within groups of 2^level blocks each half of a block
+    beside the one that lies 2^level halves behind it; at level 0 their own."""
+    halves = torch.arange(width).view(-1, 2, 2 ** level, block // 2)  # [group, half of the group, half-block, channel]
     return halves.transpose(1, 2).flatten()
 
 
