@@ -50,14 +50,14 @@ def _attached(method: Any, size: float = 0.1) -> Any:
 def test_bone_equation(method: Any) -> None:
     """W x + b + D^T times the sum of x's chunks, the last one padded with zeros: 5 divides neither 32 nor 64."""
     for graft in _attached(method).grafts:
-        check_effective(graft, lambda w, g=graft: w + _tiled(g.D, *w.shape))  # type: ignore[misc]
+        check_effective(graft, lambda w, g=graft: w + _tiled(g.D, *w.shape))
 
 
 @pytest.mark.parametrize("method", ALL[2:], ids=repr)
 def test_bat_equation(method: Any) -> None:
     """W_ac (I + Q) + Q: the block multiplies from the right, and which axis it is grouped by matters."""
     for graft in _attached(method).grafts:
-        check_effective(graft, lambda w, g=graft: _blockwise(w, g.Q, 4, method.group))  # type: ignore[misc]
+        check_effective(graft, lambda w, g=graft: _blockwise(w, g.Q, 4, method.group))
         other = {"outputs": "inputs", "inputs": "outputs"}[method.group]
         if graft.site.in_features == graft.site.out_features:
             wrong = _blockwise(matrix(graft), graft.Q.detach(), 4, other)

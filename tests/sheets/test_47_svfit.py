@@ -72,7 +72,7 @@ def test_equation(rank: int | None) -> None:
     assert any(bool((graft.sigma < 0).any()) for graft in method.grafts)
     for graft in method.grafts:
         rest = matrix(graft) - graft.U @ torch.diag(graft.S) @ graft.V
-        check_effective(graft, lambda w, g=graft, e=rest: g.U @ torch.diag(g.sigma) @ g.V + e)  # type: ignore[misc]
+        check_effective(graft, lambda w, g=graft, e=rest: g.U @ torch.diag(g.sigma) @ g.V + e)
 
 
 def test_4_gradient() -> None:

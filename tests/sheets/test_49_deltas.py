@@ -55,7 +55,7 @@ def test_vera_equation() -> None:
     for graft in method.grafts:
         a = shared.A[:, :graft.site.in_features].double()
         b = shared.B[:graft.site.out_features].double()
-        check_effective(graft, lambda w, g=graft, a=a, b=b:  # type: ignore[misc]
+        check_effective(graft, lambda w, g=graft, a=a, b=b:
                         w + torch.diag(g.b) @ b @ torch.diag(g.d) @ a)
 
 
@@ -128,7 +128,7 @@ def test_fourierft_equation(family: str) -> None:
         shape = graft.site.out_features, graft.site.in_features
         places = torch.randperm(shape[0] * shape[1], generator=torch.Generator().manual_seed(777))[:7]
         if graft.site.rows is None:
-            check_effective(graft, lambda w, g=graft, s=shape, i=places:  # type: ignore[misc]
+            check_effective(graft, lambda w, g=graft, s=shape, i=places:
                             w + 150.0 * _waves(s, i, g.c))
         merged = graft.merged(matrix(graft)).detach()
         assert distance(merged, matrix(graft) + 150.0 * _waves(shape, places, graft.c.detach())) < 1e-10
@@ -183,7 +183,7 @@ def test_loha_equation() -> None:
             pairs = torch.einsum("or,ri,os,si->oi", g.B_1, g.A_1, g.B_2, g.A_2)  # the sum over r and s is a product
             return 2.0 * pairs
 
-        check_effective(graft, lambda w, g=graft, c=change: w + c(g))  # type: ignore[misc]
+        check_effective(graft, lambda w, g=graft, c=change: w + c(g))
         assert torch.linalg.matrix_rank(change(graft).detach()) == 9
 
 
@@ -221,7 +221,7 @@ def test_lokr_equation(rank: int, factor: int, small: bool) -> None:
             inner = g.A if g.B is None else 3.0 * g.B @ g.A
             return torch.einsum("ac,bd->abcd", g.C, inner).reshape(32, 32)
 
-        check_effective(graft, lambda w, g=graft, c=change: w + c(g))  # type: ignore[misc]
+        check_effective(graft, lambda w, g=graft, c=change: w + c(g))
 
 
 def test_2_and_3_lokr_start() -> None:

@@ -24,9 +24,9 @@ def test_equation() -> None:
     for graft in method.grafts:
         w, b = matrix(graft), shift(graft)
         if graft.site.role == "mlp.down":
-            check_equation(graft, lambda x, g=graft, w=w, b=b: (x * g.l) @ w.t() + b)  # type: ignore[misc]
+            check_equation(graft, lambda x, g=graft, w=w, b=b: (x * g.l) @ w.t() + b)
         else:
-            check_equation(graft, lambda x, g=graft, w=w, b=b: (x @ w.t() + b) * g.l)  # type: ignore[misc]
+            check_equation(graft, lambda x, g=graft, w=w, b=b: (x @ w.t() + b) * g.l)
 
 
 @pytest.mark.parametrize("build", [vit_b16, bert_base])

@@ -37,10 +37,10 @@ def _on_bert(method: Any, size: float = 0.1) -> Any:
 @pytest.mark.parametrize(("cls", "options", "scale"), [
     (LoRA, {"rank": 4}, 1.0), (LoRA, {"rank": 3, "alpha": 6}, 2.0), (LoRAPlus, {"rank": 4, "alpha": 2}, 0.5),
     (rsLoRA, {"rank": 4, "alpha": 6}, 3.0), (rsLoRA, {"rank": 9}, 3.0)])
-def test_lora_equation(cls: Any, options: dict[str, Any], scale: float) -> None:
+def test_lora_rslora_lora_plus_equation(cls: Any, options: dict[str, Any], scale: float) -> None:
     """W + (alpha / r) B A, with alpha / sqrt(r) for rsLoRA; alpha is r where it is not given."""
     for graft in _on_bert(cls(targets=WIDE, **options)).grafts:
-        check_effective(graft, lambda w, g=graft: w + scale * g.B @ g.A)  # type: ignore[misc]
+        check_effective(graft, lambda w, g=graft: w + scale * g.B @ g.A)
 
 
 def test_2_lora_start() -> None:
@@ -99,7 +99,7 @@ def test_lora_on_a_fused_projection() -> None:
         randomize(method)
     for graft in whole.grafts:
         assert graft.A.shape == (4, 32) and graft.B.shape == (96, 4)
-        check_effective(graft, lambda w, g=graft: w + g.B @ g.A)  # type: ignore[misc]
+        check_effective(graft, lambda w, g=graft: w + g.B @ g.A)
     q, v = (next(graft for graft in parts.grafts if graft.site.name == name) for name in ("0.q", "0.v"))
     linear: Any = q.site.module
     change = torch.cat([q.B @ q.A, torch.zeros(32, 32), v.B @ v.A])
@@ -194,8 +194,8 @@ def test_lora_plus_in_a_run() -> None:
 
 @pytest.mark.parametrize("alpha", [None, 2.0])
 def test_pissa_start(alpha: float | None) -> None:
-    """A_0 = sqrt(S_r / s) V_r^T and B_0 = U_r sqrt(S_r / s): s B_0 A_0 is the best approximation of rank r, what is left
-    of W has the other singular values, and A's and B's rows and columns are as long as each other."""
+    """A_0 = sqrt(S_r / s) V_r^T and B_0 = U_r sqrt(S_r / s): s B_0 A_0 is the best approximation of rank r, what is
+    left of W has the other singular values, and A's and B's rows and columns are as long as each other."""
     method = PiSSA(rank=4, alpha=alpha, targets=WIDE).attach(make("bert", dtype=torch.float64))
     scale = (alpha or 4) / 4
     for graft in method.grafts:
@@ -218,7 +218,7 @@ def test_pissa_equation() -> None:
     randomize(method)
     assert same(before, snapshot(model))
     for graft, (a, b) in zip(method.grafts, starts, strict=True):
-        check_effective(graft, lambda w, g=graft, a=a, b=b: (w - 2 * b @ a) + 2 * g.B @ g.A)  # type: ignore[misc]
+        check_effective(graft, lambda w, g=graft, a=a, b=b: (w - 2 * b @ a) + 2 * g.B @ g.A)
         up, down = graft.factors()
         assert up.shape[1] == down.shape[0] == 6
         assert distance((up @ down).detach(), (2 * (graft.B @ graft.A - b @ a)).detach()) < 1e-10
@@ -266,7 +266,7 @@ def test_dora_equation(alpha: float | None) -> None:
 
     for graft in _on_bert(DoRA(rank=3, alpha=alpha, targets=WIDE)).grafts:
         assert shift(graft).any()
-        check_effective(graft, lambda w, g=graft: effective(w, g))  # type: ignore[misc]
+        check_effective(graft, lambda w, g=graft: effective(w, g))
 
 
 def test_2_dora_start() -> None:

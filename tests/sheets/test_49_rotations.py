@@ -54,9 +54,9 @@ def test_oft_equation(terms: int) -> None:
         def rotation(g: Any) -> Tensor:
             return torch.block_diag(*[(_series if terms else _exact)(_skew(vector, 4)) for vector in g.Q])
 
-        check_equation(graft, lambda x, g=graft, r=rotation:  # type: ignore[misc]
+        check_equation(graft, lambda x, g=graft, r=rotation:
                        x @ r(g) @ matrix(g).t() + shift(g))
-        check_effective(graft, lambda w, g=graft, r=rotation: w @ r(g).t())  # type: ignore[misc]
+        check_effective(graft, lambda w, g=graft, r=rotation: w @ r(g).t())
 
 
 def test_oft_conventions_are_opposite() -> None:
@@ -116,7 +116,7 @@ def test_boft_equation(block: int, factors: int) -> None:
 
         rotation = product(graft).detach()
         assert distance(rotation @ rotation.t(), torch.eye(len(rotation), dtype=torch.float64)) < 1e-12
-        check_effective(graft, lambda w, g=graft, r=product: torch.diag(g.s) @ w @ r(g).t())  # type: ignore[misc]
+        check_effective(graft, lambda w, g=graft, r=product: torch.diag(g.s) @ w @ r(g).t())
 
 
 @pytest.mark.parametrize("factors", [1, 2, 3, 4])
