@@ -11,7 +11,7 @@ from torch import Tensor
 from core.errors import ScionError
 from core.peft import method_class
 from tests.models import batch, make
-from tests.sheets.sites import bert_base, names, numbers, vit_b16
+from tests.sheets.sites import bert_base, names, numbers
 from tests.toolkit import distance, outputs, randomize, snapshot, train
 
 Houlsby: Any = method_class("Houlsby")
@@ -58,17 +58,9 @@ def test_equation_in_pre_norm() -> None:
     assert distance(found, expected) < 1e-12
 
 
-@pytest.mark.parametrize(("options", "count"), [
-    ({"bottleneck": 8}, 313_536), ({"reduction": 16}, 1_789_056), ({}, 2_379_264)])
-def test_1_counts(options: dict[str, Any], count: int) -> None:
-    """2 L (2 d m + m + d)"""
-    for build in (vit_b16, bert_base):
-        assert Houlsby(**options).attach(build()).counts() == {"method": count, "norms": 0, "head": 0, "stored": count}
-
-
 def test_1_norms_are_trained_along() -> None:
     """As in the paper: every norm of the backbone, counted apart."""
-    method = Houlsby(norms=("norm1", "norm2", "norm")).attach(bert_base())
+    method = Houlsby(bottleneck=8, norms=("norm1", "norm2", "norm")).attach(bert_base())
     assert method.counts()["norms"] == 38_400 and len(names(method)) == 50
     model = make("bert")
     before = snapshot(model)
