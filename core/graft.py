@@ -666,8 +666,8 @@ class _Moment:
         carriers = [carrier for module in block.modules() if (carrier := Carrier.of(module))]
         self.grafts = [graft for carrier in carriers for graft in carrier.grafts]
         self.states = self._read()
-        self.norms = [module for graft in self.grafts for module in graft.modules()
-                      if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats]
+        self.norms = [(module, module.momentum) for graft in self.grafts for module in graft.modules()
+                      if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 
     def _read(self) -> list[dict[str, Any]]:
         return [{name: getattr(graft, name) for name in graft.momentary} for graft in self.grafts]
@@ -688,8 +688,8 @@ class _Moment:
 
     def _count_batches(self, on: bool) -> None:
         """Let batch norms of grafts see the recomputed batch without counting it again."""
-        for norm in self.norms:
-            norm.track_running_stats = on
+        for norm, momentum in self.norms:
+            norm.momentum = momentum if on else 0.0
 
 
 def checkpoint_activations(model: nn.Module, on: bool = True) -> None:

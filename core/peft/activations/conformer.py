@@ -28,6 +28,7 @@ class ConformerGraft(Graft):
         self.down, self.up = nn.Linear(site.width, 2 * bottleneck), nn.Linear(bottleneck, site.width)
         self.conv = nn.Conv1d(bottleneck, bottleneck, kernel, groups=bottleneck)
         self.batch_norm = nn.BatchNorm1d(bottleneck)
+        self.batch_norm.num_batches_tracked = None  # of no use where the momentum is fixed
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
         # Centred; where tokens see only what is before them, so does the kernel.

@@ -58,7 +58,8 @@ class Convpass(PEFTMethod):
 
     Equation: y <- F(x) + s U f(C f(D x)), F the sublayer and x what it reads (behind its norm), f QuickGELU, C the
         convolution; the class token is an image of one pixel
-    Trains: 2 dim bottleneck + 9 bottleneck^2 + 2 bottleneck + dim a sublayer; ViT-B/16, bottleneck 8: 327,552
+    Trains: 2 dim bottleneck + 9 bottleneck^2 + 2 bottleneck + dim a sublayer; ViT-B/16, bottleneck 8: 327,552, at
+        attention alone 163,776
     Merges: no, it is not linear
     Source: Jie and Deng 2022, arXiv:2207.07039, section 3.2 (s there is searched in 0.01 to 100, task by task). On
         backbones that cut maps into windows it stands on the whole map; in a network without attention beside the MLP
