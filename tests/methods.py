@@ -220,6 +220,22 @@ def _language_adapter(anatomy: Anatomy, method: Any) -> int:
     return _pfeiffer(anatomy, method) + invertible - dropped
 
 
+def _prompts(anatomy: Anatomy, method: Any) -> int:
+    if getattr(method, "deep", False):
+        return method.tokens * sum(site.width for site in anatomy.sites("attend", method.layers))
+    widths = [stack.text.module.get_input_embeddings().weight.shape[1] if stack.text else stack.blocks[0].dim  # type: ignore[operator]
+              for stack in anatomy.stacks if "cross.q" not in stack.blocks[0].sites]
+    if not hasattr(method, "encoder") or method.folded:
+        return method.tokens * sum(widths)
+    total = 0
+    for d in widths:
+        h = method.hidden or d
+        lstm = sum(2 * 4 * h * (i + h + 2) for i in (d, 2 * h))
+        mlp = (d * h + h) + (h * h + h) + (h * d + d)
+        total += method.tokens * d + (mlp if method.encoder == "mlp" else lstm + (4 * h * h + 2 * h) + (2 * h * d + d))
+    return total
+
+
 def _prefix(anatomy: Anatomy, method: Any) -> int:
     widths = [2 * site.heads.key * site.heads.width for site in anatomy.sites("attend", method.layers) if site.heads]
     if not method.hidden or method.folded:
@@ -833,6 +849,35 @@ METHODS: dict[str, Row] = {
         random=True, operators=24, saved=0.9, quick=False, without_attention={"targets": ("mlp",)},
         artifact={"adapters": 1, "bottleneck": 1},
     ),
+    "VPT": Row(
+        {"deep": Variant({"tokens": 4}, learns={"tokens": 20}),
+         "shallow": Variant({"tokens": 3, "deep": False}, refused={"timm_swin": "a map has no place for tokens"},
+                            learns={"tokens": 20})},
+        trained=_prompts,
+        cards=(("vit_b16", {}, 92_160), ("vit_b16", {"deep": False}, 7_680)),
+        bad=(({"tokens": 0}, "tokens 0"), ({"dropout": 1.0}, "dropout 1"), ({"deep": False, "dropout": 0.1}, "deep")),
+        random=True, commutes=None, operators=40, saved=0.9, quick=False,
+        artifact={"tokens": 1},
+    ),
+    "PromptTuning": Row(
+        {"vocabulary": Variant({"tokens": 4}, learns={"tokens": 20}),
+         "normal": Variant({"tokens": 2, "init": "normal"}, learns={"tokens": 20})},
+        trained=_prompts,
+        cards=(("vit_b16", {}, 15_360), ("bert_base", {}, 15_360)),
+        bad=(({"tokens": 0}, "tokens 0"), ({"init": "zero"}, "'zero'"), ({"layers": (0,)}, "layers")),
+        random=True, commutes=False, operators=12, saved=1.2, quick=False,
+        artifact={"tokens": 1},
+    ),
+    "PTuning": Row(
+        {"mlp": Variant({"tokens": 4, "hidden": 8}, learns={"tokens": 20}),
+         "lstm": Variant({"tokens": 2, "hidden": 8, "encoder": "lstm"}, learns={"tokens": 20}),
+         "folded": Variant({"tokens": 4, "hidden": 8}, lambda method: method.fold(), learns={"tokens": 20})},
+        trained=_prompts,
+        cards=(("bert_base", {}, 1_787_136), ("bert_base", {"encoder": "lstm"}, 27_174_144)),
+        bad=(({"tokens": 0}, "tokens 0"), ({"encoder": "gru"}, "'gru'"), ({"hidden": 0}, "hidden 0")),
+        random=True, commutes=False, operators=30, saved=1.2, quick=False,
+        artifact={"tokens": 1, "hidden": 2},
+    ),
     "LinearProbe": Row(
         {"head": Variant(trains=False), "norm": Variant({"norms": ("norm",)}, moves_base=True,
                                                         learns={"lr": 1e-2})},
@@ -1023,7 +1068,9 @@ REFUSED: dict[tuple[str, str], str] = {
     **{("BitFit", family): f"no module of {name} has a bias, so there is nothing to train" for family, name in (
         ("t5", "T5Model"), ("mistral", "MistralModel"), ("gemma", "GemmaModel"))},
     **{(method, "timm_convnext"): "there is no attention that could read more keys, queries or streams" for method in (
-        "PrefixTuning", "VQT", "MTLoRA", "LadderSideTuning")},
+        "PrefixTuning", "VQT", "MTLoRA", "LadderSideTuning", "VPT", "PromptTuning", "PTuning")},
+    **{(method, "timm_swin"): "its states are a map, in which there is no place for further tokens" for method in (
+        "PromptTuning", "PTuning")},
     **{("Convpass", family): f"the tokens of {name} are no grid" for family, name in (
         ("bert", "BertModel"), ("roberta", "RobertaModel"), ("albert", "AlbertModel"), ("t5", "T5Model"),
         ("llama", "LlamaModel"), ("mistral", "MistralModel"), ("qwen2", "Qwen2Model"), ("gemma", "GemmaModel"),
