@@ -36,12 +36,12 @@ from core.errors import ScionError
 VERBS = ("before", "weight", "after", "attend")
 
 
-@dataclass(frozen=True)
 class Attention:
     """The attention that ``attend`` is given: called with (q, k, v, mask) it is the base call, or the next graft's."""
 
-    call: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-    keys_of: Callable[[Tensor], tuple[Tensor, Tensor]]
+    def __init__(self, call: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor],
+                 keys_of: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+        self.call, self.keys_of = call, keys_of
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         return self.call(q, k, v, mask)
@@ -350,16 +350,16 @@ def _put_named(kwargs: dict[str, Any], met: list[Effective], variant: int | None
 class _Keys(TorchFunctionMode):
     """Catches the keys and values that an attention is called with, and does not call it."""
 
-    def __init__(self) -> None:
+    def __init__(self, found: list[Tensor]) -> None:
         super().__init__()
-        self.found: list[Tensor] = []
+        self.found = found
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         names = ("query", "key", "value")
         given = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
-        self.found = [given["key"], given["value"]]
+        self.found += [given["key"], given["value"]]
         return given["query"]
 
 
@@ -368,10 +368,11 @@ def _keys_of(module: nn.Module, args: tuple, kwargs: dict[str, Any], tokens: Ten
     args, kwargs = _with_hidden_in(args, kwargs, tokens)
     hidden = args[0] if args else tokens
     rest = [hidden if value is hidden else _unplaced(value) for value in args]
-    with _Keys() as caught:
+    found: list[Tensor] = []
+    with _Keys(found):
         type(module).forward(module, *rest, **{name: value if value is tokens else _unplaced(value)
                                                for name, value in kwargs.items()})
-    return caught.found[0], caught.found[1]
+    return found[0], found[1]
 
 
 def _unplaced(value: Any) -> Any:
@@ -379,7 +380,7 @@ def _unplaced(value: Any) -> Any:
     if isinstance(value, tuple) and len(value) == 2 and all(isinstance(part, Tensor) for part in value):
         return torch.ones_like(value[0][:1, :1]), torch.zeros_like(value[1][:1, :1])  # cosines and sines
     if isinstance(value, Tensor) and value.dtype in (torch.int32, torch.int64):
-        return torch.zeros_like(value[..., :1])
+        return torch.zeros_like(value[..., :1] if value.dim() == 1 else value[:1, ..., :1])
     return value if value is None or isinstance(value, (bool, int, float, str)) else None
 
 

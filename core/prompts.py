@@ -118,15 +118,12 @@ class Memory(Graft):
 
     edits_call = True
 
-    def __init__(self, site: Site, tokens: int) -> None:
-        super().__init__(site)
-        self.tokens = tokens
-
     def before(self, arguments: dict[str, Any]) -> dict[str, Any]:  # type: ignore[override]
-        mask = arguments.get("encoder_attention_mask")
-        if mask is None:
+        mask, states = arguments.get("encoder_attention_mask"), arguments.get("encoder_hidden_states")
+        if mask is None or states is None:
             return arguments
-        return {**arguments, "encoder_attention_mask": torch.cat([mask.new_ones(len(mask), self.tokens), mask], 1)}
+        more = mask.new_ones(len(mask), states.shape[1] - mask.shape[1])
+        return {**arguments, "encoder_attention_mask": torch.cat([more, mask], 1)}
 
 
 class StatePrompt(PromptGraft):
@@ -232,7 +229,7 @@ class Prompted(PEFTMethod):
     def build(self, site: Site) -> Graft:
         role, stack, what = self._roles[site.name]
         if role == "memory":
-            return Memory(site, self.tokens)
+            return Memory(site)
         if role == "leave":
             return Leave(site, self.tokens, what)
         if role == "text":

@@ -48,7 +48,7 @@ class PromptTuning(Prompted, PEFTMethod):
 
 
 class PromptEncoder(nn.Module):
-    """A table e [tokens, dim] and what makes prompts of it: an MLP, or a bidirectional LSTM of two layers and an MLP."""
+    """A table e [tokens, dim] and what makes prompts of it: an MLP, or a bidirectional LSTM (two layers) and an MLP."""
 
     def __init__(self, tokens: int, dim: int, hidden: int, kind: str) -> None:
         super().__init__()
