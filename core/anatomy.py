@@ -572,7 +572,7 @@ def _find(model: nn.Module) -> tuple[str, nn.Module]:
                  for name, child in module.named_children() if name != "peft"]
     known = sorted({name.rpartition(":")[2] for name in FAMILIES})
     raise ScionError(f"the anatomy of {type(model).__name__} is unknown (known: {listed(known, 40)}); describe it in a "
-                     f"few lines with @core.anatomy.family({_class_names(model)[0]!r})")
+                     f"few lines with @core.anatomy.family({_class_names(model)[0]!r}), see docs/families.md")
 
 
 _BESIDE = {"lm_head": "lm_head", "cls": "lm_head", "embed_out": "lm_head",
@@ -594,6 +594,28 @@ def _projection(around: Any, head: nn.Module) -> str:
     return next((name for name, module in head.named_modules() if module is output), "")
 
 
+_INTERNAL = ("inputs", "entry")
+"""Roles of sites that no method asks for by name."""
+
+
+def _check(site: Site, family: str) -> None:
+    """Refuse what a description says of a site, where the model shows that it cannot be so."""
+    who = f"the description of {family} has"
+    if site.role not in ROLES and site.role not in _INTERNAL:
+        raise ScionError(f"{who} {site.name}, but there is no role {site.role!r}{nearest(site.role, ROLES)}; the roles "
+                         "are listed in docs/families.md")
+    if site.rows is not None:
+        rows = site.rows.stop if site.rows.index is None else 1 + max(site.rows.index)
+        whole = 0 if site.kind == "module" else site.full_weight.shape[site._out_axis]
+        if rows > whole:
+            raise ScionError(f"{who} {site.name} at row {rows - 1} of {site.path}, which has {whole} rows")
+    if site.heads is not None and site.kind != "module" and site.role.rpartition(".")[2] in ("q", "k", "v"):
+        heads = site.heads.query if site.role.endswith("q") else site.heads.key
+        if site.out_features != heads * site.heads.width:
+            raise ScionError(f"{who} {heads} heads of {site.heads.width} at {site.name}, but {site.path} gives "
+                             f"{site.out_features} numbers, not {heads * site.heads.width}")
+
+
 def dissect(model: nn.Module) -> Anatomy:
     """The anatomy of ``model``: a described backbone, or a module that wraps exactly one.
 
@@ -611,8 +633,13 @@ def dissect(model: nn.Module) -> Anatomy:
 
     def site(site_name: str, role: str, *where: str, rows: Rows | None = None, **rest: Any) -> Site:
         full = join(*where)
+        if full not in modules:
+            raise ScionError(f"the description of {name} has {site_name} at {full!r}, where there is no module"
+                             f"{nearest(full, modules)}")
         offset = description.norm_offset if role in NORMS else 0.0
-        return Site(name=site_name, role=role, path=full, module=modules[full], rows=rows, offset=offset, **rest)
+        found = Site(name=site_name, role=role, path=full, module=modules[full], rows=rows, offset=offset, **rest)
+        _check(found, name)
+        return found
 
     stem: dict[str, list[Site]] = {}
     for role, places in description.stem.items():
@@ -630,8 +657,13 @@ def dissect(model: nn.Module) -> Anatomy:
 
     def settings(block: BlockDescription, role: str) -> tuple[tuple[nn.Module, str, Any], ...]:
         found = block.while_active.get(role, {})
-        owners = {attribute: modules[join(path, block.path, attribute.rpartition(".")[0])] for attribute in found}
-        return tuple((owners[attribute], attribute.rpartition(".")[2], value) for attribute, value in found.items())
+        owners = {attribute: modules.get(join(path, block.path, attribute.rpartition(".")[0])) for attribute in found}
+        for attribute, owner in owners.items():
+            if not hasattr(owner, attribute.rpartition(".")[2]):
+                raise ScionError(f"the description of {name} sets {join(path, block.path, attribute)!r} while {role!r} "
+                                 "is active, and there is no such attribute")
+        return tuple((owner, attribute.rpartition(".")[2], value) for (attribute, value), owner
+                     in zip(found.items(), owners.values(), strict=True) if owner is not None)
 
     blocks = []
     for index, block in enumerate(description.blocks):
