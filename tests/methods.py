@@ -180,6 +180,21 @@ def _dora(anatomy: Anatomy, method: Any) -> int:
     return sum(method.rank * (i + o) + o for i, o in _linear(anatomy, method))
 
 
+def _mam(anatomy: Anatomy, method: Any) -> int:
+    return _prefix(anatomy, method) + _parallel_at(anatomy, method.adapter)
+
+
+def _parallel_at(anatomy: Anatomy, adapter: Any) -> int:
+    return sum(2 * adapter.width(s.width) * s.width + adapter.width(s.width) + s.width + (adapter.scale == "learned")
+               for s in anatomy.sites("mlp", adapter.layers))
+
+
+def _unipelt(anatomy: Anatomy, method: Any) -> int:
+    gates = sum(s.width + 1 for role in ("attend", "q", "v", "mlp") for s in anatomy.sites(role, method.layers))
+    lora = sum(method.rank * (s.in_features + s.out_features) for s in anatomy.sites(("q", "v"), method.layers))
+    return _prefix(anatomy, method) + lora + _pfeiffer(anatomy, method.adapter) + gates
+
+
 def _houlsby(anatomy: Anatomy, method: Any) -> int:
     sites = anatomy.sites(method.targets, method.layers)
     bottlenecks = sum(2 * method.width(s.width) * s.width + method.width(s.width) + s.width for s in sites)
@@ -237,11 +252,14 @@ def _prompts(anatomy: Anatomy, method: Any) -> int:
 
 
 def _prefix(anatomy: Anatomy, method: Any) -> int:
-    widths = [2 * site.heads.key * site.heads.width for site in anatomy.sites("attend", method.layers) if site.heads]
+    roles = [role for role in ("attend", "cross.attend") if role == "attend" or type(method).__name__ == "MAM"]
+    sites = anatomy.sites([role for role in roles if role in anatomy.roles], method.layers)
+    widths = [2 * site.heads.key * site.heads.width for site in sites if site.heads]
     if not method.hidden or method.folded:
         return method.tokens * sum(widths)
-    dim = anatomy.blocks[0].dim
-    return method.tokens * dim + (dim + 1) * method.hidden + (method.hidden + 1) * sum(widths)
+    banks = {(site.around.stage, site.role): site.width for site in sites if site.around}
+    first = sum(method.tokens * dim + (dim + 1) * method.hidden for dim in banks.values())
+    return first + (method.hidden + 1) * sum(widths)
 
 
 def _vqt(anatomy: Anatomy, method: Any) -> int:
@@ -849,6 +867,35 @@ METHODS: dict[str, Row] = {
         random=True, operators=24, saved=0.9, quick=False, without_attention={"targets": ("mlp",)},
         artifact={"adapters": 1, "bottleneck": 1},
     ),
+    "PTuningV2": Row(
+        {"plain": Variant({"tokens": 4, "dropout": 0.0}, learns={"tokens": 20})},
+        trained=_prefix,
+        cards=(("bert_base", {"tokens": 128}, 2_359_296),),
+        bad=(({"tokens": 0}, "tokens 0"), ({"dropout": 1.0}, "dropout 1"), ({"targets": ("q",)}, "no attention")),
+        random=True, operators=20, saved=0.7, quick=False,
+        artifact={"tokens": 1},
+    ),
+    "MAM": Row(
+        {"mlp": Variant({"tokens": 4, "reparametrize": 8, "bottleneck": 4}, learns={"lr": 1e-2}),
+         "plain": Variant({"tokens": 3, "reparametrize": False, "reduction": 8, "scale": "learned",
+                           "input": "normed"}, learns={"lr": 1e-2}),
+         "folded": Variant({"tokens": 4, "reparametrize": 8, "bottleneck": 4}, lambda method: method.fold(),
+                           learns={"lr": 1e-2})},
+        trained=_mam,
+        cards=(("bert_base", {}, 22_493_984),),
+        bad=(({"tokens": 0}, "tokens 0"), ({"bottleneck": 0}, "bottleneck 0"), ({"scale": 0}, "scale 0")),
+        random=True, commutes=False, operators=30, saved=0.9, quick=False,
+        artifact={"tokens": 1, "reparametrize": False, "bottleneck": 1},
+    ),
+    "UniPELT": Row(
+        {"mlp": Variant({"tokens": 4, "reparametrize": 8, "rank": 2}, learns={"lr": 1e-2}),
+         "plain": Variant({"tokens": 3, "reparametrize": False, "rank": 1, "reduction": 8}, learns={"lr": 1e-2})},
+        trained=_unipelt,
+        cards=(("bert_base", {}, 11_083_376),),
+        bad=(({"tokens": 0}, "tokens 0"), ({"rank": 0}, "rank 0"), ({"reduction": 0}, "reduction 0")),
+        random=True, commutes=False, operators=40, saved=0.9, quick=False,
+        artifact={"tokens": 1, "reparametrize": False, "rank": 1},
+    ),
     "VPT": Row(
         {"deep": Variant({"tokens": 4}, learns={"tokens": 20}),
          "shallow": Variant({"tokens": 3, "deep": False}, refused={"timm_swin": "a map has no place for tokens"},
@@ -1070,7 +1117,11 @@ REFUSED: dict[tuple[str, str], str] = {
     **{("BitFit", family): f"no module of {name} has a bias, so there is nothing to train" for family, name in (
         ("t5", "T5Model"), ("mistral", "MistralModel"), ("gemma", "GemmaModel"))},
     **{(method, "timm_convnext"): "there is no attention that could read more keys, queries or streams" for method in (
-        "PrefixTuning", "VQT", "MTLoRA", "LadderSideTuning", "VPT", "PromptTuning", "PTuning")},
+        "PrefixTuning", "VQT", "MTLoRA", "LadderSideTuning", "VPT", "PromptTuning", "PTuning",
+        "PTuningV2", "MAM", "UniPELT")},
+    **{("UniPELT", family): "its gates are means over the sequence, and a causal model may not see what is to come"
+       for family in ("llama", "t5", "clip", "clip_text", "gpt2", "gpt_neox", "codegen", "mistral", "qwen2", "gemma",
+                      "starcoder2")},
     **{(method, "timm_swin"): "its states are a map, in which there is no place for further tokens" for method in (
         "PromptTuning", "PTuning")},
     **{("Convpass", family): f"the tokens of {name} are no grid" for family, name in (
