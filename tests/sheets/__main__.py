@@ -64,15 +64,21 @@ def every() -> list[str]:
             for i, (text, tests) in enumerate(EVERY, 1)]
 
 
+def files() -> list[tuple[Path, str, list[str], ast.Module]]:
+    """Each file of tests: its path, the number of the specification, the methods, what it holds."""
+    found = []
+    for file in sorted(HERE.glob("test_*.py")):
+        tree = ast.parse(file.read_text())
+        title = re.search(r"Sheet \d+, (\w+(?:,\s(?!with)\w+)*)", ast.get_docstring(tree) or "")
+        assert title, f"{file.name}: its docstring begins with 'Sheet <number>, <method>' or several methods"
+        found.append((file, file.stem.split("_")[1], re.split(r",\s", title.group(1)), tree))
+    return found
+
+
 def rows() -> list[str]:
     """One line of the table for each test."""
     found: list[str] = []
-    for file in sorted(HERE.glob("test_*.py")):
-        tree = ast.parse(file.read_text())
-        number = file.stem.split("_")[1]
-        title = re.search(r"Sheet \d+, (\w+(?:,\s(?!with)\w+)*)", ast.get_docstring(tree) or "")
-        assert title, f"{file.name}: its docstring begins with 'Sheet <number>, <method>' or several methods"
-        names = re.split(r",\s", title.group(1))
+    for file, number, names, tree in files():
         for node in tree.body:
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
                 words = node.name.removeprefix("test_").split("_")
