@@ -7,6 +7,7 @@ repeated here. Adding a method = its file under core/peft + one row.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -884,16 +885,16 @@ METHODS: dict[str, Row] = {
         trained=_mam,
         cards=(("bert_base", {}, 22_493_984),),
         bad=(({"tokens": 0}, "tokens 0"), ({"bottleneck": 0}, "bottleneck 0"), ({"scale": 0}, "scale 0")),
-        random=True, commutes=False, operators=30, saved=0.9, quick=False,
+        random=True, commutes=None, operators=30, saved=0.9, quick=False,
         artifact={"tokens": 1, "reparametrize": False, "bottleneck": 1},
     ),
     "UniPELT": Row(
-        {"mlp": Variant({"tokens": 4, "reparametrize": 8, "rank": 2}, learns={"lr": 1e-2}),
+        {"mlp": Variant({"tokens": 4, "reparametrize": 8, "rank": 2, "reduction": 6}, learns={"lr": 1e-2}),
          "plain": Variant({"tokens": 3, "reparametrize": False, "rank": 1, "reduction": 8}, learns={"lr": 1e-2})},
         trained=_unipelt,
         cards=(("bert_base", {}, 11_083_376),),
         bad=(({"tokens": 0}, "tokens 0"), ({"rank": 0}, "rank 0"), ({"reduction": 0}, "reduction 0")),
-        random=True, commutes=False, operators=40, saved=0.9, quick=False,
+        random=True, commutes=False, operators=40, saved=0.95, quick=False,
         artifact={"tokens": 1, "reparametrize": False, "rank": 1},
     ),
     "VPT": Row(
@@ -1212,13 +1213,15 @@ class Cell:
 
 SHARE = 3
 """In the quick tier an invariant meets every third family with each method; which ones, turns with its number."""
+SHARE_OF_ALL = 1 if os.environ.get("SCION_ALL") == "whole" else 4
+"""In the long tier it meets every fourth of all families with each variant, turning likewise; or all of them."""
 
 
 def cells(everything: bool, number: int = 0, rotate: bool = False) -> list[Cell]:
     """The cells of invariant ``number``.
 
     Args:
-        everything: all variants on all families.
+        everything: all variants, on a share of all families.
         number: shifts the rotation, so that one method does not meet the same family in every invariant.
         rotate: one family a variant instead of a share of them.
     """
@@ -1230,7 +1233,8 @@ def cells(everything: bool, number: int = 0, rotate: bool = False) -> list[Cell]
                 continue
             first = v == 0 or variant.everywhere
             if everything or (first and row.quick and not rotate):
-                share = families if everything else families[(m + number) % SHARE::SHARE]
+                share = (list(EVERY_FAMILY)[(m + v + number) % SHARE_OF_ALL::SHARE_OF_ALL] if everything
+                         else families[(m + number) % SHARE::SHARE])
                 found += [Cell(method, name, family) for family in share]
             elif first or not rotate:
                 turn = families[(m + v + number) % len(families):] + families[:(m + v + number) % len(families)]
