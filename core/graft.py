@@ -394,19 +394,19 @@ def _attend(grafts: list[Graft], x: Tensor, keys_of: Callable[[Tensor], tuple[Te
     def base(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, False, scale=scale, enable_gqa=enable_gqa)
 
-    def chain(some: list[Graft]) -> Attention:
+    def chain(some: list[Graft], x: Tensor) -> Attention:
         attention = Attention(base, keys_of)
         for graft in some:
             attention = Attention(_around(graft, attention, x), keys_of)
         return attention
 
     routed = [graft for graft in grafts if graft.batch is not None]
-    out = chain([graft for graft in grafts if graft.batch is None])(query, key, value, attn_mask)
+    out = chain([graft for graft in grafts if graft.batch is None], x)(query, key, value, attn_mask)
     for variant in _variants(routed):
         rows = next(_expand(g.batch, query.shape[0], g.route) for g in routed if g.variant == variant)
         mine = [graft for graft in grafts if graft.batch is None or graft.variant == variant]
         own_masks = attn_mask is not None and attn_mask.dim() == 4 and attn_mask.shape[0] == query.shape[0]
-        part = chain(mine)(query[rows], key[rows], value[rows], attn_mask[rows] if own_masks else attn_mask)  # type: ignore[index]
+        part = chain(mine, x[rows])(query[rows], key[rows], value[rows], attn_mask[rows] if own_masks else attn_mask)  # type: ignore[index]
         out = out.index_copy(0, rows, part)
     return out
 

@@ -7,6 +7,7 @@ repeated here. Adding a method = its file under core/peft + one row.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -226,6 +227,22 @@ def _moa(anatomy: Anatomy, method: Any) -> int:
     sites = [(s.width, method.width(s.width)) for s in method.sites(anatomy)]
     return sum(method.adapters * (2 * d * m + m + d + (d * method.slots if method.kind == "soft" else d + 1))
                for d, m in sites)
+
+
+def _compacter(anatomy: Anatomy, method: Any) -> int:
+    total = method.n ** 3 if method.is_shared else 0
+    for site in method.sites(anatomy):
+        d, m, n = site.width, method.width(site.width), method.n
+        maps = 2 * d * m // n if method.rank is None else 2 * method.rank * (d + m)
+        total += maps + m + d + (0 if method.is_shared else 2 * n ** 3)
+    return total + _norms(anatomy, method.norms)
+
+
+def _side(anatomy: Anatomy, method: Any) -> int:
+    width, dim = anatomy.stacks[-1].blocks[0].dim, method.dim or anatomy.blocks[-1].dim
+    if method.network == "alexnet":
+        return 2_469_696 + 9_216 * dim + 1
+    return method.hidden * (width + dim) + method.hidden + dim + 1
 
 
 def _language_adapter(anatomy: Anatomy, method: Any) -> int:
@@ -884,17 +901,55 @@ METHODS: dict[str, Row] = {
         trained=_mam,
         cards=(("bert_base", {}, 22_493_984),),
         bad=(({"tokens": 0}, "tokens 0"), ({"bottleneck": 0}, "bottleneck 0"), ({"scale": 0}, "scale 0")),
-        random=True, commutes=False, operators=30, saved=0.9, quick=False,
+        random=True, commutes=None, operators=30, saved=0.9, quick=False,
         artifact={"tokens": 1, "reparametrize": False, "bottleneck": 1},
     ),
     "UniPELT": Row(
-        {"mlp": Variant({"tokens": 4, "reparametrize": 8, "rank": 2}, learns={"lr": 1e-2}),
+        {"mlp": Variant({"tokens": 4, "reparametrize": 8, "rank": 2, "reduction": 6}, learns={"lr": 1e-2}),
          "plain": Variant({"tokens": 3, "reparametrize": False, "rank": 1, "reduction": 8}, learns={"lr": 1e-2})},
         trained=_unipelt,
         cards=(("bert_base", {}, 11_083_376),),
         bad=(({"tokens": 0}, "tokens 0"), ({"rank": 0}, "rank 0"), ({"reduction": 0}, "reduction 0")),
-        random=True, commutes=False, operators=40, saved=0.9, quick=False,
+        random=True, commutes=False, operators=40, saved=0.95, quick=False,
         artifact={"tokens": 1, "reparametrize": False, "rank": 1},
+    ),
+    "Compacter": Row(
+        {"shared": Variant({"bottleneck": 8, "std": 0.1}),
+         "phm": Variant({"bottleneck": 4, "n": 2, "rank": None, "shared": False, "std": 0.1}),
+         "norms": Variant({"bottleneck": 4, "rank": 2, "std": 0.1, "norms": ("norm1", "norm2")}, moves_base=True)},
+        trained=_compacter,
+        cards=(("bert_base", {}, 57_088),),
+        bad=(({"bottleneck": 0}, "bottleneck 0"), ({"n": 0}, "n 0"), ({"n": 5}, "must divide"), ({"rank": 0}, "rank 0"),
+             ({"targets": ("q",)}, "no hidden state")),
+        random=True, commutes=False, operators=20, saved=0.8, quick=False, without_attention={"targets": ("mlp",)},
+        artifact={"bottleneck": 4},
+    ),
+    "CompacterPlusPlus": Row(
+        {"shared": Variant({"bottleneck": 8, "std": 0.1}, learns={"lr": 1e-2})},
+        trained=_compacter,
+        cards=(("bert_base", {}, 28_576),),
+        bad=(({"bottleneck": 0}, "bottleneck 0"), ({"n": 5}, "must divide")),
+        random=True, commutes=False, operators=20, saved=0.8, quick=False,
+        artifact={"bottleneck": 4},
+    ),
+    "SideTuning": Row(
+        {"mlp": Variant({"hidden": 16}, learns={"lr": 1e-2})},
+        trained=_side,
+        cards=(("vit_b16", {"network": "alexnet"}, 9_547_585),),
+        bad=(({"hidden": 0}, "hidden 0"), ({"network": "vgg"}, "'vgg'"), ({"pretrained": True}, "alexnet"),
+             ({"layers": (0,)}, "layers")),
+        random=True, commutes=False, operators=24, saved=0.3, quick=False,
+        absent=("test_no_graph_below_the_first_graft",),
+        artifact={"hidden": 1},
+    ),
+    "AdapterDrop": Row(
+        {"alone": Variant({"drop": 1}, trains=False)},
+        trained=lambda anatomy, method: 0,
+        bad=(({"drop": 0}, "drop 0"), ({"drop": "some"}, "'some'"), ({"drop": 99}, "drop 99"),
+             ({"drop": "random", "maximum": 99}, "maximum 99"), ({"inference": -1}, "inference -1")),
+        saved=0.0, quick=False,
+        absent=("test_nothing_to_train", "test_checkpoint", "test_resume", "test_reproducible",
+                "test_no_graph_below_the_first_graft"),
     ),
     "VPT": Row(
         {"deep": Variant({"tokens": 4}, learns={"tokens": 20}),
@@ -1129,6 +1184,7 @@ REFUSED: dict[tuple[str, str], str] = {
         ("llama", "LlamaModel"), ("mistral", "MistralModel"), ("qwen2", "Qwen2Model"), ("gemma", "GemmaModel"),
         ("starcoder2", "Starcoder2Model"), ("gpt2", "GPT2Model"), ("gpt_neox", "GPTNeoXModel"),
         ("codegen", "CodeGenModel"), ("clip_text", "CLIPTextModel"))},
+    ("AdapterDrop", "albert"): "its one layer runs many times, so that there is no first layer to leave out",
     ("LadderSideTuning", "albert"): "one layer runs many times, so that there is no ladder of layers beside it",
     ("LadderSideTuning", "timm_eva"): "its rotary positions are made for one width of head, and end in the attention",
     ("LadderSideTuning", "codegen"): "its rotary positions are made for one width of head, and end in the attention",
@@ -1212,13 +1268,15 @@ class Cell:
 
 SHARE = 3
 """In the quick tier an invariant meets every third family with each method; which ones, turns with its number."""
+SHARE_OF_ALL = 1 if os.environ.get("SCION_ALL") == "whole" else 4
+"""In the long tier it meets every fourth of all families with each variant, turning likewise; or all of them."""
 
 
 def cells(everything: bool, number: int = 0, rotate: bool = False) -> list[Cell]:
     """The cells of invariant ``number``.
 
     Args:
-        everything: all variants on all families.
+        everything: all variants, on a share of all families.
         number: shifts the rotation, so that one method does not meet the same family in every invariant.
         rotate: one family a variant instead of a share of them.
     """
@@ -1230,7 +1288,8 @@ def cells(everything: bool, number: int = 0, rotate: bool = False) -> list[Cell]
                 continue
             first = v == 0 or variant.everywhere
             if everything or (first and row.quick and not rotate):
-                share = families if everything else families[(m + number) % SHARE::SHARE]
+                share = (list(EVERY_FAMILY)[(m + v + number) % SHARE_OF_ALL::SHARE_OF_ALL] if everything
+                         else families[(m + number) % SHARE::SHARE])
                 found += [Cell(method, name, family) for family in share]
             elif first or not rotate:
                 turn = families[(m + v + number) % len(families):] + families[:(m + v + number) % len(families)]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from core.anatomy import Anatomy, Site
+from core.errors import ScionError
 from core.graft import Graft
 from core.method import PEFTMethod
 from core.peft.activations.parallel import Input, ParallelAdapter
@@ -30,6 +32,7 @@ class MAM(PrefixTuning, PEFTMethod):
         scale: s, or ``learned``.
         input: ``residual``, or ``normed``: what the MLP reads.
         dropout: of the learned keys and values.
+        targets: attentions that get a prefix, those that there are.
         init: of the adapter: ``zero_up`` starts as the identity, ``normal`` draws both maps from a normal of 0.02.
     """
 
@@ -38,13 +41,17 @@ class MAM(PrefixTuning, PEFTMethod):
 
     def __init__(self, tokens: int = 30, reparametrize: bool | int = 800, reduction: float = 2,
                  bottleneck: int | None = None, scale: float | Literal["learned"] = 4.0, input: Input = "residual",
-                 dropout: float = 0.0, init: Literal["zero_up", "normal"] = "zero_up", **common: Any) -> None:
-        super().__init__(tokens, reparametrize, dropout, **common)
-        self.adapter = ParallelAdapter(reduction, bottleneck, scale, input=input, init=init, name=self.name,
-                                       layers=self.layers)
+                 dropout: float = 0.0, targets: Sequence[str] = ("attend", "cross.attend"),
+                 init: Literal["zero_up", "normal"] = "zero_up", **common: Any) -> None:
+        super().__init__(tokens, reparametrize, dropout, targets, **common)
+        try:
+            self.adapter = ParallelAdapter(reduction, bottleneck, scale, input=input, init=init, name=self.name,
+                                           layers=self.layers)
+        except ScionError as error:
+            raise ScionError(f"MAM: its {error}") from None
 
     def sites(self, anatomy: Anatomy) -> list[Site]:
-        attentions = [role for role in ("attend", "cross.attend") if role in anatomy.roles]
+        attentions = [role for role in self.targets if role != "cross.attend" or role in anatomy.roles]
         return [*anatomy.sites(attentions, self.layers, self.name), *self.adapter.sites(anatomy)]
 
     def build(self, site: Site) -> Graft:

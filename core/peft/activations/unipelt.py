@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -97,32 +98,36 @@ class UniPELT(PrefixTuning, PEFTMethod):
         rank: of the change of q and v.
         reduction: the bottleneck is the block's width divided by this, rounded.
         dropout: of the learned keys and values.
+        targets: ``attend`` for the prefix, and the linear maps that get a low-rank change.
     """
 
     inference_cost = "prefix, low-rank change, bottleneck and gates all stay"
     recommended = {"lr": 1e-4, "weight_decay": 0.0}
 
     def __init__(self, tokens: int = 10, reparametrize: bool | int = True, rank: int = 8, reduction: float = 16,
-                 dropout: float = 0.0, **common: Any) -> None:
-        super().__init__(tokens, reparametrize, dropout, **common)
-        if rank < 1:
-            raise ScionError(f"UniPELT: rank {rank} must be at least 1")
+                 dropout: float = 0.0, targets: Sequence[str] = ("attend", "q", "v"), **common: Any) -> None:
+        super().__init__(tokens, reparametrize, dropout, targets, **common)
+        if rank < 1 or reduction <= 0:
+            raise ScionError(f"UniPELT: rank {rank} must be at least 1, reduction {reduction} positive")
         self.rank = rank
         self.adapter = Pfeiffer(reduction, name=self.name, layers=self.layers)
 
     def check(self, anatomy: Anatomy) -> None:
-        super().check(anatomy)
+        self.folded = False
+        for site in self.sites(anatomy):
+            if site.role in self.targets and site.role != "attend" and site.kind == "module":
+                raise ScionError(f"{self.name}: {site.name} is neither an attention nor a linear map")
         for block in anatomy.blocks:
             if block.causal:
                 raise ScionError(f"{self.name}: its gates are means over the sequence, and in {anatomy.family} a token "
                                  "may see only those before it")
 
     def sites(self, anatomy: Anatomy) -> list[Site]:
-        return [*anatomy.sites(("attend", "q", "v"), self.layers, self.name), *self.adapter.sites(anatomy)]
+        return [*anatomy.sites(self.targets, self.layers, self.name), *self.adapter.sites(anatomy)]
 
     def build(self, site: Site) -> Graft:
         if site.role == "attend":
             return GatedPrefix(site, self.tokens, *self.starts[site.name], self.dropout)
-        if site.role in ("q", "v"):
+        if site.role in self.targets:
             return GatedLoRA(site, self.rank)
         return (GatedAfterMLP if site.role == "mlp" else GatedAtNorm)(site, self.adapter.width(site.width), "zero_up")
