@@ -263,8 +263,8 @@ def whole(method: PEFTMethod, grafts: list[Graft], kinds: Sequence[str]) -> Graf
     """The only graft at a module that peft can adapt, on all of its rows."""
     site = grafts[0].site
     if site.rows is not None or len(grafts) > 1:
-        raise Inexpressible(f"{method.name}: {site.name} is a part of {site.path}, which peft adapts as a whole only: use "
-                            "the target 'qkv'")
+        raise Inexpressible(f"{method.name}: {site.name} is a part of {site.path}, which peft adapts as a whole only "
+                            "(for q, k and v that is the target 'qkv')")
     if site.kind not in kinds:
         raise Inexpressible(f"{method.name}: {site.path} is a {type(site.module).__name__}, and peft has the method for "
                             f"{', '.join(kinds)} alone")
@@ -492,7 +492,9 @@ def write_folder(folder: str | Path, config: dict[str, Any], tensors: dict[str, 
 
 def is_peft(source: str | Path) -> bool:
     """Whether ``source`` is a folder that peft wrote."""
-    return (Path(source) / CONFIG).is_file()
+    from core.artifact import RECORD
+
+    return (Path(source) / CONFIG).is_file() and not (Path(source) / RECORD).is_file()
 
 
 def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -553,20 +555,19 @@ def from_peft(folder: str | Path, model: nn.Module, name: str | None = None) -> 
     where = str(folder)
     config, given = read_folder(folder)
     cls, form = method_for(config, where)
-    form.refuse(config, where)
     root = uncompiled(model)
-    place = Place(root, where)
-    plans = form.read(config, given, place)
-    heads = _read_head(given, place, config)
-    shared = {key.removeprefix(BASE): given.pop(key) for key in list(given)
-              if key.startswith(BASE) and not key.startswith(MODEL)}
-    if given:
-        raise ScionError(f"{where}: holds {listed(given, 3)}, which is nothing that {cls.__name__} has")
     done: list[PEFTMethod] = []
     before = {method.name for method in methods_on(root)}
     base = name or cls.__name__
     try:
-        tensors = dict(heads)
+        form.refuse(config, where)
+        place = Place(root, where)
+        plans = form.read(config, given, place)
+        tensors = _read_head(given, place, config)
+        shared = {key.removeprefix(BASE): given.pop(key) for key in list(given)
+                  if key.startswith(BASE) and not key.startswith(MODEL)}
+        if given:
+            raise ScionError(f"{where}: holds {listed(given, 3)}, which is nothing that {cls.__name__} has")
         for number, plan in enumerate(plans, 1):
             label = base if len(plans) == 1 else f"{base}-{number}"
             if label in before:

@@ -78,6 +78,9 @@ class LoRAForm(LowRank):
                              "have; let peft convert it (path_initial_model_for_weight_conversion)")
         return {**super().arguments(config), **({"start": "principal"} if start == "pissa" else {})}
 
+    def take(self, method: PEFTMethod, graft: Graft, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {**super().take(method, graft, tensors), **dict(graft.named_buffers())}  # the start is the weight's
+
 
 class LoRA(PEFTMethod):
     """A low-rank change beside a frozen weight: linear maps, Conv1D, convolutions, and parts of a fused projection.

@@ -149,12 +149,9 @@ class BOFTGraft(Graft):
 
 
 def butterfly(width: int, block: int, level: int) -> Tensor:
-    """The order in which channels enter the blocks of a factor: at level 0 their own; at level i, within groups of 2^i
-    blocks, first all even halves of blocks, then all odd ones."""
-    order = torch.arange(width)
-    if level == 0:
-        return order
-    halves = order.view(-1, 2 ** level, 2, block // 2)  # [group, block, half, channel]
+    """The order in which channels enter the blocks of a factor: at level i, within groups of 2^i blocks, each of the
+    first 2^i halves of blocks with the one that lies 2^i halves behind it (at level 0 the channels' own order)."""
+    halves = torch.arange(width).view(-1, 2, 2 ** level, block // 2)  # [group, which of the two, half, channel]
     return halves.transpose(1, 2).flatten()
 
 
