@@ -110,7 +110,7 @@ class PeftForm:
         for method in methods:
             for name, tensor in self.shared(method).items():
                 if tensors.setdefault(f"{BASE}{name}", tensor) is not tensor:
-                    raise Inexpressible(f"{method.name}: {name} is shared by all modules of a peft adapter, and another "
+                    raise Inexpressible(f"{method.name}: {name} is one for all modules of a peft adapter, and another "
                                         "method here has its own")
         configs: dict[str, dict[str, Any]] = {}
         for path, (method, grafts) in standing.items():
@@ -132,8 +132,8 @@ class PeftForm:
                       if config.get(key) != merged[key]}
             pattern = next((pattern for pattern, of in self.patterns.items() if of == key), None)
             if others and pattern is None:
-                raise Inexpressible(f"{key} differs between modules ({listed(dict.fromkeys(map(str, values)))}), and peft "
-                                    "has one for all")
+                raise Inexpressible(f"{key} differs between modules ({listed(dict.fromkeys(map(str, values)))}), and "
+                                    "peft has one for all")
             if others and pattern is not None:
                 merged[pattern] = others
         return merged
@@ -222,7 +222,7 @@ class PeftForm:
 
 
 class LowRank(PeftForm):
-    """peft's LoRA. It has one a module: several changes there, or changes of some rows, become one of their ranks' sum."""
+    """peft's LoRA. It has one a module: several changes there, or of some rows each, become one of their ranks' sum."""
 
     def __init__(self, **more: Any) -> None:
         super().__init__("LORA", {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "root": "use_rslora"},
@@ -245,8 +245,8 @@ class LowRank(PeftForm):
     def give(self, method: PEFTMethod, grafts: list[Graft]) -> Part:
         site = grafts[0].site
         if site.kind not in self.modules or (site.kind == "conv" and site.module.groups != 1):  # type: ignore[operator]
-            raise Inexpressible(f"{method.name}: {site.path} ({type(site.module).__name__}) is none that peft's LoRA can "
-                                "adapt")
+            raise Inexpressible(f"{method.name}: {site.path} ({type(site.module).__name__}) is none that peft's LoRA "
+                                "can adapt")
         pairs = [self.pair(graft) for graft in grafts]
         down = torch.cat([down for down, _, _ in pairs])
         up = torch.cat([placed(graft.site, up) for graft, (_, up, _) in zip(grafts, pairs, strict=True)], 1)
@@ -266,8 +266,8 @@ def whole(method: PEFTMethod, grafts: list[Graft], kinds: Sequence[str]) -> Graf
         raise Inexpressible(f"{method.name}: {site.name} is a part of {site.path}, which peft adapts as a whole only "
                             "(for q, k and v that is the target 'qkv')")
     if site.kind not in kinds:
-        raise Inexpressible(f"{method.name}: {site.path} is a {type(site.module).__name__}, and peft has the method for "
-                            f"{', '.join(kinds)} alone")
+        raise Inexpressible(f"{method.name}: {site.path} is a {type(site.module).__name__}, and peft has the method "
+                            f"for {', '.join(kinds)} alone")
     return grafts[0]
 
 
@@ -323,7 +323,7 @@ class Place:
         return names
 
     def paths(self, names: Iterable[str]) -> dict[str, str]:
-        """The root's paths of modules that an adapter names, which may have been made inside or around other wrappers."""
+        """The root's paths of modules that an adapter names, which may have been made with more or fewer wrappers."""
         names = list(names)
         for cut in range(3):
             rest = [name.split(".", cut)[-1] for name in names]
@@ -347,7 +347,7 @@ class Place:
                 chosen.setdefault(site.path, site)
         left = [name for path, name in names.items() if path not in chosen]
         if left:
-            raise ScionError(f"{self.where}: {left[0]} plays no role in {self.anatomy.family} that the method can adapt")
+            raise ScionError(f"{self.where}: {left[0]} plays no role in {self.anatomy.family} that the method can have")
         layers: dict[str, set[int | None]] = {}
         for site in chosen.values():
             layers.setdefault(site.role, set()).add(site.block)
@@ -360,8 +360,8 @@ class Place:
         if role in self.anatomy.stem:
             absent = [site.path for site in self.anatomy.stem[role] if site.path not in chosen]
             if absent:
-                raise ScionError(f"{self.where}: adapts some modules of the role {role!r} and not {absent[0]}; here a role "
-                                 "outside the blocks is adapted as a whole")
+                raise ScionError(f"{self.where}: adapts some modules of the role {role!r} and not {absent[0]}; here a "
+                                 "role outside the blocks is adapted as a whole")
             return None
         having = {block.index for block in self.anatomy.blocks if role in block.sites}
         return None if blocks == having else tuple(sorted(block for block in blocks if block is not None))
@@ -420,8 +420,9 @@ def to_peft(adapter: str | Path | PEFTMethod | Sequence[PEFTMethod], model: nn.M
     place = Place(root)
     config, tensors = _written(methods, place)
     head, saved = _head(place, root)
+    model_id = getattr(getattr(place.model, "config", None), "_name_or_path", None)
     write_folder(folder, {"peft_version": VERSION, "task_type": place.task(), "inference_mode": True, "bias": "none",
-                          "base_model_name_or_path": getattr(getattr(place.model, "config", None), "_name_or_path", None),
+                          "base_model_name_or_path": model_id,
                           **({"modules_to_save": head} if head else {}), **config}, {**tensors, **saved})
     return Path(folder)
 
@@ -532,7 +533,8 @@ def method_for(config: dict[str, Any], where: str) -> tuple[type[PEFTMethod], Pe
             known.add(form.kind)
             if form.kind == config["peft_type"] and form.matches(config):
                 return cls, form
-    raise ScionError(f"{where}: peft_type {config['peft_type']} is no method here; those that are: {listed(sorted(known), 40)}")
+    raise ScionError(f"{where}: peft_type {config['peft_type']} is no method here; those that are: "
+                     f"{listed(sorted(known), 40)}")
 
 
 def from_peft(folder: str | Path, model: nn.Module, name: str | None = None) -> Any:
@@ -544,8 +546,8 @@ def from_peft(folder: str | Path, model: nn.Module, name: str | None = None) -> 
         name: of the method; None is its class's.
 
     Returns:
-        The method; the list of methods where modules have options of their own (``rank_pattern``), or where no roles and
-        layers of one method are exactly the adapter's modules.
+        The method; the list of methods where modules have options of their own (``rank_pattern``), or where no roles
+        and layers of one method are exactly the adapter's modules.
 
     Raises:
         ScionError: an option, a tensor or a module that there is nothing here for; the model is untouched then.

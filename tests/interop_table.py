@@ -111,7 +111,8 @@ class Theirs:
 
 
 MAIN = {"bert": ["query", "value"], "llama": ["q_proj", "v_proj"], "timm_vit": ["qkv"], "t5": ["q", "v"]}
-LINEAR = {"bert": ["query", "value", "intermediate.dense"], "llama": ["q_proj", "up_proj"], "timm_vit": ["qkv", "mlp.fc2"]}
+LINEAR = {"bert": ["query", "value", "intermediate.dense"], "llama": ["q_proj", "up_proj"],
+          "timm_vit": ["qkv", "mlp.fc2"]}
 CONV1D = {**MAIN, "gpt2": ["c_attn", "mlp.c_proj"]}
 START: dict[str, Any] = {"init_weights": False}
 THEIRS = [
@@ -127,10 +128,11 @@ THEIRS = [
     Theirs("VeRA", "VeraConfig", {"r": 8, **START}, {**CONV1D, "bert": LINEAR["bert"]}, "VeRA"),
     Theirs("VeRA without save_projection", "VeraConfig", {"r": 8, "save_projection": False, "projection_prng_key": 7},
            {"bert": LINEAR["bert"]}, "VeRA", "drawn again by the seed in the config"),
-    Theirs("FourierFT", "FourierFTConfig", {"n_frequency": 30, "n_frequency_pattern": {"0.*query": 20}}, CONV1D, "FourierFT"),
+    Theirs("FourierFT", "FourierFTConfig", {"n_frequency": 30, "n_frequency_pattern": {"0.*query": 20}}, CONV1D,
+           "FourierFT"),
     Theirs("OFT", "OFTConfig", {"oft_block_size": 8, **START}, LINEAR, "OFT"),
-    Theirs("OFT by number of blocks", "OFTConfig", {"r": 4, "oft_block_size": 0, "num_cayley_neumann_terms": 3, **START},
-           LINEAR, "OFT", "peft's 3 terms are 4 here"),
+    Theirs("OFT by number of blocks", "OFTConfig",
+           {"r": 4, "oft_block_size": 0, "num_cayley_neumann_terms": 3, **START}, LINEAR, "OFT", "peft's 3 terms are 4 here"),
     Theirs("OFT, exact", "OFTConfig", {"oft_block_size": 8, "use_cayley_neumann": False, **START}, LINEAR, "OFT"),
     Theirs("BOFT", "BOFTConfig", {"boft_block_size": 4, **START}, LINEAR, "BOFT"),
     Theirs("LoHa", "LoHaConfig", {"r": 4, "alpha": 6, **START}, LINEAR, "LoHa"),
@@ -139,8 +141,8 @@ THEIRS = [
            {"bert": ["key", "value", "output.dense"], "llama": ["k_proj", "v_proj", "down_proj"],
             "t5": ["k", "v", "wo"], "timm_vit": ["qkv", "mlp.fc2"], "gpt2": ["c_attn", "mlp.c_proj"]}, "IA3"),
     Theirs("LayerNorm tuning", "LNTuningConfig", {},
-           {"bert": ["LayerNorm"], "llama": ["input_layernorm"], "timm_vit": ["norm1", "norm2"], "gpt2": ["ln_1", "ln_f"],
-            "t5": ["layer_norm", "final_layer_norm"]}, "LayerNormTuning"),
+           {"bert": ["LayerNorm"], "llama": ["input_layernorm"], "timm_vit": ["norm1", "norm2"],
+            "gpt2": ["ln_1", "ln_f"], "t5": ["layer_norm", "final_layer_norm"]}, "LayerNormTuning"),
     Theirs("Prefix tuning", "PrefixTuningConfig", {"num_virtual_tokens": 5, "task_type": "FEATURE_EXTRACTION"},
            {"llama": [], "gemma": []}, "PrefixTuning", "rotary positions alone"),
     Theirs("MiSS", "MissConfig", {"r": 8}, LINEAR, "Bone"),
@@ -251,7 +253,8 @@ def rows(measure: bool = True) -> list[str]:
         came = [float(outward(row, family, folder_()).difference) for family in row.families] if measure else []
         found.append(line(f"`{row}`", ", ".join(row.families), row.kind, number(came),
                           "itself, bit for bit" if row.bits else "the same function", row.note))
-    found += ["", "## peft's here", "", line("adapter", "models", "here", "largest difference", "notes"), line(*["---"] * 5)]
+    found += ["", "## peft's here", "", line("adapter", "models", "here", "largest difference", "notes"),
+              line(*["---"] * 5)]
     for row in THEIRS:
         came = [float(inward(row, family, folder_()).difference) for family in row.families] if measure else []
         found.append(line(str(row), ", ".join(row.families), row.method, number(came), row.note))

@@ -206,7 +206,8 @@ def test_classifier_of_transformers(tmp_path: Path) -> None:
 
     def classifier() -> Any:
         config = BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-                            intermediate_size=64, max_position_embeddings=32, num_labels=3)
+                            intermediate_size=64, max_position_embeddings=32)
+            config.num_labels = 3
         with torch.random.fork_rng(devices=[]):
             return models.spread(BertForSequenceClassification(config)).eval()
 
@@ -281,7 +282,7 @@ REFUSED_THERE = [
     ("Bat", {"rank": 8, "group": "inputs"}, "bert", "Bat: group 'inputs' is none that peft has"),
     ("Bat", {"rank": 8}, "gpt2", "is a Conv1D, and peft has the method for linear alone"),
     ("OFT", {"block": 8, "terms": 3}, "bert", "OFT: terms 3 means"),
-    ("OFT", {"block": 8}, "timm_vit", r"OFT: 0.q is a part of model.blocks.0.attn.qkv, which peft adapts as a whole only"),
+    ("OFT", {"block": 8}, "timm_vit", "OFT: 0.q is a part of model.blocks.0.attn.qkv, which peft adapts as a whole"),
     ("LoKr", {"rank": 2, "factor": 16}, "bert", "LoKr: factor 16 splits the width 32 of 0.q in another way in peft"),
     ("PrefixTuning", {"tokens": 3}, "gpt2", "plain rotary positions can make up for; GPT2Model has others"),
     ("PrefixTuning", {"tokens": 3}, "mistral", "plain rotary positions can make up for; MistralModel has others"),
@@ -347,7 +348,7 @@ REFUSED_HERE = [
     (config_with(peft_type="VBLORA"), "peft_type VBLORA is no method here; those that are: ADALORA, BOFT"),
     (config_with(peft_type=3), "not the config of a peft adapter"),
     (config_with(r=3), r"lora_A.weight is \[2, 32\] in the file, \[3, 32\] here"),
-    (renamed("encoder.layer.1", "encoder.layer.7"), "module encoder.layer.7.attention.self.query does not exist in Bert"),
+    (renamed("encoder.layer.1", "encoder.layer.7"), "encoder.layer.7.attention.self.query does not exist in Bert"),
     (renamed("lora_A", "lora_embedding_A"), "lora_embedding_A.weight, which is nothing that LoRA has"),
     (renamed("layer.0.attention.self.query", "layer.0.attention.output.LayerNorm"), "plays no role in BertModel that"),
     (lambda folder: (folder / TENSORS).write_bytes(b"short"), "damaged or cut short"),

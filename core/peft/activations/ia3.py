@@ -57,7 +57,7 @@ class IA3Form(PeftForm):
     def give(self, method: PEFTMethod, grafts: list[Graft]) -> Part:
         site, inputs = grafts[0].site, isinstance(grafts[0], ScaledInput)
         if site.kind not in self.modules:
-            raise Inexpressible(f"{method.name}: {site.path} is a {type(site.module).__name__}, which peft cannot scale")
+            raise Inexpressible(f"{method.name}: {site.path} is a {type(site.module).__name__}, which it cannot scale")
         scales = torch.ones(site.full_weight.shape[1 if site.kind == "conv1d" else 0])
         for graft in grafts:
             assert isinstance(graft, (ScaledInput, ScaledOutput))

@@ -68,7 +68,8 @@ class PrefixForm(PeftForm):
         method, blocks = methods[0], place.anatomy.blocks
         assert isinstance(method, PrefixTuning)
         if len(methods) > 1 or len(method.grafts) != len(blocks):
-            raise Inexpressible(f"{method.name}: peft has one prefix, in all {len(blocks)} layers of {place.anatomy.family}")
+            raise Inexpressible(f"{method.name}: peft has one prefix, in all {len(blocks)} layers of "
+                                f"{place.anatomy.family}")
         heads = blocks[0].sites["attend"].heads
         assert heads is not None
         parts = [self.turned(place, graft.values().detach(), method.tokens, method.name)  # type: ignore[operator]
@@ -81,8 +82,8 @@ class PrefixForm(PeftForm):
         tokens, sites = config["num_virtual_tokens"], place.anatomy.sites("attend", asker=place.where)
         rows, width = given.pop("prompt_embeddings"), config["token_dim"]
         if list(rows.shape) != [tokens, 2 * width * len(sites)]:
-            raise ScionError(f"{place.where}: prompt_embeddings is {list(rows.shape)} in the file, and {tokens} tokens for "
-                             f"{len(sites)} layers are {[tokens, 2 * width * len(sites)]}")
+            raise ScionError(f"{place.where}: prompt_embeddings is {list(rows.shape)} in the file, and {tokens} tokens "
+                             f"for {len(sites)} layers are {[tokens, 2 * width * len(sites)]}")
         parts = {site.name: {"prefix": self.turned(place, part, -tokens, place.where)}
                  for site, part in zip(sites, rows.split(2 * width, 1), strict=True)}
         return [Plan({"tokens": tokens}, parts)]
@@ -94,8 +95,8 @@ class PrefixForm(PeftForm):
         config = getattr(model, "config", None)
         if not block.described.rotary or rotary is None or getattr(config, "sliding_window", None) or getattr(
                 rotary, "rope_type", "default") not in ("default", "linear", "llama3", "yarn"):
-            raise Inexpressible(f"{asker}: peft moves the tokens' positions on by the prefix's length, which only plain "
-                                f"rotary positions can make up for; {place.anatomy.family} has others")
+            raise Inexpressible(f"{asker}: peft moves the tokens' positions on by the prefix's length, which only "
+                                f"plain rotary positions can make up for; {place.anatomy.family} has others")
         assert heads is not None
         keys, values = prefix.unflatten(1, (2, heads.key, heads.width)).unbind(1)
         cos, sin = (t.flatten().to(keys) for t in rotary(keys, torch.tensor([[abs(by)]], device=keys.device)))

@@ -55,8 +55,8 @@ class LoKrForm(PeftForm):
         assert isinstance(graft, LoKrGraft) and isinstance(method, LoKr)
         for width in (graft.site.in_features, graft.site.out_features):
             if method.factor > math.isqrt(width) and width % method.factor == 0:
-                raise Inexpressible(f"{method.name}: factor {method.factor} splits the width {width} of {graft.site.name} "
-                                    "in another way in peft; take one up to its square root, or -1")
+                raise Inexpressible(f"{method.name}: factor {method.factor} splits the width {width} of "
+                                    f"{graft.site.name} in another way in peft; take one up to its square root, or -1")
         if graft.B is None:
             return Part({"lokr_w1": graft.C, "lokr_w2": graft.A * (method.rank / method.alpha)})
         return Part({"lokr_w1": graft.C, "lokr_w2_a": graft.B, "lokr_w2_b": graft.A})

@@ -64,13 +64,13 @@ class OFTGraft(Graft):
 
 
 class OFTForm(PeftForm):
-    """peft's series ends with the plain third power both at 3 terms and at 4, and blocks may be given by their number."""
+    """peft's series ends with the third power both at 3 terms and at 4, and blocks may be given by their number."""
 
     def config(self, method: PEFTMethod) -> dict[str, Any]:
         terms = method.config["terms"]
         if terms == 3:
-            raise Inexpressible(f"{method.name}: terms 3 means I + 2 Q + Q^2 here, which peft does not have; it has 2, 4 "
-                                "and more, and the exact transform")
+            raise Inexpressible(f"{method.name}: terms 3 means I + 2 Q + Q^2 here, which peft does not have; it has 2, "
+                                "4 and more, and the exact transform")
         return {"r": 0, "oft_block_size": method.config["block"], "use_cayley_neumann": terms > 0,
                 "num_cayley_neumann_terms": terms or 5}
 
