@@ -61,6 +61,9 @@ class Plan:
 class PeftForm:
     """How peft writes a method; a subclass in the method's file overrides what is not a matter of names.
 
+    For methods of modules that is `give` and `take` (tensors), `config` and `arguments` (options). A method that does
+    not stand at modules (a prefix, prompts) overrides `write` and `read`, which see the whole folder.
+
     Args:
         kind: ``peft_type``.
         options: the method's arguments -> keys of the config.

@@ -16,7 +16,7 @@ from torch import nn
 from core import load_adapter
 from core.errors import ScionError
 from core.interop import CONFIG, TENSORS, Place, form_of, from_peft, is_peft, to_peft
-from core.method import PEFTMethod, methods_on
+from core.method import PEFTMethod, methods_on, seeded
 from core.peft import make, method_class, registry
 from tests import models
 from tests.interop_table import (
@@ -133,8 +133,9 @@ def test_adalora_after_its_budget_fell(tmp_path: Path) -> None:
     import peft
 
     model = models.make("bert")
-    wrapped: Any = peft.get_peft_model(model.model, peft.AdaLoraConfig(  # type: ignore[arg-type]
-        init_r=4, target_r=1, tinit=1, tfinal=1, deltaT=1, total_step=6, target_modules=["query", "value"]))
+    with seeded(0):
+        wrapped: Any = peft.get_peft_model(model.model, peft.AdaLoraConfig(  # type: ignore[arg-type]
+            init_r=4, target_r=1, tinit=1, tfinal=1, deltaT=1, total_step=6, target_modules=["query", "value"]))
     trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=1e-3)
     generator = torch.Generator().manual_seed(0)
@@ -207,12 +208,13 @@ def test_classifier_of_transformers(tmp_path: Path) -> None:
     def classifier() -> Any:
         config = BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
                             intermediate_size=64, max_position_embeddings=32)
-            config.num_labels = 3
+        config.num_labels = 3
         with torch.random.fork_rng(devices=[]):
             return models.spread(BertForSequenceClassification(config)).eval()
 
-    wrapped: Any = peft.get_peft_model(classifier(), peft.LoraConfig(
-        task_type="SEQ_CLS", r=4, target_modules=["query", "value"], init_lora_weights=False)).eval()
+    with seeded(0):
+        wrapped: Any = peft.get_peft_model(classifier(), peft.LoraConfig(
+            task_type="SEQ_CLS", r=4, target_modules=["query", "value"], init_lora_weights=False)).eval()
     with torch.no_grad():
         for parameter in wrapped.parameters():
             parameter.add_(0.1 if parameter.requires_grad else 0.0)
@@ -230,8 +232,9 @@ def test_language_models_with_and_without_their_head(tmp_path: Path) -> None:
     """An adapter made around LlamaForCausalLM fits the LlamaModel inside one as well."""
     import peft
 
-    wrapped: Any = peft.get_peft_model(models.tied_llama(), peft.LoraConfig(
-        task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)).eval()
+    with seeded(0):
+        wrapped: Any = peft.get_peft_model(models.tied_llama(), peft.LoraConfig(
+            task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)).eval()
     wrapped.save_pretrained(str(tmp_path / "theirs"))
     ids = models.batch("llama")
     whole = models.tied_llama()
