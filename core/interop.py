@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from core.anatomy import Anatomy, Site, dissect
 from core.errors import ScionError, listed
-from core.graft import Graft
+from core.graft import Carrier, Graft
 from core.method import PEFTMethod, key_of, methods_on, uncompiled
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -420,6 +420,7 @@ def to_peft(adapter: str | Path | PEFTMethod | Sequence[PEFTMethod], model: nn.M
     for method in methods:
         if not method.attached or method.root is not root:
             raise ScionError(f"{method.name} is not attached to this {type(root).__name__}, or is merged")
+        _check_alone(method)
     place = Place(root)
     config, tensors = _written(methods, place)
     head, saved = _head(place, root)
@@ -428,6 +429,22 @@ def to_peft(adapter: str | Path | PEFTMethod | Sequence[PEFTMethod], model: nn.M
                           "base_model_name_or_path": model_id,
                           **({"modules_to_save": head} if head else {}), **config}, {**tensors, **saved})
     return Path(folder)
+
+
+def _check_alone(method: PEFTMethod) -> None:
+    """Refuse a method whose tensors do not say alone what it does."""
+    from core.compose import SideBySide
+
+    if isinstance(method, SideBySide):
+        raise ScionError(f"{method.name}: a peft adapter holds one method, and this is {len(method.methods)}; export "
+                         "them one by one")
+    for graft in method.grafts:
+        if Carrier.of(graft) is not None:
+            other = next(iter(Carrier.of(graft).grafts))  # type: ignore[union-attr]
+            raise ScionError(f"{method.name}: {type(other).__name__} changes its tensors, which peft cannot do; export "
+                             "the method without it")
+        if graft.strength != 1 or graft.batch is not None or not graft.active:
+            raise ScionError(f"{method.name}: {graft.site.name} is switched, weighed or routed, for which peft has no place")
 
 
 def _written(methods: list[PEFTMethod], place: Place) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -89,6 +89,8 @@ OURS = [
     Ours("Bat", {"rank": 8}, ("bert", "timm_vit", "llama"), "MISS", note='`init_weights: "bat"`; group="inputs" is not '
                                                                          "there"),
     Ours("SVFit", {"rank": 4}, ("bert", "llama"), "LORA", False, "peft has no such method: LoRA of that rank"),
+    Ours("MoS", {"rank": 2, "targets": ["q", "mlp.down"]}, ("bert",), "LORA", False,
+         "peft has no such method: LoRA of its rank"),
     Ours("TriAdaptLoRA", {}, ("bert",), "LORA", False, "peft has no such method: LoRA of its rank"),
 ]
 
@@ -128,8 +130,8 @@ THEIRS = [
     Theirs("VeRA", "VeraConfig", {"r": 8, **START}, {**CONV1D, "bert": LINEAR["bert"]}, "VeRA"),
     Theirs("VeRA without save_projection", "VeraConfig", {"r": 8, "save_projection": False, "projection_prng_key": 7},
            {"bert": LINEAR["bert"]}, "VeRA", "drawn again by the seed in the config"),
-    Theirs("FourierFT", "FourierFTConfig", {"n_frequency": 30, "scaling": 50.0, "n_frequency_pattern": {"0.*query": 20}}, CONV1D,
-           "FourierFT"),
+    Theirs("FourierFT", "FourierFTConfig",
+           {"n_frequency": 30, "scaling": 50.0, "n_frequency_pattern": {"0.*query": 20}}, CONV1D, "FourierFT"),
     Theirs("OFT", "OFTConfig", {"oft_block_size": 8, **START}, LINEAR, "OFT"),
     Theirs("OFT by number of blocks", "OFTConfig",
            {"r": 4, "oft_block_size": 0, "num_cayley_neumann_terms": 3, **START}, LINEAR, "OFT",

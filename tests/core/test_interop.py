@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from core import load_adapter
+from core.compose import Route
 from core.errors import ScionError
 from core.interop import CONFIG, TENSORS, Place, form_of, from_peft, is_peft, to_peft
 from core.method import PEFTMethod, methods_on, seeded
@@ -310,6 +311,23 @@ def test_only_what_is_attached_is_written(tmp_path: Path) -> None:
     other = make("DoRA", {"name": "two"}).attach(model)
     with pytest.raises(ScionError, match="LoRA, two: a peft adapter holds one method"):
         to_peft([method, other], model, tmp_path)
+
+
+def test_only_what_stands_alone_is_written(tmp_path: Path) -> None:
+    """peft would compute something else: nothing here may be written as if it were a plain method."""
+    model = models.make("bert")
+    method = make("LoRA", {}).attach(model)
+    quantize = make("Quantize", {"bits": 2}).attach(model)
+    with pytest.raises(ScionError, match="LoRA: QuantizedGraft changes its tensors"):
+        to_peft(method, model, tmp_path)
+    quantize.remove()
+    with method.disabled(), pytest.raises(ScionError, match="LoRA: 0.q is switched, weighed or routed"):
+        to_peft(method, model, tmp_path)
+    to_peft(method, model, tmp_path)
+    method.remove()
+    route = Route([make("LoRA", {"name": "one"}), make("LoRA", {"name": "two"})]).attach(model)
+    with pytest.raises(ScionError, match="Route: a peft adapter holds one method, and this is 2"):
+        to_peft(route, model, tmp_path)
 
 
 @pytest.fixture
