@@ -75,6 +75,8 @@ class PEFTMethod(Recorded, Callback, ABC):
     instance."""
     mode: ClassVar[Literal["eval", "train"]] = "eval"
     """Default of ``backbone_mode``."""
+    peft: ClassVar[Any] = None
+    """How Hugging Face peft writes this method, a `core.interop.PeftForm`; None where it does not have it."""
 
     def __init__(
         self,
