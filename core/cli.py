@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("out", help="a folder to make")
     sub = command("predict", "label files with a finished run")
     sub.add_argument("run", help="a run folder")
-    sub.add_argument("files", nargs="+", help="files to label")
+    sub.add_argument("files", nargs="+", help="files to label, or folders of them")
     sub.add_argument("--json", action="store_true", help="print JSON")
     return main
 

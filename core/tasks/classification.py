@@ -14,11 +14,12 @@ from core.tasks.base import Task
 
 
 class Classification(Task):
-    """A linear head with cross-entropy, or binary cross-entropy for several labels a sample.
+    """A linear head with cross-entropy; for data with several labels a sample one yes or no for each, with binary
+    cross-entropy and mean average precision (over the labels that occur; a target is a vector [classes]).
 
     Args:
         num_classes: number of classes; None takes it from the data, a number must agree with it.
-        label_smoothing: in [0, 1).
+        label_smoothing: in [0, 1); targets become (1 - s) y + s / classes, or (1 - s) y + s / 2 with several labels.
         dropout: on the features, in [0, 1).
     """
 
@@ -55,7 +56,8 @@ class Classification(Task):
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         if self.multilabel:
-            return F.binary_cross_entropy_with_logits(outputs, targets.to(outputs.dtype))
+            soft = targets.to(outputs.dtype) * (1 - self.label_smoothing) + self.label_smoothing / 2
+            return F.binary_cross_entropy_with_logits(outputs, soft)
         return F.cross_entropy(outputs, targets, label_smoothing=self.label_smoothing)
 
     def predict(self, outputs: Tensor) -> list[dict[str, Any]]:
@@ -65,4 +67,6 @@ class Classification(Task):
             order = torch.argsort(row, descending=True).tolist()
             found.append({"label": self.classes[order[0]], "score": round(float(row[order[0]]), 4),
                           "scores": {self.classes[i]: round(float(row[i]), 4) for i in order[:5]}})
+            if self.multilabel:
+                found[-1]["labels"] = [self.classes[i] for i in order if row[i] >= 0.5]
         return found

@@ -324,11 +324,12 @@ def test_predictions_do_not_depend_on_the_company(finished: Path, sounds: Path,
 
 def test_bad_files_are_named_and_the_others_labelled(finished: Path, sounds: Path, tmp_path: Path,
                                                      capsys: pytest.CaptureFixture[str]) -> None:
-    bad, empty = tmp_path / "bad.wav", tmp_path / "empty.wav"
+    bad, empty, folder = tmp_path / "bad.wav", tmp_path / "empty.wav", tmp_path / "folder"
+    folder.mkdir()
     bad.write_text("no sound at all")
     empty.write_bytes(b"")
     good = next((sounds / "audio").iterdir())
-    files = [str(file) for file in (bad, good, empty, tmp_path / "absent.wav", tmp_path)]
+    files = [str(file) for file in (bad, good, empty, tmp_path / "absent.wav", folder)]
     assert commands.predict(str(finished), files, False) == 2
     out, err = capsys.readouterr()
     assert out.startswith(f"{good}\t") and len(out.splitlines()) == 1
