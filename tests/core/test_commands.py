@@ -334,7 +334,7 @@ def test_bad_files_are_named_and_the_others_labelled(finished: Path, sounds: Pat
     out, err = capsys.readouterr()
     assert out.startswith(f"{good}\t") and len(out.splitlines()) == 1
     assert len(err.splitlines()) == 4
-    for line, file in zip(err.splitlines(), [bad, empty, tmp_path / "absent.wav", tmp_path], strict=True):
+    for line, file in zip(err.splitlines(), [bad, empty, tmp_path / "absent.wav", folder], strict=True):
         assert str(file) in line
     assert commands.predict(str(finished), files, True) == 2
     records = json.loads(capsys.readouterr().out)
