@@ -22,6 +22,7 @@ along the class's MRO, so that nothing here imports a model library)::
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -40,6 +41,7 @@ ROLES: dict[str, str] = {
     "attend": "the attention call itself: queries, keys and values split into heads",
     "attention": "output of the attention sublayer, before the residual is added",
     "mlp": "output of the MLP sublayer, before the residual is added",
+    "attention.branch": "what attention adds to the residual, where that lies otherwise than its output (windows)",
     "block": "a whole block, input and output",
     "norm1": "the block's norm at attention", "norm2": "the block's norm at the MLP",
     "cross.q": "query projection of cross-attention", "cross.k": "key projection of cross-attention",
@@ -91,6 +93,38 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Grid:
+    """How the tokens of an image or a spectrogram lie: ``special`` ones first, then ``height`` x ``width`` row by row.
+    Where the states are maps already [batch, height, width, dim], these numbers are not looked at."""
+
+    height: int
+    width: int
+    special: int = 0
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [batch, tokens, dim] or [batch, height, width, dim] -> (special tokens [batch, special, dim], the map
+        [batch, dim, height, width]). Images of another size than the described one are taken to be square.
+
+        Raises:
+            ScionError: the tokens are no such grid.
+        """
+        if x.dim() == 4:
+            return x.flatten(1, 2)[:, :0], x.movedim(-1, 1)
+        height, width, count = self.height, self.width, x.shape[1] - self.special
+        if height * width != count:
+            height = width = math.isqrt(count)
+        if height * width != count:
+            raise ScionError(f"{x.shape[1]} tokens are not {self.special} and a grid of {self.height} x {self.width}, "
+                             "nor a square")
+        return x[:, :self.special], x[:, self.special:].transpose(1, 2).unflatten(2, (height, width))
+
+    @staticmethod
+    def join(special: Tensor, grid: Tensor, like: Tensor) -> Tensor:
+        """Undo of `split`, in the layout of ``like``; the special tokens and the map may have other channels."""
+        return grid.movedim(1, -1) if like.dim() == 4 else torch.cat([special, grid.flatten(2).transpose(1, 2)], 1)
+
+
+@dataclass(frozen=True)
 class Heads:
     """Heads of the queries, heads of the keys and values (fewer under grouped queries), and a head's width."""
 
@@ -112,6 +146,8 @@ class Site:
     heads: Heads | None = None
     width: int = 0
     """Channels of the hidden state that leaves the site; they are its last axis."""
+    around: Block | None = None
+    """The block that it stands in."""
     parameter: str = "weight"
     """Which of the module's parameters the verb ``weight`` sees."""
     tied: tuple[nn.Module, ...] = ()
@@ -279,6 +315,30 @@ class Block:
     entry: Site | None = None
     """What stands between the block before and this one (a downsampling)."""
 
+    @property
+    def grid(self) -> Grid | None:
+        """How its tokens lie, where they are a grid."""
+        return self.described.grid
+
+    @property
+    def causal(self) -> bool:
+        """Whether its tokens see only those before them."""
+        return self.described.causal
+
+    def into(self, sublayer: str) -> Site:
+        """The site whose input is what a sublayer (``attention``, ``cross.attention``, ``mlp``) reads, behind a norm
+        that stands before it."""
+        if sublayer == "mlp":
+            return self.sites["mlp.up"]
+        call = sublayer.replace("attention", "attend")
+        return self.sites[call] if call in self.sites else self.sites[sublayer.replace("attention", "q")]
+
+    def beside(self, sublayer: str) -> Site:
+        """The site whose input is the residual stream that a sublayer's output is added to."""
+        norms = {"attention": ("norm1",), "cross.attention": ("cross.norm",), "mlp": ("norm2", "norm1")}[sublayer]
+        found = [self.sites[norm] for norm in norms if norm in self.sites]
+        return found[0] if self.pre_norm and found else self.into(sublayer)
+
 
 @dataclass(eq=False)
 class Stack:
@@ -429,6 +489,8 @@ class BlockDescription:
         cache: the argument that holds keys and values of earlier tokens.
         rotary: the argument that holds cosines and sines as wide as a head, in two halves.
         repeats: how often a forward runs the block, where its weights serve several layers.
+        grid: how its tokens lie, where they are a grid.
+        causal: whether its tokens see only those before them.
     """
 
     path: str
@@ -448,6 +510,8 @@ class BlockDescription:
     cache: str = ""
     rotary: str = ""
     repeats: int = 1
+    grid: Grid | None = None
+    causal: bool = False
 
 
 @dataclass
@@ -579,6 +643,8 @@ def dissect(model: nn.Module) -> Anatomy:
         blocks.append(Block(index=index, path=join(path, block.path), module=sites["block"].module, dim=block.dim,
                             stage=block.stage, pre_norm=block.pre_norm, sites=sites, described=block,
                             entry=entry))
+        for own in sites.values():
+            own.around = blocks[-1]
     finals = description.final if isinstance(description.final, dict) else {"": description.final}
     stacks = []
     for stack, place in finals.items():

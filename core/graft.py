@@ -21,7 +21,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +75,8 @@ class Graft(nn.Module):
         """Its method's place in the order of attachment."""
         self.variant = 0
         """The entry in ``route`` that means this graft."""
+        self.tap: Tap | None = None
+        """Another site that it reads."""
 
     def forward(self, *args: Any, verb: str) -> Any:
         """Calls a verb, or ``merged`` and its like. The core calls them so, and a graft is then itself a module whose
@@ -101,6 +103,15 @@ class Graft(nn.Module):
     def notice(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """Called with the arguments of the site's module before it runs, for what a graft must know of the model's
         inputs; ``args`` and ``kwargs`` stay as they are."""
+
+    def read(self) -> Tensor:
+        """Within ``before`` or ``after``: what its ``tap`` caught in this forward, the rows of the batch that it
+        serves."""
+        assert self.tap is not None
+        value, self.tap.value = self.tap.value, None
+        if value is None:
+            raise ScionError(f"{self.site.name}: {self.tap.site.name}, which is read there, has not run before it")
+        return value[_expand(self.batch, value.shape[0], self.route)] if self.by_rows else value
 
     def merged(self, weight: Tensor) -> Tensor:
         """W [out, in] with this graft written into it. Grafts with ``weight`` have it for free."""
@@ -140,6 +151,19 @@ class Graft(nn.Module):
     def verbs(self) -> tuple[str, ...]:
         """Which of the four verbs this class defines."""
         return tuple(verb for verb in VERBS if getattr(type(self), verb) is not getattr(Graft, verb))
+
+
+@dataclass(eq=False)
+class Tap:
+    """Where a graft reads, when it is not at its own site: the hidden state that arrives at another site of its block,
+    or leaves it, which runs before its own in each forward. It copies and pickles empty."""
+
+    site: Site
+    side: Literal["input", "output"] = "input"
+    value: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"site": self.site, "side": self.side, "value": None}
 
 
 # ------------------------------------------------------------------------------------------------- hidden states
@@ -363,6 +387,8 @@ class Carrier:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.grafts: list[Graft] = []
+        self.readers: list[Graft] = []
+        """Grafts of other sites that read this one."""
         self.open: list[_Rewrite] = []
         self.own: list[tuple[nn.Module, str, Any]] = []
         """Attributes that modules had before active grafts needed others."""
@@ -389,9 +415,11 @@ class Carrier:
         self.refresh()
 
     def drop(self, graft: Graft) -> None:
+        """Forget a graft that stands here, or that reads here; the last one takes the hooks along."""
         self.grafts = [other for other in self.grafts if other is not graft]
+        self.readers = [other for other in self.readers if other is not graft]
         self.refresh()
-        if not self.grafts:
+        if not self.grafts and not self.readers:
             for handle in self.handles:
                 handle.remove()
 
@@ -421,6 +449,8 @@ class Carrier:
         for graft in self.grafts:
             if graft.active and type(graft).notice is not Graft.notice:
                 graft.notice(args, kwargs)
+        if self.readers:
+            self._tell("input", hidden_in(args, kwargs))
         before = self._live("before")
         if before:
             x = hidden_in(args, kwargs)
@@ -482,7 +512,15 @@ class Carrier:
 
     def _after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         after = self._live("after")
-        return self._run_after(after, args, kwargs, output) if after else None
+        changed = self._run_after(after, args, kwargs, output) if after else None
+        if self.readers:
+            self._tell("output", hidden_out(output if changed is None else changed))
+        return changed
+
+    def _tell(self, side: str, value: Tensor) -> None:
+        for graft in self.readers:
+            if graft.active and graft.tap is not None and graft.tap.side == side:
+                graft.tap.value = value
 
     def _run_after(self, after: list[Graft], args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         x, y = hidden_in(args, kwargs), hidden_out(output)
@@ -580,11 +618,14 @@ def connect(graft: Graft) -> None:
     """Place the graft at its site, behind those that stand there."""
     for module in (graft.site.module, *graft.site.tied):
         (Carrier.of(module) or Carrier(module)).add(graft)
+    if graft.tap is not None:
+        (Carrier.of(graft.tap.site.module) or Carrier(graft.tap.site.module)).readers.append(graft)
 
 
 def disconnect(graft: Graft) -> None:
-    """Take the graft from its site; the last one takes the hooks along."""
-    for module in (graft.site.module, *graft.site.tied):
+    """Take the graft from its site, and from the one that it reads; the last one takes the hooks along."""
+    read = () if graft.tap is None else (graft.tap.site.module,)
+    for module in (graft.site.module, *graft.site.tied, *read):
         carrier = Carrier.of(module)
         if carrier is not None:
             carrier.drop(graft)
@@ -625,6 +666,8 @@ class _Moment:
         carriers = [carrier for module in block.modules() if (carrier := Carrier.of(module))]
         self.grafts = [graft for carrier in carriers for graft in carrier.grafts]
         self.states = self._read()
+        self.norms = [(module, module.momentum) for graft in self.grafts for module in graft.modules()
+                      if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 
     def _read(self) -> list[dict[str, Any]]:
         return [{name: getattr(graft, name) for name in graft.momentary} for graft in self.grafts]
@@ -637,9 +680,16 @@ class _Moment:
     def __enter__(self) -> None:
         self.meanwhile = self._read()
         self._write(self.states)
+        self._count_batches(False)
 
     def __exit__(self, *error: object) -> None:
         self._write(self.meanwhile)
+        self._count_batches(True)
+
+    def _count_batches(self, on: bool) -> None:
+        """Let batch norms of grafts see the recomputed batch without counting it again."""
+        for norm, momentum in self.norms:
+            norm.momentum = momentum if on else 0.0
 
 
 def checkpoint_activations(model: nn.Module, on: bool = True) -> None:

@@ -934,8 +934,11 @@ class Home(nn.Module):
         return {name for method in self.methods.values() for name in method.start} | trained_head
 
     def train(self, mode: bool = True) -> Home:
-        """The root calls this last of its children: put its frozen parts back into eval mode."""
+        """The root calls this last of its children: put its frozen parts, methods too, back into eval mode."""
         super().train(mode)
+        for method in self.methods.values():
+            if not method.is_trained:
+                method.module.eval()
         if mode and all(method.backbone_mode == "eval" for method in self.methods.values()):
             root = self._root[0]
             heads = {name.rpartition(".")[0] for name in self.heads}

@@ -41,6 +41,8 @@ class Variant:
     """What made it ready holds for the feature as it was, without another of its kind."""
     own_optimizer: bool = False
     """It trains with the method's own optimizer alone."""
+    refused: dict[str, str] = field(default_factory=dict)
+    """Families that cannot have it, beside the method's own, with the reason."""
     learns: Config = field(default_factory=dict)
     """Arguments for invariant 16, where a share of a tiny model times the recommended learning rate cannot reach."""
 
@@ -76,6 +78,8 @@ class Row:
     """Spread of the random values with which merging is compared; less where many of them add up in one weight."""
     decays: bool | None = None
     """Whether its tensors are decayed: all, none, or (None) those of two axes and more."""
+    running: bool = False
+    """Forwards in train mode move running statistics of its own."""
     state: int = 0
     """Bytes for each trained number that a checkpoint holds beside it and its two moments."""
     stored: float = 1.0
@@ -185,6 +189,28 @@ def _houlsby(anatomy: Anatomy, method: Any) -> int:
 def _pfeiffer(anatomy: Anatomy, method: Any) -> int:
     dims = [anatomy.blocks[i].dim for i in anatomy.layer_indices(method.layers)]
     return sum(2 * method.width(dim) * dim + method.width(dim) + dim for dim in dims)
+
+
+def _parallel(anatomy: Anatomy, method: Any) -> int:
+    sites = [(method.width(s.width), s.width, s.in_features if s.role == "o" else s.width)
+             for s in method.sites(anatomy)]
+    return sum(m * (d + out) + m + out + (method.scale == "learned") for m, d, out in sites)
+
+
+def _convpass(anatomy: Anatomy, method: Any) -> int:
+    m = method.bottleneck
+    return sum(2 * m * s.width + 9 * m * m + 2 * m + s.width for s in method.sites(anatomy))
+
+
+def _conformer(anatomy: Anatomy, method: Any) -> int:
+    sites = [(s.width, method.width(s.width)) for s in method.sites(anatomy) if s.around]
+    return sum(d * (3 * m + 1 + 2 * method.layer_norm) + m * (method.kernel + 5) for d, m in sites)
+
+
+def _moa(anatomy: Anatomy, method: Any) -> int:
+    sites = [(s.width, method.width(s.width)) for s in method.sites(anatomy)]
+    return sum(method.adapters * (2 * d * m + m + d + (d * method.slots if method.kind == "soft" else d + 1))
+               for d, m in sites)
 
 
 def _language_adapter(anatomy: Anatomy, method: Any) -> int:
@@ -753,6 +779,60 @@ METHODS: dict[str, Row] = {
         random=True, commutes=False, operators=12, saved=0.9, without_attention={"invertible": False},
         artifact={"bottleneck": 1},
     ),
+    "ParallelAdapter": Row(
+        {"mlp": Variant({"bottleneck": 4}, learns={"lr": 1e-3}),
+         "heads": Variant({"reduction": 8, "scale": "learned", "targets": ("o", "mlp"), "input": "residual"},
+                          learns={"lr": 1e-2}),
+         "attention": Variant({"bottleneck": 3, "scale": 2.0, "targets": ("attention",), "init": "normal"},
+                              learns={"lr": 1e-2})},
+        trained=_parallel,
+        cards=(("vit_b16", {}, 7_091_712), ("bert_base", {"scale": "learned"}, 7_091_724)),
+        bad=(({"bottleneck": 0}, "bottleneck 0"), ({"reduction": 0}, "reduction 0"), ({"scale": "big"}, "'big'"),
+             ({"dropout": 1.0}, "dropout 1"), ({"input": "norm"}, "'norm'"), ({"init": "zero"}, "'zero'"),
+             ({"targets": ("q",)}, "no output of a sublayer")),
+        random=True, operators=6, saved=0.7, quick=False, without_attention={"targets": ("mlp",)},
+        artifact={"bottleneck": 1},
+    ),
+    "AdaptFormer": Row(
+        {"mlp": Variant({"bottleneck": 4, "dropout": 0.0}, learns={"lr": 1e-2})},
+        trained=_parallel,
+        cards=(("vit_b16", {}, 1_189_632), ("vit_b16", {"bottleneck": 8}, 156_768)),
+        bad=(({"bottleneck": 0}, "bottleneck 0"), ({"scale": 0.0}, "scale 0")),
+        random=True, operators=6, saved=0.7, quick=False,
+        artifact={"bottleneck": 1},
+    ),
+    "Convpass": Row(
+        {"both": Variant({"bottleneck": 4, "dropout": 0.0}, learns={"lr": 1e-2}),
+         "mlp": Variant({"bottleneck": 3, "targets": ("mlp",), "scale": 4.0}, learns={"lr": 1e-2})},
+        trained=_convpass,
+        cards=(("vit_b16", {}, 327_552), ("vit_b16", {"targets": ("attention",)}, 163_776)),
+        bad=(({"bottleneck": 0}, "bottleneck 0"), ({"scale": 0}, "scale 0"), ({"dropout": 1.0}, "dropout 1"),
+             ({"targets": ("q",)}, "no sublayer")),
+        random=True, operators=24, saved=0.9, quick=False, without_attention={"targets": ("mlp",)},
+        artifact={"bottleneck": 1},
+    ),
+    "ConformerAdapter": Row(
+        {"parallel": Variant({"bottleneck": 4, "kernel": 5}),
+         "sequential": Variant({"bottleneck": 3, "kernel": 3, "parallel": False, "layer_norm": False,
+                                "targets": ("attention", "mlp")})},
+        trained=_conformer,
+        cards=(("vit_b16", {}, 252_288),),
+        bad=(({"bottleneck": 0}, "bottleneck 0"), ({"kernel": 4}, "kernel 4"), ({"targets": ("q",)}, "no sublayer")),
+        random=True, operators=24, saved=0.9, stored=1.3, running=True, quick=False,
+        absent=("test_accumulation", "test_two_processes"), without_attention={"targets": ("mlp",)},
+        artifact={"bottleneck": 1, "kernel": 3},
+    ),
+    "MixtureOfAdapters": Row(
+        {"dense": Variant({"kind": "dense", "adapters": 3, "bottleneck": 2}),
+         "soft": Variant({"adapters": 2, "bottleneck": 2, "slots": 2, "targets": ("attention", "mlp")},
+                         refused=dict.fromkeys(("llama", "t5"), "a soft mixture would see tokens to come"))},
+        trained=_moa,
+        cards=(("vit_b16", {}, 903_672),),
+        bad=(({"bottleneck": 0}, "bottleneck 0"), ({"kind": "hard"}, "'hard'"), ({"adapters": 0}, "adapters 0"),
+             ({"targets": ("q",)}, "no sublayer")),
+        random=True, operators=24, saved=0.9, quick=False, without_attention={"targets": ("mlp",)},
+        artifact={"adapters": 1, "bottleneck": 1},
+    ),
     "LinearProbe": Row(
         {"head": Variant(trains=False), "norm": Variant({"norms": ("norm",)}, moves_base=True,
                                                         learns={"lr": 1e-2})},
@@ -944,6 +1024,11 @@ REFUSED: dict[tuple[str, str], str] = {
         ("t5", "T5Model"), ("mistral", "MistralModel"), ("gemma", "GemmaModel"))},
     **{(method, "timm_convnext"): "there is no attention that could read more keys, queries or streams" for method in (
         "PrefixTuning", "VQT", "MTLoRA", "LadderSideTuning")},
+    **{("Convpass", family): f"the tokens of {name} are no grid" for family, name in (
+        ("bert", "BertModel"), ("roberta", "RobertaModel"), ("albert", "AlbertModel"), ("t5", "T5Model"),
+        ("llama", "LlamaModel"), ("mistral", "MistralModel"), ("qwen2", "Qwen2Model"), ("gemma", "GemmaModel"),
+        ("starcoder2", "Starcoder2Model"), ("gpt2", "GPT2Model"), ("gpt_neox", "GPTNeoXModel"),
+        ("codegen", "CodeGenModel"), ("clip_text", "CLIPTextModel"))},
     ("LadderSideTuning", "albert"): "one layer runs many times, so that there is no ladder of layers beside it",
     ("LadderSideTuning", "timm_eva"): "its rotary positions are made for one width of head, and end in the attention",
     ("LadderSideTuning", "codegen"): "its rotary positions are made for one width of head, and end in the attention",
@@ -978,7 +1063,8 @@ class Cell:
     @property
     def refused(self) -> str | None:
         """Why this cell cannot exist."""
-        return REFUSED.get((self.method, self.family))
+        return (REFUSED.get((self.method, self.family))
+                or self.row.variants[self.variant].refused.get(self.family))
 
     @property
     def mergeable(self) -> bool:
