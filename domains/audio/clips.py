@@ -192,7 +192,7 @@ class AudioData(DataModule):
         """Rows of each set, readable or not; ``bad`` are the unreadable ones."""
 
     def named(self, clips: list[Clip], classes: list[str]) -> str:
-        """What the numbers are measured on."""
+        """What the numbers are measured on; ``clips`` are the readable ones."""
         whole = not self.count or len(clips) == self.count
         return self.title if whole else f"{len(clips)} clips in {self.title}'s layout"
 
@@ -375,7 +375,8 @@ class AudioData(DataModule):
             notes.append(f"{len(bad)} of {len(clips)} files could not be read and were left out (named under skipped)")
         self.skipped += list(bad.values())
         shots = f", {self.shots} training clips a class" if self.shots else ""
-        self.origin = {"source": "real", "name": self.named(clips, classes) + shots}
+        good = [clip for row, clip in enumerate(clips) if row not in bad]
+        self.origin = {"source": "real", "name": self.named(good, classes) + shots}
         if self.notes or notes:
             self.origin["note"] = "; ".join([*self.notes, *notes])
         place = {row: index for index, row in enumerate(wanted)} if wanted is not None and len(banks) == len(wanted) \
