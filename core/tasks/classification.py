@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchmetrics.classification import MultilabelAveragePrecision
+from torchmetrics.utilities import dim_zero_cat
 
 from core.errors import ScionError
 from core.tasks.base import Task
+
+
+class MeanAveragePrecision(MultilabelAveragePrecision):
+    """The mean of the average precisions of the labels that occur among the targets; 0 where none does.
+
+    torchmetrics counts a label that never occurs, whose average precision is undefined, as 0.
+    """
+
+    def __init__(self, labels: int, **common: Any) -> None:
+        super().__init__(labels, average="none", **common)
+
+    def compute(self) -> Tensor:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "No positive samples")
+            found = super().compute()
+        occurs = dim_zero_cat(self.target).sum(0) > 0
+        return found[occurs].mean() if occurs.any() else found.new_zeros(())
 
 
 class Classification(Task):
@@ -50,7 +70,7 @@ class Classification(Task):
         from torchmetrics import classification as c
 
         if self.multilabel:
-            return {"map": c.MultilabelAveragePrecision(n), "f1": c.MultilabelF1Score(n)}
+            return {"map": MeanAveragePrecision(n), "f1": c.MultilabelF1Score(n)}
         return {"accuracy": c.MulticlassAccuracy(n, average="micro"), "f1": c.MulticlassF1Score(n, average="macro"),
                 "confusion": c.MulticlassConfusionMatrix(n)}
 
