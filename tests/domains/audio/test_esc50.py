@@ -200,6 +200,7 @@ def test_download_is_checked(tree: Tree, tmp_path: Path, monkeypatch: pytest.Mon
     inside.parent.mkdir()
     tree(folds=5, targets=tuple(range(3)), takes=1).rename(inside)
     shutil.make_archive(str(tmp_path / "esc"), "zip", inside.parent)
+    assert ESC50.archive is not None
     monkeypatch.setattr(ESC50, "archive", replace(ESC50.archive, url=(tmp_path / "esc.zip").as_uri()))
     cache = tmp_path / "cache"
     with pytest.warns(UserWarning, match="MD5"), pytest.raises(ScionError, match="15 clips of 2000"):
