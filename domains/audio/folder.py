@@ -254,8 +254,8 @@ class AudioFolder(AudioData):
         shares = {which: 0.0 if which in patterns else share for which, share in shares.items()}
         taken = stratified([row for row in found["train"] if row not in bad], clips, shares, self.split_seed)
         if shares["test"] and not taken["test"]:
-            raise ScionError("data.test_share: no class has two readable files, and one file is not divided between the "
-                             "sets; name them in a column (data.split_column) or by data.test_pattern")
+            raise ScionError("data.test_share: no class has two readable files, and one file is not divided between "
+                             "the sets; name them in a column (data.split_column) or by data.test_pattern")
         found = {"train": taken["train"], **{which: found[which] + taken[which] for which in PARTS[1:]}}
         # files too few for a share give no validation rather than an error: it is a wish, not a protocol
         return {which: sorted(rows) for which, rows in found.items() if rows or which != "validation"}

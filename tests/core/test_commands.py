@@ -384,3 +384,11 @@ def test_errors_become_one_line_of_the_command(tmp_path: Path, capsys: pytest.Ca
     assert main(["roles", "no/such"]) == 2
     err = capsys.readouterr().err.splitlines()
     assert len(err) == 3 and all(line.startswith("lightning ") for line in err)
+
+
+def test_values_of_the_command_line_are_what_yaml_says_but_for_lone_signs() -> None:
+    from core.config import parse
+
+    for text, value in (("3", 3), ("1e-3", 0.001), ("true", True), ("null", None), ("~", None), ('""', ""), ("", None),
+                        ("[1, a]", [1, "a"]), ("|", "|"), (">", ">"), ("#", "#"), (";", ";"), (",", ","), ("0", 0)):
+        assert parse(text) == value and type(parse(text)) is type(value), text
