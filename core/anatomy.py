@@ -348,6 +348,8 @@ class Stack:
     blocks: list[Block]
     final: Site | None
     """The norm after the last block; None where the last block's output is the final state."""
+    text: Site | None = None
+    """The module that takes token ids as ``input_ids`` or their embeddings as ``inputs_embeds``, where there is one."""
 
 
 @dataclass(eq=False)
@@ -518,12 +520,14 @@ class BlockDescription:
 class Description:
     """A whole backbone: its blocks, the roles outside them (a role may have several paths), and the path of the norm
     behind the last block (where the blocks' stages are stacks of their own, each stage's, in the order in which they
-    run). Norms multiply by their weight plus ``norm_offset``."""
+    run). Norms multiply by their weight plus ``norm_offset``. ``text`` is the path of the module that takes token ids
+    as ``input_ids`` or their embeddings as ``inputs_embeds``, stage by stage like ``final``."""
 
     blocks: list[BlockDescription]
     stem: dict[str, str | list[str]] = field(default_factory=dict)
     final: str | dict[str, str] = ""
     norm_offset: float = 0.0
+    text: str | dict[str, str] | None = None
 
 
 Describer = Callable[[Any], Description]
@@ -650,7 +654,9 @@ def dissect(model: nn.Module) -> Anatomy:
     for stack, place in finals.items():
         members = [block for block in blocks if not stack or block.stage == stack]
         final = site(join(stack, "final"), "norm", path, place, width=members[-1].dim) if place else None
-        stacks.append(Stack(stack, members, final))
+        ids = description.text.get(stack) if isinstance(description.text, dict) else description.text
+        name_of = join(stack, "inputs")
+        stacks.append(Stack(stack, members, final, None if ids is None else site(name_of, "inputs", path, ids)))
     return Anatomy(root=model, family=name, blocks=blocks, stacks=stacks,
                    stem={role: found for role, found in stem.items() if found},
                    inputs=site("inputs", "inputs", path))

@@ -33,8 +33,23 @@ from torch.utils.checkpoint import checkpoint
 from core.anatomy import Site, dissect
 from core.errors import ScionError
 
-Attention = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 VERBS = ("before", "weight", "after", "attend")
+
+
+class Attention:
+    """The attention that ``attend`` is given: called with (q, k, v, mask) it is the base call, or the next graft's."""
+
+    def __init__(self, call: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor],
+                 keys_of: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+        self.call, self.keys_of = call, keys_of
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return self.call(q, k, v, mask)
+
+    def keys(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """What attention makes of further ``tokens`` [batch, tokens, dim], given as its module's input and without a
+        position: (keys, values), each [batch, heads, tokens, width]."""
+        return self.keys_of(tokens)
 
 
 class Graft(nn.Module):
@@ -49,6 +64,8 @@ class Graft(nn.Module):
     """Its function depends on the output that arrives, so that what stands before it must be merged before it."""
     reads_call: bool = False
     """``after`` is given a third argument: the module's `Call`."""
+    edits_call: bool = False
+    """``before`` is given the module's arguments by name, and returns them, in place of the hidden state."""
     remade: bool = False
     """The effective weight of a linear map is made again in backward instead of being kept for it: worth it where
     making it costs little beside the map itself, and is not random."""
@@ -186,11 +203,15 @@ def _with_hidden_in(args: tuple, kwargs: dict[str, Any], x: Tensor) -> tuple[tup
 
 
 def hidden_out(output: Any) -> Tensor:
-    """The hidden state in a module's output: itself, or the first of a tuple."""
+    """The hidden state in a module's output: itself, the first of a tuple, or ``last_hidden_state``."""
+    if isinstance(output, dict):
+        return output["last_hidden_state"]
     return output[0] if isinstance(output, tuple) else output
 
 
 def _with_hidden_out(output: Any, y: Tensor) -> Any:
+    if isinstance(output, dict):
+        return type(output)(**{**output, "last_hidden_state": y})
     return (y, *output[1:]) if isinstance(output, tuple) else y
 
 
@@ -233,16 +254,17 @@ def _expand(rows: Tensor | None, total: int, route: Tensor | None) -> Tensor:
 class _Rewrite(TorchFunctionMode):
     """Rewrites calls made during one forward of one module."""
 
-    def __init__(self, effective: list[Effective], attend: list[Graft], x: Tensor) -> None:
+    def __init__(self, effective: list[Effective], attend: list[Graft], x: Tensor,
+                 keys_of: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
         super().__init__()
-        self.effective, self.attend, self.x = effective, attend, x
+        self.effective, self.attend, self.x, self.keys_of = effective, attend, x, keys_of
         self.hits = 0
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         if self.attend and func is F.scaled_dot_product_attention:
             self.hits += 1
-            return _attend(self.attend, self.x, *args, **kwargs)
+            return _attend(self.attend, self.x, self.keys_of, *args, **kwargs)
         met = [e for e in self.effective if any(a is e.frozen for a in (*args, *kwargs.values()))]
         if not met:
             return func(*args, **kwargs)
@@ -325,9 +347,46 @@ def _put_named(kwargs: dict[str, Any], met: list[Effective], variant: int | None
     return dict(zip(kwargs, _put(tuple(kwargs.values()), met, variant), strict=True))
 
 
-def _attend(grafts: list[Graft], x: Tensor, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
-            dropout_p: float = 0.0, is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False
-            ) -> Tensor:
+class _Keys(TorchFunctionMode):
+    """Catches the keys and values that an attention is called with, and does not call it."""
+
+    def __init__(self, found: list[Tensor]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        names = ("query", "key", "value")
+        given = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
+        self.found += [given["key"], given["value"]]
+        return given["query"]
+
+
+def _keys_of(module: nn.Module, args: tuple, kwargs: dict[str, Any], tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Runs the attention module's own forward on other tokens, up to the call."""
+    args, kwargs = _with_hidden_in(args, kwargs, tokens)
+    hidden = args[0] if args else tokens
+    rest = [hidden if value is hidden else _unplaced(value) for value in args]
+    found: list[Tensor] = []
+    with _Keys(found):
+        type(module).forward(module, *rest, **{name: value if value is tokens else _unplaced(value)
+                                               for name, value in kwargs.items()})
+    return found[0], found[1]
+
+
+def _unplaced(value: Any) -> Any:
+    """An argument of an attention for tokens without a position: rotated by nothing, position 0, no mask, no cache."""
+    if isinstance(value, tuple) and len(value) == 2 and all(isinstance(part, Tensor) for part in value):
+        return torch.ones_like(value[0][:1, :1]), torch.zeros_like(value[1][:1, :1])  # cosines and sines
+    if isinstance(value, Tensor) and value.dtype in (torch.int32, torch.int64):
+        return torch.zeros_like(value[..., :1] if value.dim() == 1 else value[:1, ..., :1])
+    return value if value is None or isinstance(value, (bool, int, float, str)) else None
+
+
+def _attend(grafts: list[Graft], x: Tensor, keys_of: Callable[[Tensor], tuple[Tensor, Tensor]], query: Tensor,
+            key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+            is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False) -> Tensor:
     if is_causal and attn_mask is None:
         # A graft may add keys: causality must be in the mask, where it can be extended.
         attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
@@ -335,24 +394,24 @@ def _attend(grafts: list[Graft], x: Tensor, query: Tensor, key: Tensor, value: T
     def base(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, False, scale=scale, enable_gqa=enable_gqa)
 
-    def chain(some: list[Graft]) -> Attention:
-        call: Attention = base
+    def chain(some: list[Graft], x: Tensor) -> Attention:
+        attention = Attention(base, keys_of)
         for graft in some:
-            call = _around(graft, call, x)
-        return call
+            attention = Attention(_around(graft, attention, x), keys_of)
+        return attention
 
     routed = [graft for graft in grafts if graft.batch is not None]
-    out = chain([graft for graft in grafts if graft.batch is None])(query, key, value, attn_mask)
+    out = chain([graft for graft in grafts if graft.batch is None], x)(query, key, value, attn_mask)
     for variant in _variants(routed):
         rows = next(_expand(g.batch, query.shape[0], g.route) for g in routed if g.variant == variant)
         mine = [graft for graft in grafts if graft.batch is None or graft.variant == variant]
         own_masks = attn_mask is not None and attn_mask.dim() == 4 and attn_mask.shape[0] == query.shape[0]
-        part = chain(mine)(query[rows], key[rows], value[rows], attn_mask[rows] if own_masks else attn_mask)  # type: ignore[index]
+        part = chain(mine, x[rows])(query[rows], key[rows], value[rows], attn_mask[rows] if own_masks else attn_mask)  # type: ignore[index]
         out = out.index_copy(0, rows, part)
     return out
 
 
-def _around(graft: Graft, inner: Attention, x: Tensor) -> Attention:
+def _around(graft: Graft, inner: Attention, x: Tensor) -> Callable[..., Tensor]:
     def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         out = graft(q, k, v, mask, x, inner, verb="attend")
         return out if graft.strength == 1 else _weighed(graft, inner(q, k, v, mask), out)
@@ -451,7 +510,9 @@ class Carrier:
                 graft.notice(args, kwargs)
         if self.readers:
             self._tell("input", hidden_in(args, kwargs))
-        before = self._live("before")
+        for together in _side_by_side([graft for graft in self._live("before") if graft.edits_call]):
+            args, kwargs = (), self._edited(together, {**dict(zip(self.names, args, strict=False)), **kwargs})
+        before = [graft for graft in self._live("before") if not graft.edits_call]
         if before:
             x = hidden_in(args, kwargs)
             for graft in before:
@@ -468,9 +529,9 @@ class Carrier:
         if not weights and not attend:
             return None
         x = hidden_in(args, kwargs)
-        return _Rewrite(self._effective(weights, x), attend, x)
+        return _Rewrite(self._effective(weights, x), attend, x, functools.partial(_keys_of, self.module, args, kwargs))
 
-    def again(self, asker: Graft, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def again(self, asker: Graft | None, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The module as the grafts beside ``asker`` make it, without anything before it."""
         weights, attend, after = ([graft for graft in self._live(verb) if graft is not asker]
                                   for verb in ("weight", "attend", "after"))
@@ -535,6 +596,24 @@ class Carrier:
         return _with_hidden_out(output, y)
 
     @staticmethod
+    def _edited(grafts: list[Graft], arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments as grafts that stand side by side edit them, each for the rows of the batch that it serves."""
+        if not grafts[0].by_rows:
+            return grafts[0](arguments, verb="before")
+        total = next(len(value) for value in arguments.values() if isinstance(value, Tensor))
+        parts = []
+        for graft in grafts:
+            rows = _expand(graft.batch, total, graft.route)
+            if len(rows):
+                own = {name: value if _is_table(value) else _rows_of(value, rows, total)
+                       for name, value in arguments.items()}
+                parts.append((rows, graft(own, verb="before")))
+        if sum(len(rows) for rows, _ in parts) < total:
+            raise ScionError(f"routing: at {grafts[0].site.name} each row needs a variant, for they lengthen it")
+        order = torch.cat([rows for rows, _ in parts]).argsort()
+        return {name: _rejoined([part[name] for _, part in parts], order, grafts[0]) for name in parts[0][1]}
+
+    @staticmethod
     def _before_on_rows(graft: Graft, x: Tensor) -> Tensor:
         rows = _expand(graft.batch, x.shape[0], graft.route)
         return x.index_copy(0, rows, _weighed(graft, x[rows], graft(x[rows], verb="before"))) if len(rows) else x
@@ -547,7 +626,8 @@ class Carrier:
             rows = _expand(graft.batch, y.shape[0], graft.route)
             if len(rows):
                 part = call.of(rows) if call is not None and graft.reads_call else None
-                parts.append((rows, _weighed(graft, y[rows], _run_after(graft, x[rows], y[rows], part))))
+                mine = x[rows] if isinstance(x, Tensor) else x
+                parts.append((rows, _weighed(graft, y[rows], _run_after(graft, mine, y[rows], part))))
         shapes = {part.shape[1:] for _, part in parts}
         if shapes - {y.shape[1:]}:
             if len(shapes) > 1 or sum(len(rows) for rows, _ in parts) < y.shape[0]:
@@ -570,6 +650,21 @@ class Carrier:
                 stack.append(mode)
         for mode in reversed(stack):
             torch._C._push_on_torch_function_stack(mode)
+
+
+def _is_table(value: Any) -> bool:
+    """Whether this is a table of rotations [tokens, width], which all samples share."""
+    return isinstance(value, Tensor) and value.dim() == 2 and value.is_floating_point()
+
+
+def _rejoined(parts: list[Any], order: Tensor, graft: Graft) -> Any:
+    """One argument of all rows from those of its parts."""
+    if not all(isinstance(part, Tensor) and part.dim() for part in parts):
+        return parts[0]
+    if len({part.shape[1:] for part in parts}) > 1:
+        raise ScionError(f"routing: the variants at {graft.site.name} lengthen their rows by different numbers")
+    whole = torch.cat(parts)
+    return whole[order] if len(whole) == len(order) else parts[0]
 
 
 def _run_after(graft: Graft, x: Tensor, y: Tensor, call: Call | None) -> Tensor:
@@ -629,6 +724,13 @@ def disconnect(graft: Graft) -> None:
         carrier = Carrier.of(module)
         if carrier is not None:
             carrier.drop(graft)
+
+
+def run_at(site: Site, x: Tensor) -> Tensor:
+    """The site's module on further states ``x``, with the weights and outputs that its grafts give it; nothing that
+    reads the site sees them."""
+    carrier = Carrier.of(site.module)
+    return site.module.forward(x) if carrier is None else hidden_out(carrier.again(None, (x,), {}))
 
 
 def refresh(graft: Graft) -> None:

@@ -7,6 +7,7 @@ repeated here. Adding a method = its file under core/peft + one row.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -180,6 +181,21 @@ def _dora(anatomy: Anatomy, method: Any) -> int:
     return sum(method.rank * (i + o) + o for i, o in _linear(anatomy, method))
 
 
+def _mam(anatomy: Anatomy, method: Any) -> int:
+    return _prefix(anatomy, method) + _parallel_at(anatomy, method.adapter)
+
+
+def _parallel_at(anatomy: Anatomy, adapter: Any) -> int:
+    return sum(2 * adapter.width(s.width) * s.width + adapter.width(s.width) + s.width + (adapter.scale == "learned")
+               for s in anatomy.sites("mlp", adapter.layers))
+
+
+def _unipelt(anatomy: Anatomy, method: Any) -> int:
+    gates = sum(s.width + 1 for role in ("attend", "q", "v", "mlp") for s in anatomy.sites(role, method.layers))
+    lora = sum(method.rank * (s.in_features + s.out_features) for s in anatomy.sites(("q", "v"), method.layers))
+    return _prefix(anatomy, method) + lora + _pfeiffer(anatomy, method.adapter) + gates
+
+
 def _houlsby(anatomy: Anatomy, method: Any) -> int:
     sites = anatomy.sites(method.targets, method.layers)
     bottlenecks = sum(2 * method.width(s.width) * s.width + method.width(s.width) + s.width for s in sites)
@@ -220,12 +236,31 @@ def _language_adapter(anatomy: Anatomy, method: Any) -> int:
     return _pfeiffer(anatomy, method) + invertible - dropped
 
 
+def _prompts(anatomy: Anatomy, method: Any) -> int:
+    if getattr(method, "deep", False):
+        return method.tokens * sum(site.width for site in anatomy.sites("attend", method.layers))
+    widths = [stack.text.module.get_input_embeddings().weight.shape[1] if stack.text else stack.blocks[0].dim  # type: ignore[operator]
+              for stack in anatomy.stacks if "cross.q" not in stack.blocks[0].sites]
+    if not hasattr(method, "encoder") or method.folded:
+        return method.tokens * sum(widths)
+    total = 0
+    for d in widths:
+        h = method.hidden or d
+        lstm = sum(2 * 4 * h * (i + h + 2) for i in (d, 2 * h))
+        mlp = (d * h + h) + (h * h + h) + (h * d + d)
+        total += method.tokens * d + (mlp if method.encoder == "mlp" else lstm + (4 * h * h + 2 * h) + (2 * h * d + d))
+    return total
+
+
 def _prefix(anatomy: Anatomy, method: Any) -> int:
-    widths = [2 * site.heads.key * site.heads.width for site in anatomy.sites("attend", method.layers) if site.heads]
+    roles = [role for role in ("attend", "cross.attend") if role == "attend" or type(method).__name__ == "MAM"]
+    sites = anatomy.sites([role for role in roles if role in anatomy.roles], method.layers)
+    widths = [2 * site.heads.key * site.heads.width for site in sites if site.heads]
     if not method.hidden or method.folded:
         return method.tokens * sum(widths)
-    dim = anatomy.blocks[0].dim
-    return method.tokens * dim + (dim + 1) * method.hidden + (method.hidden + 1) * sum(widths)
+    banks = {(site.around.stage, site.role): site.width for site in sites if site.around}
+    first = sum(method.tokens * dim + (dim + 1) * method.hidden for dim in banks.values())
+    return first + (method.hidden + 1) * sum(widths)
 
 
 def _vqt(anatomy: Anatomy, method: Any) -> int:
@@ -833,6 +868,66 @@ METHODS: dict[str, Row] = {
         random=True, operators=24, saved=0.9, quick=False, without_attention={"targets": ("mlp",)},
         artifact={"adapters": 1, "bottleneck": 1},
     ),
+    "PTuningV2": Row(
+        {"plain": Variant({"tokens": 4, "dropout": 0.0}, learns={"tokens": 20})},
+        trained=_prefix,
+        cards=(("bert_base", {"tokens": 128}, 2_359_296),),
+        bad=(({"tokens": 0}, "tokens 0"), ({"dropout": 1.0}, "dropout 1"), ({"targets": ("q",)}, "no attention")),
+        random=True, operators=20, saved=0.7, quick=False,
+        artifact={"tokens": 1},
+    ),
+    "MAM": Row(
+        {"mlp": Variant({"tokens": 4, "reparametrize": 8, "bottleneck": 4}, learns={"lr": 1e-2}),
+         "plain": Variant({"tokens": 3, "reparametrize": False, "reduction": 8, "scale": "learned",
+                           "input": "normed"}, learns={"lr": 1e-2}),
+         "folded": Variant({"tokens": 4, "reparametrize": 8, "bottleneck": 4}, lambda method: method.fold(),
+                           learns={"lr": 1e-2})},
+        trained=_mam,
+        cards=(("bert_base", {}, 22_493_984),),
+        bad=(({"tokens": 0}, "tokens 0"), ({"bottleneck": 0}, "bottleneck 0"), ({"scale": 0}, "scale 0")),
+        random=True, commutes=None, operators=30, saved=0.9, quick=False,
+        artifact={"tokens": 1, "reparametrize": False, "bottleneck": 1},
+    ),
+    "UniPELT": Row(
+        {"mlp": Variant({"tokens": 4, "reparametrize": 8, "rank": 2, "reduction": 6}, learns={"lr": 1e-2}),
+         "plain": Variant({"tokens": 3, "reparametrize": False, "rank": 1, "reduction": 8}, learns={"lr": 1e-2})},
+        trained=_unipelt,
+        cards=(("bert_base", {}, 11_083_376),),
+        bad=(({"tokens": 0}, "tokens 0"), ({"rank": 0}, "rank 0"), ({"reduction": 0}, "reduction 0")),
+        random=True, commutes=False, operators=40, saved=0.95, quick=False,
+        artifact={"tokens": 1, "reparametrize": False, "rank": 1},
+    ),
+    "VPT": Row(
+        {"deep": Variant({"tokens": 4}, learns={"tokens": 20}),
+         "shallow": Variant({"tokens": 3, "deep": False}, refused={"timm_swin": "a map has no place for tokens"},
+                            learns={"tokens": 20})},
+        trained=_prompts,
+        cards=(("vit_b16", {}, 92_160), ("vit_b16", {"deep": False}, 7_680)),
+        bad=(({"tokens": 0}, "tokens 0"), ({"dropout": 1.0}, "dropout 1"), ({"deep": False, "dropout": 0.1}, "deep")),
+        random=True, commutes=None, operators=40, saved=0.9, quick=False,
+        artifact={"tokens": 1},
+    ),
+    "PromptTuning": Row(
+        {"vocabulary": Variant({"tokens": 4}, learns={"tokens": 20}),
+         "normal": Variant({"tokens": 2, "init": "normal"}, learns={"tokens": 20})},
+        trained=_prompts,
+        cards=(("vit_b16", {}, 15_360), ("bert_base", {}, 15_360)),
+        bad=(({"tokens": 0}, "tokens 0"), ({"init": "zero"}, "'zero'"), ({"layers": (0,)}, "layers")),
+        random=True, commutes=None, operators=12, saved=1.2, quick=False,
+        absent=("test_irregular_mix", "test_no_graph_below_the_first_graft"),  # its grafts act together; no layers
+        artifact={"tokens": 1},
+    ),
+    "PTuning": Row(
+        {"mlp": Variant({"tokens": 4, "hidden": 8}, learns={"tokens": 20}),
+         "lstm": Variant({"tokens": 2, "hidden": 8, "encoder": "lstm"}, learns={"tokens": 20}),
+         "folded": Variant({"tokens": 4, "hidden": 8}, lambda method: method.fold(), learns={"tokens": 20})},
+        trained=_prompts,
+        cards=(("bert_base", {}, 1_787_136), ("bert_base", {"encoder": "lstm"}, 27_174_144)),
+        bad=(({"tokens": 0}, "tokens 0"), ({"encoder": "gru"}, "'gru'"), ({"hidden": 0}, "hidden 0")),
+        random=True, commutes=None, operators=30, saved=1.2, quick=False,
+        absent=("test_irregular_mix", "test_no_graph_below_the_first_graft"),
+        artifact={"tokens": 1, "hidden": 2},
+    ),
     "LinearProbe": Row(
         {"head": Variant(trains=False), "norm": Variant({"norms": ("norm",)}, moves_base=True,
                                                         learns={"lr": 1e-2})},
@@ -1023,7 +1118,13 @@ REFUSED: dict[tuple[str, str], str] = {
     **{("BitFit", family): f"no module of {name} has a bias, so there is nothing to train" for family, name in (
         ("t5", "T5Model"), ("mistral", "MistralModel"), ("gemma", "GemmaModel"))},
     **{(method, "timm_convnext"): "there is no attention that could read more keys, queries or streams" for method in (
-        "PrefixTuning", "VQT", "MTLoRA", "LadderSideTuning")},
+        "PrefixTuning", "VQT", "MTLoRA", "LadderSideTuning", "VPT", "PromptTuning", "PTuning",
+        "PTuningV2", "MAM", "UniPELT")},
+    **{("UniPELT", family): "its gates are means over the sequence, and a causal model may not see what is to come"
+       for family in ("llama", "t5", "clip", "clip_text", "gpt2", "gpt_neox", "codegen", "mistral", "qwen2", "gemma",
+                      "starcoder2")},
+    **{(method, "timm_swin"): "its states are a map, in which there is no place for further tokens" for method in (
+        "PromptTuning", "PTuning")},
     **{("Convpass", family): f"the tokens of {name} are no grid" for family, name in (
         ("bert", "BertModel"), ("roberta", "RobertaModel"), ("albert", "AlbertModel"), ("t5", "T5Model"),
         ("llama", "LlamaModel"), ("mistral", "MistralModel"), ("qwen2", "Qwen2Model"), ("gemma", "GemmaModel"),
@@ -1112,13 +1213,15 @@ class Cell:
 
 SHARE = 3
 """In the quick tier an invariant meets every third family with each method; which ones, turns with its number."""
+SHARE_OF_ALL = 1 if os.environ.get("SCION_ALL") == "whole" else 4
+"""In the long tier it meets every fourth of all families with each variant, turning likewise; or all of them."""
 
 
 def cells(everything: bool, number: int = 0, rotate: bool = False) -> list[Cell]:
     """The cells of invariant ``number``.
 
     Args:
-        everything: all variants on all families.
+        everything: all variants, on a share of all families.
         number: shifts the rotation, so that one method does not meet the same family in every invariant.
         rotate: one family a variant instead of a share of them.
     """
@@ -1130,7 +1233,8 @@ def cells(everything: bool, number: int = 0, rotate: bool = False) -> list[Cell]
                 continue
             first = v == 0 or variant.everywhere
             if everything or (first and row.quick and not rotate):
-                share = families if everything else families[(m + number) % SHARE::SHARE]
+                share = (list(EVERY_FAMILY)[(m + v + number) % SHARE_OF_ALL::SHARE_OF_ALL] if everything
+                         else families[(m + number) % SHARE::SHARE])
                 found += [Cell(method, name, family) for family in share]
             elif first or not rotate:
                 turn = families[(m + v + number) % len(families):] + families[:(m + v + number) % len(families)]

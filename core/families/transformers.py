@@ -125,7 +125,7 @@ def bert(model: Any) -> Description:
         stem["pool"] = "pooler.dense"
     widths = {f"attention.self.{name}": power for name, power in (
         ("attention_head_size", 1), ("all_head_size", 1), ("scaling", -0.5))}
-    return Description(blocks_of(model, "encoder.layer", roles, pre_norm=False, widths=widths), stem)
+    return Description(blocks_of(model, "encoder.layer", roles, pre_norm=False, widths=widths), stem, text="")
 
 
 @family(f"{MODELS}.albert.modeling_albert:AlbertModel")
@@ -144,7 +144,7 @@ def albert(model: Any) -> Description:
                                         "norm": "embeddings.LayerNorm"}
     if model.pooler is not None:
         stem["pool"] = "pooler"
-    return Description(blocks, stem)
+    return Description(blocks, stem, text="")
 
 
 # ------------------------------------------------------------------------------------------------- decoders of text
@@ -167,7 +167,7 @@ def llama(model: Any) -> Description:
     blocks = blocks_of(model, "layers", roles, causal=True, cache="past_key_values", rotary="position_embeddings",
                        widths={"self_attn.head_dim": 1, "self_attn.scaling": -0.5})
     return Description(blocks, {"embed": "embed_tokens", "norm": "norm", "final_norm": "norm"}, final="norm",
-                       norm_offset=1.0 if type(model.norm).__name__.startswith("Gemma") else 0.0)
+                       text="", norm_offset=1.0 if type(model.norm).__name__.startswith("Gemma") else 0.0)
 
 
 @family(f"{MODELS}.gpt2.modeling_gpt2:GPT2Model")
@@ -181,7 +181,7 @@ def gpt2(model: Any) -> Description:
     }
     blocks = blocks_of(model, "h", roles, causal=True, cache="past_key_values", widths={
         "attn.head_dim": 1, "attn.embed_dim": 1, "attn.split_size": 1, "attn.scaling": -0.5})
-    return Description(blocks, {"embed": "drop", "norm": "ln_f", "final_norm": "ln_f"}, final="ln_f")
+    return Description(blocks, {"embed": "drop", "norm": "ln_f", "final_norm": "ln_f"}, final="ln_f", text="")
 
 
 @family(f"{MODELS}.gpt_neox.modeling_gpt_neox:GPTNeoXModel")
@@ -201,7 +201,7 @@ def gpt_neox(model: Any) -> Description:
     blocks = blocks_of(model, "layers", roles, causal=True, cache="layer_past", rotary="position_embeddings", widths={
         "attention.head_size": 1, "attention.rotary_ndims": 1, "attention.scaling": -0.5})
     return Description(blocks, {"embed": "emb_dropout", "norm": "final_layer_norm", "final_norm": "final_layer_norm"},
-                       final="final_layer_norm")
+                       final="final_layer_norm", text="")
 
 
 @family(f"{MODELS}.codegen.modeling_codegen:CodeGenModel")
@@ -222,7 +222,7 @@ def codegen(model: Any) -> Description:
     blocks = blocks_of(model, "h", roles, causal=True, cache="layer_past")
     for block, module in zip(blocks, model.h, strict=True):  # its attention is written out: a call is put in its place
         block.while_active = {"attend": {"attn._attn": functools.partial(_attention, module.attn.attn_dropout)}}
-    return Description(blocks, {"embed": "drop", "norm": "ln_f", "final_norm": "ln_f"}, final="ln_f")
+    return Description(blocks, {"embed": "drop", "norm": "ln_f", "final_norm": "ln_f"}, final="ln_f", text="")
 
 
 def _attention(dropout: nn.Dropout, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, None]:
@@ -275,7 +275,7 @@ def t5(model: Any) -> Description:
         embeds.append(f"{stage}.embed_tokens")
     head: dict[str, str | list[str]] = {"lm_head": "lm_head"} if hasattr(model, "lm_head") else {}
     return Description(blocks, {"embed": embeds, "norm": list(norms.values()), "final_norm": list(norms.values()),
-                                **head}, final=norms)
+                                **head}, final=norms, text={stage: stage for stage in norms})
 
 
 def _t5_attention(path: str) -> dict[str, Where]:

@@ -17,7 +17,7 @@ from core.errors import ScionError
 from core.method import PEFTMethod, key_of
 from tests.core.test_matrix import check_refusal
 from tests.methods import METHODS, Cell
-from tests.models import FAMILIES, batch, make, tied_llama
+from tests.models import EVERY_FAMILY, batch, make, tied_llama
 from tests.toolkit import (
     Plain,
     differences,
@@ -225,7 +225,7 @@ def test_name_taken(cell: Cell) -> None:
 
 
 @invariant(11, "a slice target leaves the other rows bit-equal",
-           where=lambda cell: cell.row.weights and FAMILIES[cell.family].attention)
+           where=lambda cell: cell.row.weights and EVERY_FAMILY[cell.family].attention)
 def test_slice(cell: Cell) -> None:
     model, inputs = make(cell.family), batch(cell.family)
     sites = dissect(model).blocks[0].sites

@@ -13,7 +13,7 @@ from core.artifact import RECORD, TENSORS
 from core.errors import ScionError
 from core.method import PEFTMethod
 from tests.methods import Cell
-from tests.models import FAMILIES, batch, make
+from tests.models import EVERY_FAMILY, batch, make
 from tests.toolkit import TOLERANCE, differences, distance, invariant, outputs, randomize, same, snapshot, trace
 
 
@@ -140,7 +140,7 @@ def test_merge_two(cell: Cell, order: tuple[int, int]) -> None:
 def test_merge_beside_lora(cell: Cell, early: str, order: tuple[int, int]) -> None:
     """Another method's graft at the same sites."""
     model, inputs = make(cell.family, dtype=torch.float64), batch(cell.family, dtype=torch.float64)
-    targets = ("q", "v") if FAMILIES[cell.family].attention else ("mlp.up",)
+    targets = ("q", "v") if EVERY_FAMILY[cell.family].attention else ("mlp.up",)
     lora = peft.method_class("LoRA")(rank=2, name="beside", targets=targets)  # type: ignore[call-arg]
     options = {"dropout": 0.0} if "dropout" in cell.new().config else {}
     method = cell.new(**options, targets=targets)
