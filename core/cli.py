@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -58,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--model", required=True, help="the backbone that it is for; names as for roles")
     sub = command("predict", "label files with a finished run")
     sub.add_argument("run", help="a run folder")
-    sub.add_argument("files", nargs="+", help="files to label")
+    sub.add_argument("files", nargs="+", help="files to label, or folders of them")
     sub.add_argument("--json", action="store_true", help="print JSON")
     return main
 
@@ -91,6 +92,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
         print(f"lightning {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever reads our output, a `head` for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print("interrupted; the same command with the same --run_dir goes on from the last checkpoint", file=sys.stderr)
         return 130

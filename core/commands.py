@@ -398,7 +398,8 @@ def import_(folder: str, out: str, model: str) -> int:
 
 
 def predict(run: str, files: list[str], as_json: bool) -> int:
-    """Print a label and a score for each file; 2 if a file could not be read, the others are labelled all the same."""
+    """Print a label and a score for each file, and for each in a folder; 2 if one could not be read, the others are
+    labelled all the same."""
     import torch
     from tqdm import tqdm
 
@@ -408,6 +409,7 @@ def predict(run: str, files: list[str], as_json: bool) -> int:
         raise ScionError("no files given")
     tuner = load_run(run, "cuda" if torch.cuda.is_available() else "cpu")
     data = data_of(run)
+    files = [name for file in files for name in _inside(file, data)]
     size = max(1, min(data.batch_size, len(files)))
     results: list[dict[str, Any]] = []
     with tqdm(total=len(files), unit="file", disable=len(files) <= 8, file=sys.stderr) as bar, torch.inference_mode():
@@ -429,12 +431,20 @@ def predict(run: str, files: list[str], as_json: bool) -> int:
                 for entry, prediction in zip(readable, tuner.task.predict(outputs), strict=True):
                     entry.update(prediction)
             for entry in readable if not as_json else []:
-                bar.write(f"{entry['file']}\t{entry['label']}\t{entry['score']:.4f}", file=sys.stdout)
+                label = ", ".join(entry["labels"]) or "-" if "labels" in entry else entry["label"]
+                bar.write(f"{entry['file']}\t{label}\t{entry['score']:.4f}", file=sys.stdout)
             results += chunk
             bar.update(len(chunk))
     if as_json:
         print(json.dumps(results, indent=1))
     return 2 if any("error" in entry for entry in results) else 0
+
+
+def _inside(file: str, data: DataModule) -> list[str]:
+    """The files that a name on the command line stands for: itself, or what a folder holds. An empty folder stays, so
+    that it is named as what cannot be read."""
+    found = [str(inner) for inner in data.files(Path(file))] if Path(file).is_dir() else []
+    return found or [file]
 
 
 def data_of(run: str) -> DataModule:

@@ -366,16 +366,17 @@ def test_predictions_do_not_depend_on_the_company(finished: Path, sounds: Path,
 
 def test_bad_files_are_named_and_the_others_labelled(finished: Path, sounds: Path, tmp_path: Path,
                                                      capsys: pytest.CaptureFixture[str]) -> None:
-    bad, empty = tmp_path / "bad.wav", tmp_path / "empty.wav"
+    bad, empty, folder = tmp_path / "bad.wav", tmp_path / "empty.wav", tmp_path / "folder"
+    folder.mkdir()
     bad.write_text("no sound at all")
     empty.write_bytes(b"")
     good = next((sounds / "audio").iterdir())
-    files = [str(file) for file in (bad, good, empty, tmp_path / "absent.wav", tmp_path)]
+    files = [str(file) for file in (bad, good, empty, tmp_path / "absent.wav", folder)]
     assert commands.predict(str(finished), files, False) == 2
     out, err = capsys.readouterr()
     assert out.startswith(f"{good}\t") and len(out.splitlines()) == 1
     assert len(err.splitlines()) == 4
-    for line, file in zip(err.splitlines(), [bad, empty, tmp_path / "absent.wav", tmp_path], strict=True):
+    for line, file in zip(err.splitlines(), [bad, empty, tmp_path / "absent.wav", folder], strict=True):
         assert str(file) in line
     assert commands.predict(str(finished), files, True) == 2
     records = json.loads(capsys.readouterr().out)
@@ -425,3 +426,11 @@ def test_errors_become_one_line_of_the_command(tmp_path: Path, capsys: pytest.Ca
     assert main(["roles", "no/such"]) == 2
     err = capsys.readouterr().err.splitlines()
     assert len(err) == 3 and all(line.startswith("lightning ") for line in err)
+
+
+def test_values_of_the_command_line_are_what_yaml_says_but_for_lone_signs() -> None:
+    from core.config import parse
+
+    for text, value in (("3", 3), ("1e-3", 0.001), ("true", True), ("null", None), ("~", None), ('""', ""), ("", None),
+                        ("[1, a]", [1, "a"]), ("|", "|"), (">", ">"), ("#", "#"), (";", ";"), (",", ","), ("0", 0)):
+        assert parse(text) == value and type(parse(text)) is type(value), text
