@@ -104,6 +104,7 @@ class PEFTMethod(Recorded, Callback, ABC):
         self.module: nn.Module = MethodModule(self)  # within a composition, its part of the composition's module
         self.start: dict[str, Tensor] = {}  # start values of the base tensors that this method moves
         self._merged: dict[str, tuple[Tensor, Tensor]] | None = None  # name -> (before, after)
+        self._made: list[str] = []  # biases that merging made
         self._home: Home | None = None  # where it stood before it was merged
         self._waiting: dict[str, Tensor] | None = None  # tensors not yet seen with a gradient
         self._backwards = 0
@@ -548,8 +549,12 @@ class PEFTMethod(Recorded, Callback, ABC):
             for name, (_, now) in merged.items():
                 if not bool(torch.isfinite(now).all()):
                     raise ScionError(f"{self.name}: merging would write values that are not finite into {name}")
+            self._made = [name for name in merged if name not in parameters]
+            for name in self._made:
+                module = root.get_submodule(name.rpartition(".")[0])
+                module.bias = parameters[name] = nn.Parameter(merged[name][0].clone(), requires_grad=False)
             for name, (before, now) in merged.items():
-                merged[name] = (before, now.to(before.dtype))
+                merged[name] = (before, now.to(before.dtype, copy=True))  # a graft may give the weight itself
                 parameters[name].copy_(merged[name][1])
             for name in self.start:  # the base's own tensors, moved: they must be the same when the method comes back
                 value = parameters[name].detach().clone()
@@ -560,16 +565,19 @@ class PEFTMethod(Recorded, Callback, ABC):
 
     def _merge_bias(self, graft: Graft, parameters: dict[str, nn.Parameter], merged: dict[str, tuple[Tensor, Tensor]]
                     ) -> None:
+        if type(graft).merged_bias is Graft.merged_bias:
+            return
         site = graft.site
         name = f"{site.path}.bias" if site.path else "bias"
-        if name not in parameters:
-            zeros = torch.zeros(site.out_features, device=site.full_weight.device)
-            shift = graft(zeros, verb="merged_bias")
+        bias = parameters[name].detach() if name in parameters else site.full_weight.new_zeros(
+            site.full_weight.numel() // site.in_features)
+        if name not in parameters and not graft.adds_bias:
+            shift = graft(torch.zeros(site.out_features, device=bias.device), verb="merged_bias")
             if shift is not None and bool(shift.any()):
                 raise ScionError(f"{self.name}: {site.name} has no bias, so there is no place for the shift that "
                                  "merging leaves")
             return
-        before, now = merged.get(name, (parameters[name].detach().clone(), parameters[name].detach()))
+        before, now = merged.get(name, (bias.clone(), bias))
         wide = now.float() if now.dtype in (torch.float16, torch.bfloat16) else now
         part = graft(wide if site.rows is None else site.rows.take(wide), verb="merged_bias")
         if part is not None:
@@ -606,6 +614,9 @@ class PEFTMethod(Recorded, Callback, ABC):
         with torch.no_grad():
             for name, (before, _) in self._merged.items():
                 parameters[name].copy_(before)
+        for name in self._made:
+            root.get_submodule(name.rpartition(".")[0]).bias = None  # type: ignore[assignment]
+        self._made = []
         home = getattr(root, "peft", None)
         if not isinstance(home, Home):
             home = self._home  # the one that knows the base as it was at the first attach

@@ -298,6 +298,11 @@ def _biases(anatomy: Anatomy, method: Any) -> int:
     return sum(module.bias.numel() for module in modules.values())  # type: ignore[operator]
 
 
+def _lofit(anatomy: Anatomy, method: Any) -> int:
+    sites = method.sites(anatomy)
+    return sum(s.in_features for s in sites) if method.stage == "heads" else method.count * sites[0].heads.width
+
+
 def _ltsft(anatomy: Anatomy, method: Any) -> int:
     if method.stage == "dense":
         return _everything(anatomy, method)
@@ -313,6 +318,14 @@ def _to_sparse(method: Any) -> None:
     with torch.no_grad():
         for tensor in method.trainable().values():
             tensor += 0.01 * (torch.rand(tensor.shape, generator=generator) - 0.5).to(tensor)
+    method.advance()
+
+
+def _to_offsets(method: Any) -> None:
+    """As after a stage in which one head of each layer was scaled most, more in the first layers."""
+    with torch.no_grad():
+        for i, graft in enumerate(method.grafts):
+            graft.A[i % len(graft.A)] += 1 / (1 + i)
     method.advance()
 
 
@@ -762,6 +775,16 @@ METHODS: dict[str, Row] = {
         saved=0.0,
         artifact={"norms": ("norm",)},
     ),
+    "LoFiT": Row(
+        {"heads": Variant(learns={"lr": 5e-2}),
+         "offsets": Variant({"heads": 2}, _to_offsets, everywhere=True, learns={"heads": 4, "lr": 5e-2})},
+        trained=_lofit,
+        cards=(("bert_base", {}, 9_216),),
+        bad=(({"heads": 0}, "heads 0"), ({"heads": 999}, "heads 999"), ({"l1": -1.0}, "l1 -1"),
+             ({"spread": -1.0}, "spread -1"), ({"targets": ("mlp.down",)}, "does not read heads")),
+        random=True, operators=6, saved=0.9, stored=2.0,
+        quick=False,
+    ),
     "LIFT": Row(
         {"all": Variant({"rank": 2}, learns={"rank": 16, "lr": 1e-2}),
          "few": Variant({"rank": 3, "filter_rank": 1, "interval": 2, "targets": ("q", "mlp.down")},
@@ -943,7 +966,7 @@ REFUSED: dict[tuple[str, str], str] = {
     **{("BitFit", family): f"no module of {name} has a bias, so there is nothing to train" for family, name in (
         ("t5", "T5Model"), ("mistral", "MistralModel"), ("gemma", "GemmaModel"))},
     **{(method, "timm_convnext"): "there is no attention that could read more keys, queries or streams" for method in (
-        "PrefixTuning", "VQT", "MTLoRA", "LadderSideTuning")},
+        "PrefixTuning", "VQT", "MTLoRA", "LadderSideTuning", "LoFiT")},
     ("LadderSideTuning", "albert"): "one layer runs many times, so that there is no ladder of layers beside it",
     ("LadderSideTuning", "timm_eva"): "its rotary positions are made for one width of head, and end in the attention",
     ("LadderSideTuning", "codegen"): "its rotary positions are made for one width of head, and end in the attention",
