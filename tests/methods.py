@@ -396,6 +396,35 @@ def _selection_follows_formula() -> None:
     assert moved > 20
 
 
+def _halves_follow_formula() -> None:
+    """HalfFineTuning: every three steps another half; what is frozen stays to the bit and has neither gradient nor
+    state; over many rounds each matrix is trained in about half."""
+    from tests.models import make
+
+    model = make("llama")
+    method: Any = peft.method_class("HalfFineTuning")(interval=3)  # type: ignore[call-arg]
+    method.attach(model)
+    optimizer = torch.optim.AdamW(method.param_groups(), lr=0.01, weight_decay=0.1)
+    method.follow(optimizer, total=180)
+    trained: dict[str, int] = {}
+    for step in range(180):
+        chosen = set(method.trainable())
+        if step % 3 == 0:
+            trained |= {name: trained.get(name, 0) + 1 for name in chosen}
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        assert {name for name, p in model.named_parameters() if p.requires_grad} == chosen
+        assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {
+            id(p) for p in method.trainable().values()}
+        for tensor in method.trainable().values():
+            tensor.grad = torch.ones_like(tensor)
+        optimizer.step()
+        assert {name for name, p in model.named_parameters() if not torch.equal(p, before[name])} == chosen
+        assert {id(p) for p in optimizer.state} <= {id(p) for p in method.trainable().values()}
+    blocks = [name for name, _ in model.named_parameters() if ".layers." in name]
+    assert set(trained) == set(blocks) and method.round == 59
+    assert all(15 <= count <= 45 for count in trained.values())
+
+
 def _positions_follow_formula() -> None:
     """SpIEL: windows, shares and counts of the schedule; positions stay distinct and k stays what it was."""
     from tests.models import make
@@ -735,6 +764,16 @@ METHODS: dict[str, Row] = {
              ({"targets": ("block",)}, "no linear weight")),
         schedule=_galore_follows_formula,
         artifact=FEW,
+    ),
+    "HalfFineTuning": Row(
+        {"one round": Variant(learns={"lr": 2e-4}), "rounds": Variant({"interval": 2, "whole": ("norm",)},
+                                                                     learns={"lr": 2e-4})},
+        trained=_full,
+        bad=(({"interval": 0}, "interval 0"), ({"whole": ("nrom1",)}, "'norm1'")),
+        random=True,
+        quick=False,
+        schedule=_halves_follow_formula,
+        artifact={"layers": (0,)},
     ),
     "Houlsby": Row(
         {"zero_up": Variant({"bottleneck": 4}), "near_identity": Variant({"reduction": 8, "init": "near_identity"}),

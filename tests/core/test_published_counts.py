@@ -82,6 +82,7 @@ ROWS: list[tuple[Callable[[], nn.Module], str, dict[str, Any], int, int]] = [
     (vit, "SVFit", {}, 18_432, 0),
     (vit, "SVFit", {"targets": ("qkv", "o", "mlp.up", "mlp.down")}, 36_864, 0),
     (bert, "SVFit", {"targets": SIX}, 55_296, 0),
+    (llama_7b, "HalfFineTuning", {}, 3_238_133_760, 0),
     (llama_7b, "LoFiT", {}, 131_072, 0),
     (vit_small, "SSF", {}, 102_912, 0),
     (swin_base, "SSF", {}, 267_264, 0),
