@@ -488,6 +488,30 @@ def _budget_follows_formula() -> None:
         assert left == wanted or step < 14 and step % 2 or step <= 4 and left == 4 * sites
 
 
+def _sparsity_follows_formula() -> None:
+    """PST: the cubic rise, and as many zeros in each effective weight, those of the smallest scores."""
+    from tests.models import make
+
+    method: Any = peft.method_class("PST")(sparsity=0.8, warmup=2, cooldown=3, rank=2)  # type: ignore[call-arg]
+    method.attach(make("timm_vit"))
+    optimizer = torch.optim.SGD(method.param_groups(), lr=0.01)
+    method.follow(optimizer, total=15)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(1, 16):
+        for tensor in method.trainable().values():
+            tensor.grad = torch.randn(tensor.shape, generator=generator)
+        optimizer.step()
+        share = 0.8 - 0.8 * (1 - min(max(step - 2, 0), 10) / 10) ** 3
+        assert abs(method.sparsity - share) < 1e-12
+        for graft in method.grafts:
+            base = graft.site.matrix(graft.site.full_weight.detach())
+            changed = base + graft.U @ graft.V
+            scores = changed.abs() + graft.A @ graft.B + graft.R[:, None] + graft.C
+            order = scores.flatten().argsort(stable=True)[:int(method.sparsity * base.numel())]
+            expected = changed.detach().flatten().index_fill(0, order, 0.0).view_as(base)
+            torch.testing.assert_close(graft.weight(base).detach(), expected)
+
+
 def _rank_follows_formula() -> None:
     """TriAdaptLoRA: the sites with the largest growth of |C| / blocks gain ranks, until the budget is met."""
     from tests.models import make
@@ -849,6 +873,22 @@ METHODS: dict[str, Row] = {
         random=True, operators=2, saved=0.96, stored=2.0, state=24, decays=True,
         schedule=_positions_follow_formula,
         artifact={"rank": None, "count": 60, "targets": ("o",)},
+    ),
+    "PST": Row(
+        {"dense": Variant({"rank": 2, "score_rank": 2}, learns={"lr": 1e-3}),
+         "pruned": Variant({"rank": 2, "score_rank": 3, "initial": 0.4, "sparsity": 0.6, "alpha2": 0.5, **WIDE},
+                           learns={"lr": 3e-3})},
+        trained=lambda anatomy, method: sum((method.rank + method.score_rank + 1) * (i + o)
+                                            for i, o in _all_linear(anatomy, method)),
+        cards=(("vit_b16", {}, 2_506_752), ("bert_base", {}, 2_820_096)),
+        bad=(({"rank": 0}, "rank 0"), ({"score_rank": 0}, "score_rank 0"), ({"sparsity": 1.0}, "sparsity 1"),
+             ({"initial": 0.95}, "initial 0.95"), ({"warmup": 0.8}, "warmup 0.8"), ({"spread": 0.0}, "spread 0"),
+             *NOT_LINEAR),
+        random=True, weights=True, commutes=None, operators=34, saved=0.96,
+        quick=False,
+        absent=("test_gradcheck",),  # as RAMT
+        schedule=_sparsity_follows_formula,
+        artifact={"rank": 1, "score_rank": 1},
     ),
     "RAMT": Row(
         {"attention": Variant(learns={"lr": 1e-2}),

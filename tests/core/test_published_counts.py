@@ -84,6 +84,7 @@ ROWS: list[tuple[Callable[[], nn.Module], str, dict[str, Any], int, int]] = [
     (bert, "SVFit", {"targets": SIX}, 55_296, 0),
     (llama_7b, "HalfFineTuning", {}, 3_238_133_760, 0),
     (llama_7b, "LoFiT", {}, 131_072, 0),
+    (bert, "PST", {}, 2_820_096, 0),
     (vit_small, "SSF", {}, 102_912, 0),
     (swin_base, "SSF", {}, 267_264, 0),
     (swin_base, "SSF", {"patch_merging": True}, 274_432, 0),
