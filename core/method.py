@@ -742,24 +742,37 @@ class PEFTMethod(Recorded, Callback, ABC):
 
         return optimizer.register_step_post_hook(hook)
 
-    def enter_optimizer(self, optimizer: torch.optim.Optimizer, fresh: Sequence[nn.Parameter]) -> None:
-        """Give ``fresh`` tensors of this method to ``optimizer``, beside those that it has: in the same group (so that
-        schedules go on) and in the order in which a new optimizer would have them (so that its state can be loaded)."""
-        mine = {id(tensor): tensor for tensor in self.trainable().values()}
+    def enter_optimizer(self, optimizer: torch.optim.Optimizer, fresh: Sequence[nn.Parameter],
+                        beside: Iterable[Tensor] | None = None) -> None:
+        """Give ``fresh`` tensors of this method to ``optimizer``: in the group of those ``beside`` which they come (by
+        default all that it has of this method), so that schedules go on, and in the order in which a new optimizer
+        would have them, so that its state can be loaded."""
+        mine = {id(tensor) for tensor in (self.trainable().values() if beside is None else beside)}
         order = {id(p): i for i, p in enumerate((self._around or self._need_root()).parameters())}
+        groups = [(group, [p.dim() > 1 for p in group["params"] if id(p) in mine]) for group in optimizer.param_groups]
         for tensor in fresh:
-            for group in optimizer.param_groups:
-                known = [p for p in group["params"] if id(p) in mine and (p.dim() > 1) == (tensor.dim() > 1)]
-                if known:
-                    places = [order.get(id(p), 0) for p in group["params"]]
-                    group["params"].append(tensor)
-                    if places == sorted(places):
-                        group["params"].sort(key=lambda p: order.get(id(p), 0))
-                    break
-            else:
+            # Matrices stand in groups of their own where they are decayed.
+            fitting = [group for group, matrices in groups if (tensor.dim() > 1) in matrices] or [
+                group for group, matrices in groups if matrices]
+            if not fitting:
                 raise ScionError(f"{self.name}: the optimizer has none of its tensors")
+            tensors = fitting[0]["params"]
+            places = [order.get(id(p), 0) for p in tensors]
+            tensors.append(tensor)
+            if places == sorted(places):
+                tensors.sort(key=lambda p: order.get(id(p), 0))
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             self._late += fresh
+
+    def leave_optimizer(self, optimizer: torch.optim.Optimizer, gone: Iterable[Tensor]) -> None:
+        """Take tensors from ``optimizer``, with what it keeps of them."""
+        lost = {id(tensor): tensor for tensor in gone}
+        for group in optimizer.param_groups:
+            group["params"][:] = [p for p in group["params"] if id(p) not in lost]
+        for one in getattr(optimizer, "optimizers", [optimizer]):
+            for tensor in lost.values():
+                one.state.pop(tensor, None)
+        self._late = [tensor for tensor in self._late if id(tensor) not in lost]
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule,
                                  optimizer: torch.optim.Optimizer) -> None:

@@ -108,6 +108,18 @@ def _spiel(anatomy: Anatomy, method: Any) -> int:
     return sum(int(budget * i * o / targets) for i, o in shapes)
 
 
+def _sensitivity(anatomy: Anatomy, method: Any) -> int:
+    candidates = method.candidates(anatomy)
+    spent = sum(count or method.rank * (candidates[name].in_features + candidates[name].out_features)
+                for name, count in method.plan.items())
+    assert 0.3 * method.budget < spent <= method.budget
+    return spent
+
+
+def _pst(anatomy: Anatomy, method: Any) -> int:
+    return sum((method.rank + method.score_rank + 1) * (i + o) for i, o in _all_linear(anatomy, method))
+
+
 def _linear(anatomy: Anatomy, method: Any) -> list[tuple[int, int]]:
     return [(site.in_features, site.out_features) for site in anatomy.sites(method.targets, method.layers)]
 
@@ -860,6 +872,18 @@ METHODS: dict[str, Row] = {
         schedule=_selection_follows_formula,
         artifact={"rank": 1, "targets": ("o",)},
     ),
+    "SensitivityTuning": Row(
+        {"both": Variant({"rank": 2, "count": 800}, learns={"lr": 1e-2, "count": 2000}),
+         "entries": Variant({"rank": 16, "density": 0.02, "ratio": 1.0, "vector_ratio": 0.0}, random=False,
+                            learns={"lr": 2e-2})},
+        trained=_sensitivity,
+        bad=(({"density": 0.0}, "density 0"), ({"density": 0.1, "count": 3}, "not both"), ({"count": 0}, "count 0"),
+             ({"count": 10**9}, "1000000000"), ({"rank": 0}, "rank 0"), ({"ratio": 0.5}, "ratio 0.5"),
+             ({"batches": 0}, "batches 0"), *NOT_LINEAR),
+        random=True, operators=8, saved=0.96, stored=2.0, decays=True,
+        quick=False,
+        artifact={"count": 300},
+    ),
     "SpIEL": Row(
         {"AG": Variant({"rank": 2}, learns={"rank": None, "density": 0.4, "lr": 1e-2}),
          "MA": Variant({"density": 0.05, "kind": "MA", "targets": ("q", "mlp.down")},
@@ -878,8 +902,7 @@ METHODS: dict[str, Row] = {
         {"dense": Variant({"rank": 2, "score_rank": 2}, learns={"lr": 1e-3}),
          "pruned": Variant({"rank": 2, "score_rank": 3, "initial": 0.4, "sparsity": 0.6, "alpha2": 0.5, **WIDE},
                            learns={"lr": 3e-3})},
-        trained=lambda anatomy, method: sum((method.rank + method.score_rank + 1) * (i + o)
-                                            for i, o in _all_linear(anatomy, method)),
+        trained=_pst,
         cards=(("vit_b16", {}, 2_506_752), ("bert_base", {}, 2_820_096)),
         bad=(({"rank": 0}, "rank 0"), ({"score_rank": 0}, "score_rank 0"), ({"sparsity": 1.0}, "sparsity 1"),
              ({"initial": 0.95}, "initial 0.95"), ({"warmup": 0.8}, "warmup 0.8"), ({"spread": 0.0}, "spread 0"),

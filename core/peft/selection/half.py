@@ -136,15 +136,9 @@ class HalfFineTuning(PEFTMethod):
             return
         before = self.next_round()
         parameters: dict[str, Any] = dict(self._need_root().named_parameters())
-        chosen, self.chosen = self.chosen, self.chosen | before  # both, so that the fresh ones find their groups
-        self.enter_optimizer(optimizer, [parameters[name] for name in self.start if name in chosen - before])
-        self.chosen = chosen
-        gone = {id(parameters[name]): parameters[name] for name in before - chosen}
-        for group in optimizer.param_groups:
-            group["params"][:] = [p for p in group["params"] if id(p) not in gone]
-        for one in getattr(optimizer, "optimizers", [optimizer]):
-            for parameter in gone.values():
-                one.state.pop(parameter, None)
+        fresh = [parameters[name] for name in self.start if name in self.chosen - before]
+        self.enter_optimizer(optimizer, fresh, beside=[parameters[name] for name in before])
+        self.leave_optimizer(optimizer, [parameters[name] for name in before - self.chosen])
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         options = getattr(trainer.strategy, "_ddp_kwargs", {})
