@@ -69,6 +69,8 @@ class Graft(nn.Module):
     remade: bool = False
     """The effective weight of a linear map is made again in backward instead of being kept for it: worth it where
     making it costs little beside the map itself, and is not random."""
+    adds_bias: bool = False
+    """Merging it gives a bias to a map that has none."""
     whole_batch: bool = False
     """Its ``before`` and ``after`` see all rows of a routed batch, and look to ``batch`` themselves."""
     momentary: tuple[str, ...] = ("active", "strength", "batch", "route", "variant")

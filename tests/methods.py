@@ -113,6 +113,18 @@ def _spiel(anatomy: Anatomy, method: Any) -> int:
     return sum(int(budget * i * o / targets) for i, o in shapes)
 
 
+def _sensitivity(anatomy: Anatomy, method: Any) -> int:
+    candidates = method.candidates(anatomy)
+    spent = sum(count or method.rank * (candidates[name].in_features + candidates[name].out_features)
+                for name, count in method.plan.items())
+    assert 0.3 * method.budget < spent <= method.budget
+    return spent
+
+
+def _pst(anatomy: Anatomy, method: Any) -> int:
+    return sum((method.rank + method.score_rank + 1) * (i + o) for i, o in _all_linear(anatomy, method))
+
+
 def _linear(anatomy: Anatomy, method: Any) -> list[tuple[int, int]]:
     return [(site.in_features, site.out_features) for site in anatomy.sites(method.targets, method.layers)]
 
@@ -375,6 +387,11 @@ def _biases(anatomy: Anatomy, method: Any) -> int:
     return sum(module.bias.numel() for module in modules.values())  # type: ignore[operator]
 
 
+def _lofit(anatomy: Anatomy, method: Any) -> int:
+    sites = method.sites(anatomy)
+    return sum(s.in_features for s in sites) if method.stage == "heads" else method.count * sites[0].heads.width
+
+
 def _ltsft(anatomy: Anatomy, method: Any) -> int:
     if method.stage == "dense":
         return _everything(anatomy, method)
@@ -390,6 +407,14 @@ def _to_sparse(method: Any) -> None:
     with torch.no_grad():
         for tensor in method.trainable().values():
             tensor += 0.01 * (torch.rand(tensor.shape, generator=generator) - 0.5).to(tensor)
+    method.advance()
+
+
+def _to_offsets(method: Any) -> None:
+    """As after a stage in which one head of each layer was scaled most, more in the first layers."""
+    with torch.no_grad():
+        for i, graft in enumerate(method.grafts):
+            graft.A[i % len(graft.A)] += 1 / (1 + i)
     method.advance()
 
 
@@ -460,6 +485,35 @@ def _selection_follows_formula() -> None:
     assert moved > 20
 
 
+def _halves_follow_formula() -> None:
+    """HalfFineTuning: every three steps another half; what is frozen stays to the bit and has neither gradient nor
+    state; over many rounds each matrix is trained in about half."""
+    from tests.models import make
+
+    model = make("llama")
+    method: Any = peft.method_class("HalfFineTuning")(interval=3)  # type: ignore[call-arg]
+    method.attach(model)
+    optimizer = torch.optim.AdamW(method.param_groups(), lr=0.01, weight_decay=0.1)
+    method.follow(optimizer, total=180)
+    trained: dict[str, int] = {}
+    for step in range(180):
+        chosen = set(method.trainable())
+        if step % 3 == 0:
+            trained |= {name: trained.get(name, 0) + 1 for name in chosen}
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        assert {name for name, p in model.named_parameters() if p.requires_grad} == chosen
+        assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {
+            id(p) for p in method.trainable().values()}
+        for tensor in method.trainable().values():
+            tensor.grad = torch.ones_like(tensor)
+        optimizer.step()
+        assert {name for name, p in model.named_parameters() if not torch.equal(p, before[name])} == chosen
+        assert {id(p) for p in optimizer.state} <= {id(p) for p in method.trainable().values()}
+    blocks = [name for name, _ in model.named_parameters() if ".layers." in name]
+    assert set(trained) == set(blocks) and method.round == 59
+    assert all(15 <= count <= 45 for count in trained.values())
+
+
 def _positions_follow_formula() -> None:
     """SpIEL: windows, shares and counts of the schedule; positions stay distinct and k stays what it was."""
     from tests.models import make
@@ -521,6 +575,30 @@ def _budget_follows_formula() -> None:
         wanted = int(2 * sites + 2 * sites * share**3)
         assert method.budget(step) == (wanted, step > 4 and (step >= 14 or step % 2 == 0))
         assert left == wanted or step < 14 and step % 2 or step <= 4 and left == 4 * sites
+
+
+def _sparsity_follows_formula() -> None:
+    """PST: the cubic rise, and as many zeros in each effective weight, those of the smallest scores."""
+    from tests.models import make
+
+    method: Any = peft.method_class("PST")(sparsity=0.8, warmup=2, cooldown=3, rank=2)  # type: ignore[call-arg]
+    method.attach(make("timm_vit"))
+    optimizer = torch.optim.SGD(method.param_groups(), lr=0.01)
+    method.follow(optimizer, total=15)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(1, 16):
+        for tensor in method.trainable().values():
+            tensor.grad = torch.randn(tensor.shape, generator=generator)
+        optimizer.step()
+        share = 0.8 - 0.8 * (1 - min(max(step - 2, 0), 10) / 10) ** 3
+        assert abs(method.sparsity - share) < 1e-12
+        for graft in method.grafts:
+            base = graft.site.matrix(graft.site.full_weight.detach())
+            changed = base + graft.U @ graft.V
+            scores = changed.abs() + graft.A @ graft.B + graft.R[:, None] + graft.C
+            order = scores.flatten().argsort(stable=True)[:int(method.sparsity * base.numel())]
+            expected = changed.detach().flatten().index_fill(0, order, 0.0).view_as(base)
+            torch.testing.assert_close(graft.weight(base).detach(), expected)
 
 
 def _rank_follows_formula() -> None:
@@ -800,6 +878,16 @@ METHODS: dict[str, Row] = {
         schedule=_galore_follows_formula,
         artifact=FEW,
     ),
+    "HalfFineTuning": Row(
+        {"one round": Variant(learns={"lr": 2e-4}), "rounds": Variant({"interval": 2, "whole": ("norm",)},
+                                                                     learns={"lr": 2e-4})},
+        trained=_full,
+        bad=(({"interval": 0}, "interval 0"), ({"whole": ("nrom1",)}, "'norm1'")),
+        random=True,
+        quick=False,
+        schedule=_halves_follow_formula,
+        artifact={"layers": (0,)},
+    ),
     "Houlsby": Row(
         {"zero_up": Variant({"bottleneck": 4}), "near_identity": Variant({"reduction": 8, "init": "near_identity"}),
          "norms": Variant({"bottleneck": 4, "norms": ("norm1", "norm2")}, moves_base=True)},
@@ -991,6 +1079,16 @@ METHODS: dict[str, Row] = {
         saved=0.0,
         artifact={"norms": ("norm",)},
     ),
+    "LoFiT": Row(
+        {"heads": Variant(learns={"lr": 5e-2}),
+         "offsets": Variant({"heads": 2}, _to_offsets, everywhere=True, learns={"heads": 4, "lr": 5e-2})},
+        trained=_lofit,
+        cards=(("bert_base", {}, 9_216),),
+        bad=(({"heads": 0}, "heads 0"), ({"heads": 999}, "heads 999"), ({"l1": -1.0}, "l1 -1"),
+             ({"spread": -1.0}, "spread -1"), ({"targets": ("mlp.down",)}, "does not read heads")),
+        random=True, operators=6, saved=0.9, stored=2.0,
+        quick=False,
+    ),
     "LIFT": Row(
         {"all": Variant({"rank": 2}, learns={"rank": 16, "lr": 1e-2}),
          "few": Variant({"rank": 3, "filter_rank": 1, "interval": 2, "targets": ("q", "mlp.down")},
@@ -1002,6 +1100,18 @@ METHODS: dict[str, Row] = {
         operators=2, saved=0.96, stored=4.0, state=12,
         schedule=_selection_follows_formula,
         artifact={"rank": 1, "targets": ("o",)},
+    ),
+    "SensitivityTuning": Row(
+        {"both": Variant({"rank": 2, "count": 800}, learns={"lr": 1e-2, "count": 2000}),
+         "entries": Variant({"rank": 16, "density": 0.02, "ratio": 1.0, "vector_ratio": 0.0}, random=False,
+                            learns={"lr": 2e-2})},
+        trained=_sensitivity,
+        bad=(({"density": 0.0}, "density 0"), ({"density": 0.1, "count": 3}, "not both"), ({"count": 0}, "count 0"),
+             ({"count": 10**9}, "1000000000"), ({"rank": 0}, "rank 0"), ({"ratio": 0.5}, "ratio 0.5"),
+             ({"batches": 0}, "batches 0"), *NOT_LINEAR),
+        random=True, operators=8, saved=0.96, stored=2.0, decays=True,
+        quick=False,
+        artifact={"count": 300},
     ),
     "SpIEL": Row(
         {"AG": Variant({"rank": 2}, learns={"rank": None, "density": 0.4, "lr": 1e-2}),
@@ -1016,6 +1126,21 @@ METHODS: dict[str, Row] = {
         random=True, operators=2, saved=0.96, stored=2.0, state=24, decays=True,
         schedule=_positions_follow_formula,
         artifact={"rank": None, "count": 60, "targets": ("o",)},
+    ),
+    "PST": Row(
+        {"dense": Variant({"rank": 2, "score_rank": 2}, learns={"lr": 1e-3}),
+         "pruned": Variant({"rank": 2, "score_rank": 3, "initial": 0.4, "sparsity": 0.6, "alpha2": 0.5, **WIDE},
+                           learns={"lr": 3e-3})},
+        trained=_pst,
+        cards=(("vit_b16", {}, 2_506_752), ("bert_base", {}, 2_820_096)),
+        bad=(({"rank": 0}, "rank 0"), ({"score_rank": 0}, "score_rank 0"), ({"sparsity": 1.0}, "sparsity 1"),
+             ({"initial": 0.95}, "initial 0.95"), ({"warmup": 0.8}, "warmup 0.8"), ({"spread": 0.0}, "spread 0"),
+             *NOT_LINEAR),
+        random=True, weights=True, commutes=None, operators=34, saved=0.96,
+        quick=False,
+        absent=("test_gradcheck",),  # as RAMT
+        schedule=_sparsity_follows_formula,
+        artifact={"rank": 1, "score_rank": 1},
     ),
     "RAMT": Row(
         {"attention": Variant(learns={"lr": 1e-2}),
@@ -1173,7 +1298,7 @@ REFUSED: dict[tuple[str, str], str] = {
         ("t5", "T5Model"), ("mistral", "MistralModel"), ("gemma", "GemmaModel"))},
     **{(method, "timm_convnext"): "there is no attention that could read more keys, queries or streams" for method in (
         "PrefixTuning", "VQT", "MTLoRA", "LadderSideTuning", "VPT", "PromptTuning", "PTuning",
-        "PTuningV2", "MAM", "UniPELT")},
+        "PTuningV2", "MAM", "UniPELT", "LoFiT")},
     **{("UniPELT", family): "its gates are means over the sequence, and a causal model may not see what is to come"
        for family in ("llama", "t5", "clip", "clip_text", "gpt2", "gpt_neox", "codegen", "mistral", "qwen2", "gemma",
                       "starcoder2")},
