@@ -444,7 +444,8 @@ def _check_alone(method: PEFTMethod) -> None:
             raise ScionError(f"{method.name}: {type(other).__name__} changes its tensors, which peft cannot do; export "
                              "the method without it")
         if graft.strength != 1 or graft.batch is not None or not graft.active:
-            raise ScionError(f"{method.name}: {graft.site.name} is switched, weighed or routed, for which peft has no place")
+            raise ScionError(f"{method.name}: {graft.site.name} is switched, weighed or routed, which peft cannot "
+                             "hold")
 
 
 def _written(methods: list[PEFTMethod], place: Place) -> tuple[dict[str, Any], dict[str, Tensor]]:

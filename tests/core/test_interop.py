@@ -181,6 +181,17 @@ def test_boft_with_several_factors(tmp_path: Path) -> None:
     assert not torch.allclose(theirs, site.full_weight, atol=1e-2)
 
 
+def test_boft_factors_reach_every_channel() -> None:
+    """With log2(blocks) + 1 factors each channel is mixed with all others (arXiv:2311.06243, section 4)."""
+    model = models.make("bert")
+    for factors in (1, 2, 3, 4):
+        method = make("BOFT", {"block": 4, "factors": factors, "targets": ["q"], "layers": [0]}).attach(model)
+        tried("bert", method, model)
+        reached = (method.grafts[0](torch.eye(32), verb="weight").abs() > 1e-9).sum(1)
+        assert reached.tolist() == [4 * 2 ** (factors - 1)] * 32
+        method.remove()
+
+
 # ------------------------------------------------------------------------------------------------- heads and wrappers
 
 
