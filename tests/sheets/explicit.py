@@ -75,3 +75,28 @@ def insert(model: nn.Module, prompts: Sequence[Tensor], special: int = 0) -> Non
         block.register_forward_pre_hook(enter(index), with_kwargs=True)
         if deep or block is blocks[-1]:
             block.register_forward_hook(leave)
+
+
+def gate_attention(prefixes: Sequence[Tensor], calls: list[Tensor]) -> Any:
+    """A stand-in for torch's attention call: (1 - l) softmax(q K) V + l softmax(q P_k) P_v, with l the share of the
+    exponentials that the prefix has; the calls take ``prefixes`` [tokens, 2, key heads, width] (or [batch, ...]) in
+    turn, and leave their l in ``calls``."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+                  is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False) -> Tensor:
+        prefix = prefixes[len(calls)]
+        prefix = prefix if prefix.dim() == 5 else prefix[None]
+        P_k, P_v = prefix[:, :, 0].transpose(1, 2), prefix[:, :, 1].transpose(1, 2)  # [batch, heads, tokens, width]
+        P_k, P_v, k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], 1) for part in (P_k, P_v, k, v))
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        scores, own = q @ k.transpose(2, 3) * scale, q @ P_k.transpose(2, 3) * scale
+        if is_causal and attn_mask is None:
+            attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+        if attn_mask is not None:
+            scores = (scores.masked_fill(~attn_mask, float("-inf")) if attn_mask.dtype == torch.bool
+                      else scores + attn_mask)
+        share = torch.sigmoid(own.logsumexp(-1, keepdim=True) - scores.logsumexp(-1, keepdim=True))
+        calls.append(share)
+        return (1 - share) * (scores.softmax(-1) @ v) + share * (own.softmax(-1) @ P_v)
+
+    return attention

@@ -14,6 +14,7 @@ from core.anatomy import dissect
 from core.errors import ScionError
 from core.peft import method_class
 from tests.models import Pooled, batch, make, spread
+from tests.sheets.decoding import LANGUAGE_MODELS, a_cache_changes_nothing, later_tokens_are_not_seen
 from tests.sheets.explicit import SPECIAL, insert
 from tests.toolkit import distance, outputs, randomize
 
@@ -287,3 +288,14 @@ def test_refusals() -> None:
         VPT().attach(make("timm_convnext"))
     with pytest.raises(ScionError, match="layers"):
         VPT(deep=False, layers=(1,)).attach(make("timm_vit"))
+
+
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_7_generation(name: str) -> None:
+    a_cache_changes_nothing(name, VPT(tokens=3))
+
+
+@pytest.mark.parametrize("deep", [True, False])
+@pytest.mark.parametrize("family", ["llama", "clip_text"])
+def test_8_causal(family: str, deep: bool) -> None:
+    later_tokens_are_not_seen(family, VPT(tokens=3, deep=deep))
