@@ -108,6 +108,10 @@ class ParallelAdapter(PEFTMethod):
         for site in self.sites(anatomy):
             if site.role not in SUBLAYERS:
                 raise ScionError(f"{self.name}: {site.name} is no output of a sublayer; take {', '.join(SUBLAYERS)}")
+            windows = site.around is not None and site.around.described.windows
+            if windows and self.input == "residual" and site.role != "mlp":
+                raise ScionError(f"{self.name}: {site.name} is cut into windows, the residual stream is not: take "
+                                 "input='normed'")
 
     def build(self, site: Site) -> Graft:
         heads = site.role.endswith("o")
