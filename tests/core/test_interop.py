@@ -71,7 +71,8 @@ def test_theirs_here(row: Theirs, family: str, tmp_path: Path) -> None:
 def test_every_form_is_in_the_table() -> None:
     forms = {name for name in registry() if form_of(method_class(name)) is not None}
     assert forms <= {row.method for row in OURS}
-    assert {row.method for row in THEIRS} == forms - {"rsLoRA", "LoRAPlus", "PiSSA"}  # which come as LoRA
+    assert {row.method for row in THEIRS} == forms - {
+        "rsLoRA", "LoRAPlus", "PiSSA", "PTuningV2"}  # which come as LoRA and PrefixTuning
 
 
 def test_page_is_current() -> None:
@@ -301,6 +302,8 @@ REFUSED_THERE = [
     ("LoKr", {"rank": 2, "factor": 16}, "bert", "LoKr: factor 16 splits the width 32 of 0.q in another way in peft"),
     ("PrefixTuning", {"tokens": 3}, "gpt2", "plain rotary positions can make up for; GPT2Model has others"),
     ("PrefixTuning", {"tokens": 3}, "mistral", "plain rotary positions can make up for; MistralModel has others"),
+    ("PromptTuning", {"tokens": 3}, "timm_vit", "one set of prompts before embedded ids"),
+    ("MAM", {"tokens": 3, "bottleneck": 2}, "llama", "peft has no such method"),
     ("PrefixTuning", {"tokens": 3, "layers": [0]}, "llama", "peft has one prefix, in all 2 layers of LlamaModel"),
 ]
 
