@@ -214,6 +214,29 @@ def _houlsby(anatomy: Anatomy, method: Any) -> int:
     return bottlenecks + _norms(anatomy, method.norms)
 
 
+def _fact(anatomy: Anatomy, method: Any) -> int:
+    cuts = [method.cut(site) for site in method.sites(anatomy)]
+    slices = sum(rows * columns for _, rows, columns in cuts)
+    widths, r = {dim for dim, *_ in cuts}, method.rank
+    return 2 * r * sum(widths) + (slices * r**2 if method.form == "tt" else slices * r + len(widths) * r**3)
+
+
+def _consolidator(anatomy: Anatomy, method: Any) -> int:
+    return sum(s.in_features * s.out_features // method.groups_at(s) + (s.out_features if s.bias is not None else 0)
+               for s in method.sites(anatomy))
+
+
+def _repadapter(anatomy: Anatomy, method: Any) -> int:
+    inputs = {(site.block, site.role.startswith("mlp")): [] for site in method.sites(anatomy)}
+    for site in method.sites(anatomy):
+        inputs[site.block, site.role.startswith("mlp")].append(site)
+    total, h = 0, method.bottleneck
+    for sites in inputs.values():
+        d = sites[0].in_features
+        total += d * h + h * d // method.groups + (h + d if all(s.bias is not None for s in sites) else 0)
+    return total
+
+
 def _pfeiffer(anatomy: Anatomy, method: Any) -> int:
     dims = [anatomy.blocks[i].dim for i in anatomy.layer_indices(method.layers)]
     return sum(2 * method.width(dim) * dim + method.width(dim) + dim for dim in dims)
@@ -805,6 +828,30 @@ METHODS: dict[str, Row] = {
         quick=False,
         artifact={"rank": 1},
     ),
+    "Consolidator": Row(
+        {"all": Variant({"groups": 8}, learns={"groups": 2, "lr": 1e-2}),
+         "zeros": Variant({"init": "zeros", "dropout": 0.5, "targets": ("q", "v")}, random=False,
+                          learns={"groups": 2, "lr": 3e-2})},
+        trained=_consolidator,
+        cards=(("vit_b16", {}, 304_128), ("bert_base", {}, 304_128)),
+        bad=(({"groups": 0}, "groups 0"), ({"groups": 7}, "groups 7 does not divide"), ({"dropout": 1.0}, "dropout 1"),
+             ({"init": "one"}, "'one'"), *NOT_LINEAR),
+        random=True, weights=True, operators=8, saved=1.1,
+        quick=False,
+        artifact={"groups": 8, "targets": ("o",)},
+    ),
+    "FacT": Row(
+        {"tt": Variant({"rank": 4, "dropout": 0.0}, learns={"lr": 1e-2}),
+         "tk": Variant({"rank": 3, "form": "tk", "scale": 2.0, "dropout": 0.0, "targets": ("q", "v", "mlp.up")},
+                       learns={"rank": 8, "lr": 1e-2})},
+        trained=_fact,
+        cards=(("vit_b16", {}, 61_440), ("vit_b16", {"rank": 32, "form": "tk"}, 86_528)),
+        bad=(({"rank": 0}, "rank 0"), ({"scale": 0}, "scale 0"), ({"form": "tucker"}, "'tucker'"),
+             ({"dropout": 1.0}, "dropout 1"), *NOT_LINEAR),
+        random=True, weights=True, operators=14, saved=1.0,
+        quick=False,
+        artifact={"rank": 1},
+    ),
     "SVFit": Row(
         {"q, v": Variant(), "all": Variant({"rank": 3, **WIDE})},
         trained=_svfit,
@@ -1249,6 +1296,18 @@ METHODS: dict[str, Row] = {
         bad=(({"bottleneck": 0}, "bottleneck 0"), ({"reduction": 0}, "reduction 0"), ({"init": "zero"}, "'zero'")),
         random=True, commutes=False, operators=5, saved=0.68,
         artifact={"bottleneck": 1},
+    ),
+    "RepAdapter": Row(
+        {"both": Variant({"dropout": 0.0}, learns={"lr": 1e-2}),
+         "mlp": Variant({"bottleneck": 4, "groups": 4, "scale": 0.5, "targets": ("mlp",)}, learns={"lr": 3e-2})},
+        trained=_repadapter,
+        cards=(("vit_b16", {}, 239_808), ("bert_base", {}, 239_808)),
+        bad=(({"bottleneck": 7}, "bottleneck 7"), ({"groups": 0}, "groups 0"), ({"scale": 0}, "scale 0"),
+             ({"dropout": 1.0}, "dropout 1"), ({"bottleneck": 10, "groups": 5}, "groups 5 does not divide"),
+             ({"targets": ("mlp.up",)}, "no sublayer")),
+        random=True, commutes=False, operators=10, saved=0.9, without_attention={"targets": ("mlp",)},
+        quick=False,
+        artifact={"bottleneck": 2, "targets": ("mlp",)},
     ),
     "PortLLM": Row(
         {"low rank": Variant({"scale": 0.5}, _patched, trains=False)},

@@ -114,6 +114,13 @@ ROWS: list[tuple[Callable[[], nn.Module], str, dict[str, Any], int, int]] = [
     (vit, "Houlsby", {"reduction": 16}, 1_789_056, 0),
     (vit, "Houlsby", {"bottleneck": 64, "norms": ("norm1", "norm2", "norm")}, 2_379_264, 38_400),
     (ast, "Houlsby", {"reduction": 64, "norms": ("norm1", "norm2")}, 461_088, 36_864),  # 497,952 in the paper's table
+    (vit, "FacT", {"rank": 8, "targets": SIX}, 21_504, 0),
+    (vit, "FacT", {"rank": 16}, 61_440, 0),
+    (vit, "FacT", {"rank": 32, "form": "tk"}, 86_528, 0),
+    (vit, "Consolidator", {"groups": 384}, 304_128, 0),
+    (bert, "Consolidator", {"groups": 384}, 304_128, 0),
+    (vit, "RepAdapter", {}, 239_808, 0),
+    (bert, "RepAdapter", {}, 239_808, 0),
     (ast, "LinearProbe", {"norms": ("norm",)}, 0, 1_536),
     (ast, "LoRA", {"rank": 6}, 221_184, 0),
     (ast, "LoRA", {"rank": 12}, 442_368, 0),
