@@ -794,7 +794,7 @@ METHODS: dict[str, Row] = {
              ({"exclude": ("pol",)}, "'pol'")),
         operators=12, saved=2.5, stored=2.0, decays=False,
         quick=False,
-        artifact=FEW,
+        artifact={"layers": (0,), "exclude": WIDE["targets"]},
     ),
     "DoRA": Row(
         {"q, v": Variant(RANK), "all": Variant({"rank": 2, "alpha": 4, **WIDE})},

@@ -57,8 +57,8 @@ def test_2_identity_while_w_is_zero() -> None:
 
 
 def test_gates() -> None:
-    """z = clip(3 s - 1.5, 0, 1) with s = sigmoid(log u - log(1 - u) + a): its values where u is 1/2, its shares of zeros
-    and ones and its mean under noise."""
+    """z = clip(3 s - 1.5, 0, 1) with s = sigmoid(log u - log(1 - u) + a): its values where u is 1/2, and its
+    shares of zeros and ones under noise."""
     for a, expected in ((5.0, 1.0), (-5.0, 0.0), (0.0, 0.0), (math.log(2.0), 0.5)):
         assert gate(torch.tensor(a), noise=False).item() == pytest.approx(expected, abs=1e-6)
     with torch.random.fork_rng(devices=[]):

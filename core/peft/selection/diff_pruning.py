@@ -73,8 +73,8 @@ class DiffPruning(PEFTMethod):
     Trains: two numbers a parameter (ViT-B/16: 171,597,312), then K; stored at the end: K and their positions
         (BERT-base: 547,411)
     Merges: theta_0 + z * w
-    Source: Guo et al. 2021, arXiv:2012.07463, section 3, and the authors' code. Single numbers (CLIP's logit scale) stay
-        frozen. Two stages: the command runs both; elsewhere fit, call ``advance()``, and fit again with a new optimizer
+    Source: Guo et al. 2021, arXiv:2012.07463, section 3, and the authors' code. Single numbers (CLIP's logit scale)
+        stay frozen. Two stages: the command runs both; elsewhere fit, call ``advance()``, and fit again with a new optimizer
 
     Args:
         density: share of the parameters to keep, in (0, 1]; 0.005 where nothing else is given.
@@ -133,7 +133,8 @@ class DiffPruning(PEFTMethod):
         """Keep the largest changes of all, and leave these alone to train."""
         if self.stage == "fixed":
             raise ScionError(f"{self.name}: the stage 'fixed' is the last one")
-        changes = {graft.site.name: graft.change().flatten() for graft in self.grafts if isinstance(graft, MaskedChange)}
+        changes = {graft.site.name: graft.change().flatten() for graft in self.grafts
+                   if isinstance(graft, MaskedChange)}
         best = torch.cat([change.abs() for change in changes.values()]).topk(self.keep).indices.sort().values
         kept: dict[str, Tensor] = {}
         offset = 0
