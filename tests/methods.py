@@ -38,6 +38,8 @@ class Variant:
     """Whether its start values depend on the seed; None is what the row says."""
     moves_base: bool | None = None
     """Whether it trains the backbone's own tensors in this stage; None is what the class declares."""
+    noise: bool = False
+    """Its forward is random in training, beyond dropout."""
     alone: bool = False
     """What made it ready holds for the feature as it was, without another of its kind."""
     own_optimizer: bool = False
@@ -119,6 +121,12 @@ def _sensitivity(anatomy: Anatomy, method: Any) -> int:
                 for name, count in method.plan.items())
     assert 0.3 * method.budget < spent <= method.budget
     return spent
+
+
+def _diff(anatomy: Anatomy, method: Any) -> int:
+    tensors = len(list(anatomy.root.parameters())) if method.structured else 0
+    numbers = sum(p.numel() for p in anatomy.root.parameters() if p.dim())
+    return 2 * numbers + tensors if method.stage == "masks" else method.keep
 
 
 def _pst(anatomy: Anatomy, method: Any) -> int:
@@ -899,6 +907,19 @@ METHODS: dict[str, Row] = {
         saved=0.72,
         artifact={"targets": ("o", "mlp.down")},
     ),
+    "DiffPruning": Row(
+        {"masks": Variant(noise=True, learns={"lr": 3e-4}),
+         "structured": Variant({"structured": True, "l0": 0.0}, noise=True, learns={"lr": 3e-4}),
+         "fixed": Variant({"density": 0.01}, _to_sparse, everywhere=True, learns={"density": 1.0, "lr": 3e-4})},
+        trained=_diff,
+        cards=(("vit_b16", {}, 171_597_312),),
+        bad=(({"density": 0.0}, "density 0"), ({"count": 0}, "count 0"), ({"count": 10**9}, "count 1000000000"),
+             ({"count": 10, "density": 0.5}, "not both"), ({"l0": -1.0}, "l0 -1"), ({"mask_lr": 0.0}, "mask_lr 0"),
+             ({"exclude": ("pol",)}, "'pol'")),
+        operators=12, saved=2.5, stored=2.0, decays=False,
+        quick=False,
+        artifact={"layers": (0,), "exclude": WIDE["targets"]},
+    ),
     "DoRA": Row(
         {"q, v": Variant(RANK), "all": Variant({"rank": 2, "alpha": 4, **WIDE})},
         trained=_dora,
@@ -1413,6 +1434,11 @@ class Cell:
     def new(self, **changes: Any) -> PEFTMethod:
         """The method, not attached."""
         return self.cls(**{**self.row.variants[self.variant].config, **self.elsewhere, **changes})
+
+    @property
+    def quiet(self) -> Config:
+        """Arguments with which a forward in training is not random."""
+        return {name: value for name, value in (("dropout", 0.0), ("draw", False)) if name in self.new().config}
 
     @property
     def elsewhere(self) -> Config:
