@@ -88,7 +88,7 @@ def test_reparametrization() -> None:
     model, inputs = make("bert", dtype=torch.float64), batch("bert")
     method = PrefixTuning(tokens=3, reparametrize=8).attach(model)
     randomize(method, size=0.3)
-    shared = method.reparametrization
+    shared = method.module.reparametrization
     whole = torch.tanh(shared.embedding @ shared.first.weight.t() + shared.first.bias) @ shared.second.weight.t()
     whole = (whole + shared.second.bias).detach()
     for layer, graft in enumerate(method.grafts):
