@@ -598,7 +598,8 @@ class Carrier:
 
     def _tell(self, side: str, value: Tensor) -> None:
         for graft in self.readers:
-            if graft.active and graft.tap is not None and graft.tap.side == side:
+            absent = graft.by_rows and graft.batch is not None and not len(graft.batch)  # it will not read
+            if graft.active and graft.tap is not None and graft.tap.side == side and not absent:
                 graft.tap.value = value
 
     def _run_after(self, after: list[Graft], args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
