@@ -186,7 +186,8 @@ def page() -> str:
     lines = []
     for c in SUMMARY:
         written = c.made if c.options is None else shown(c.method, c.options)
-        lines.append(f"| {c.label} | {BACKBONES[c.backbone]} | {c.published:,} | {f'{c.count:,}' if written else '-'} | "
+        ours = f"{c.count:,}" if written else "-"
+        lines.append(f"| {c.label} | {BACKBONES[c.backbone]} | {c.published:,} | {ours} | "
                      f"{written or f'{c.method} is not here yet'} | {c.why} |")
     above = {key(c.backbone, c.method, c.options or {}) for c in SUMMARY}
 
