@@ -22,6 +22,7 @@ along the class's MRO, so that nothing here imports a model library)::
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -40,6 +41,7 @@ ROLES: dict[str, str] = {
     "attend": "the attention call itself: queries, keys and values split into heads",
     "attention": "output of the attention sublayer, before the residual is added",
     "mlp": "output of the MLP sublayer, before the residual is added",
+    "attention.branch": "what attention adds to the residual, where that lies otherwise than its output (windows)",
     "block": "a whole block, input and output",
     "norm1": "the block's norm at attention", "norm2": "the block's norm at the MLP",
     "cross.q": "query projection of cross-attention", "cross.k": "key projection of cross-attention",
@@ -91,6 +93,38 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Grid:
+    """How the tokens of an image or a spectrogram lie: ``special`` ones first, then ``height`` x ``width`` row by row.
+    Where the states are maps already [batch, height, width, dim], these numbers are not looked at."""
+
+    height: int
+    width: int
+    special: int = 0
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [batch, tokens, dim] or [batch, height, width, dim] -> (special tokens [batch, special, dim], the map
+        [batch, dim, height, width]). Images of another size than the described one are taken to be square.
+
+        Raises:
+            ScionError: the tokens are no such grid.
+        """
+        if x.dim() == 4:
+            return x.flatten(1, 2)[:, :0], x.movedim(-1, 1)
+        height, width, count = self.height, self.width, x.shape[1] - self.special
+        if height * width != count:
+            height = width = math.isqrt(count)
+        if height * width != count:
+            raise ScionError(f"{x.shape[1]} tokens are not {self.special} and a grid of {self.height} x {self.width}, "
+                             "nor a square")
+        return x[:, :self.special], x[:, self.special:].transpose(1, 2).unflatten(2, (height, width))
+
+    @staticmethod
+    def join(special: Tensor, grid: Tensor, like: Tensor) -> Tensor:
+        """Undo of `split`, in the layout of ``like``; the special tokens and the map may have other channels."""
+        return grid.movedim(1, -1) if like.dim() == 4 else torch.cat([special, grid.flatten(2).transpose(1, 2)], 1)
+
+
+@dataclass(frozen=True)
 class Heads:
     """Heads of the queries, heads of the keys and values (fewer under grouped queries), and a head's width."""
 
@@ -112,6 +146,8 @@ class Site:
     heads: Heads | None = None
     width: int = 0
     """Channels of the hidden state that leaves the site; they are its last axis."""
+    around: Block | None = None
+    """The block that it stands in."""
     parameter: str = "weight"
     """Which of the module's parameters the verb ``weight`` sees."""
     tied: tuple[nn.Module, ...] = ()
@@ -279,6 +315,30 @@ class Block:
     entry: Site | None = None
     """What stands between the block before and this one (a downsampling)."""
 
+    @property
+    def grid(self) -> Grid | None:
+        """How its tokens lie, where they are a grid."""
+        return self.described.grid
+
+    @property
+    def causal(self) -> bool:
+        """Whether its tokens see only those before them."""
+        return self.described.causal
+
+    def into(self, sublayer: str) -> Site:
+        """The site whose input is what a sublayer (``attention``, ``cross.attention``, ``mlp``) reads, behind a norm
+        that stands before it."""
+        if sublayer == "mlp":
+            return self.sites["mlp.up"]
+        call = sublayer.replace("attention", "attend")
+        return self.sites[call] if call in self.sites else self.sites[sublayer.replace("attention", "q")]
+
+    def beside(self, sublayer: str) -> Site:
+        """The site whose input is the residual stream that a sublayer's output is added to."""
+        norms = {"attention": ("norm1",), "cross.attention": ("cross.norm",), "mlp": ("norm2", "norm1")}[sublayer]
+        found = [self.sites[norm] for norm in norms if norm in self.sites]
+        return found[0] if self.pre_norm and found else self.into(sublayer)
+
 
 @dataclass(eq=False)
 class Stack:
@@ -288,6 +348,8 @@ class Stack:
     blocks: list[Block]
     final: Site | None
     """The norm after the last block; None where the last block's output is the final state."""
+    text: Site | None = None
+    """The module that takes token ids as ``input_ids`` or their embeddings as ``inputs_embeds``, where there is one."""
 
 
 @dataclass(eq=False)
@@ -429,6 +491,8 @@ class BlockDescription:
         cache: the argument that holds keys and values of earlier tokens.
         rotary: the argument that holds cosines and sines as wide as a head, in two halves.
         repeats: how often a forward runs the block, where its weights serve several layers.
+        grid: how its tokens lie, where they are a grid.
+        causal: whether its tokens see only those before them.
     """
 
     path: str
@@ -448,18 +512,22 @@ class BlockDescription:
     cache: str = ""
     rotary: str = ""
     repeats: int = 1
+    grid: Grid | None = None
+    causal: bool = False
 
 
 @dataclass
 class Description:
     """A whole backbone: its blocks, the roles outside them (a role may have several paths), and the path of the norm
     behind the last block (where the blocks' stages are stacks of their own, each stage's, in the order in which they
-    run). Norms multiply by their weight plus ``norm_offset``."""
+    run). Norms multiply by their weight plus ``norm_offset``. ``text`` is the path of the module that takes token ids
+    as ``input_ids`` or their embeddings as ``inputs_embeds``, stage by stage like ``final``."""
 
     blocks: list[BlockDescription]
     stem: dict[str, str | list[str]] = field(default_factory=dict)
     final: str | dict[str, str] = ""
     norm_offset: float = 0.0
+    text: str | dict[str, str] | None = None
 
 
 Describer = Callable[[Any], Description]
@@ -504,7 +572,7 @@ def _find(model: nn.Module) -> tuple[str, nn.Module]:
                  for name, child in module.named_children() if name != "peft"]
     known = sorted({name.rpartition(":")[2] for name in FAMILIES})
     raise ScionError(f"the anatomy of {type(model).__name__} is unknown (known: {listed(known, 40)}); describe it in a "
-                     f"few lines with @core.anatomy.family({_class_names(model)[0]!r})")
+                     f"few lines with @core.anatomy.family({_class_names(model)[0]!r}), see docs/families.md")
 
 
 _BESIDE = {"lm_head": "lm_head", "cls": "lm_head", "embed_out": "lm_head",
@@ -526,6 +594,28 @@ def _projection(around: Any, head: nn.Module) -> str:
     return next((name for name, module in head.named_modules() if module is output), "")
 
 
+_INTERNAL = ("inputs", "entry")
+"""Roles of sites that no method asks for by name."""
+
+
+def _check(site: Site, family: str) -> None:
+    """Refuse what a description says of a site, where the model shows that it cannot be so."""
+    who = f"the description of {family} has"
+    if site.role not in ROLES and site.role not in _INTERNAL:
+        raise ScionError(f"{who} {site.name}, but there is no role {site.role!r}{nearest(site.role, ROLES)}; the roles "
+                         "are listed in docs/families.md")
+    if site.rows is not None:
+        rows = site.rows.stop if site.rows.index is None else 1 + max(site.rows.index)
+        whole = 0 if site.kind == "module" else site.full_weight.shape[site._out_axis]
+        if rows > whole:
+            raise ScionError(f"{who} {site.name} at row {rows - 1} of {site.path}, which has {whole} rows")
+    if site.heads is not None and site.kind != "module" and site.role.rpartition(".")[2] in ("q", "k", "v"):
+        heads = site.heads.query if site.role.endswith("q") else site.heads.key
+        if site.out_features != heads * site.heads.width:
+            raise ScionError(f"{who} {heads} heads of {site.heads.width} at {site.name}, but {site.path} gives "
+                             f"{site.out_features} numbers, not {heads * site.heads.width}")
+
+
 def dissect(model: nn.Module) -> Anatomy:
     """The anatomy of ``model``: a described backbone, or a module that wraps exactly one.
 
@@ -543,8 +633,13 @@ def dissect(model: nn.Module) -> Anatomy:
 
     def site(site_name: str, role: str, *where: str, rows: Rows | None = None, **rest: Any) -> Site:
         full = join(*where)
+        if full not in modules:
+            raise ScionError(f"the description of {name} has {site_name} at {full!r}, where there is no module"
+                             f"{nearest(full, modules)}")
         offset = description.norm_offset if role in NORMS else 0.0
-        return Site(name=site_name, role=role, path=full, module=modules[full], rows=rows, offset=offset, **rest)
+        found = Site(name=site_name, role=role, path=full, module=modules[full], rows=rows, offset=offset, **rest)
+        _check(found, name)
+        return found
 
     stem: dict[str, list[Site]] = {}
     for role, places in description.stem.items():
@@ -562,8 +657,13 @@ def dissect(model: nn.Module) -> Anatomy:
 
     def settings(block: BlockDescription, role: str) -> tuple[tuple[nn.Module, str, Any], ...]:
         found = block.while_active.get(role, {})
-        owners = {attribute: modules[join(path, block.path, attribute.rpartition(".")[0])] for attribute in found}
-        return tuple((owners[attribute], attribute.rpartition(".")[2], value) for attribute, value in found.items())
+        owners = {attribute: modules.get(join(path, block.path, attribute.rpartition(".")[0])) for attribute in found}
+        for attribute, owner in owners.items():
+            if not hasattr(owner, attribute.rpartition(".")[2]):
+                raise ScionError(f"the description of {name} sets {join(path, block.path, attribute)!r} while {role!r} "
+                                 "is active, and there is no such attribute")
+        return tuple((owner, attribute.rpartition(".")[2], value) for (attribute, value), owner
+                     in zip(found.items(), owners.values(), strict=True) if owner is not None)
 
     blocks = []
     for index, block in enumerate(description.blocks):
@@ -579,12 +679,16 @@ def dissect(model: nn.Module) -> Anatomy:
         blocks.append(Block(index=index, path=join(path, block.path), module=sites["block"].module, dim=block.dim,
                             stage=block.stage, pre_norm=block.pre_norm, sites=sites, described=block,
                             entry=entry))
+        for own in sites.values():
+            own.around = blocks[-1]
     finals = description.final if isinstance(description.final, dict) else {"": description.final}
     stacks = []
     for stack, place in finals.items():
         members = [block for block in blocks if not stack or block.stage == stack]
         final = site(join(stack, "final"), "norm", path, place, width=members[-1].dim) if place else None
-        stacks.append(Stack(stack, members, final))
+        ids = description.text.get(stack) if isinstance(description.text, dict) else description.text
+        name_of = join(stack, "inputs")
+        stacks.append(Stack(stack, members, final, None if ids is None else site(name_of, "inputs", path, ids)))
     return Anatomy(root=model, family=name, blocks=blocks, stacks=stacks,
                    stem={role: found for role, found in stem.items() if found},
                    inputs=site("inputs", "inputs", path))

@@ -19,9 +19,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -33,8 +33,23 @@ from torch.utils.checkpoint import checkpoint
 from core.anatomy import Site, dissect
 from core.errors import ScionError
 
-Attention = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 VERBS = ("before", "weight", "after", "attend")
+
+
+class Attention:
+    """The attention that ``attend`` is given: called with (q, k, v, mask) it is the base call, or the next graft's."""
+
+    def __init__(self, call: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor],
+                 keys_of: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+        self.call, self.keys_of = call, keys_of
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return self.call(q, k, v, mask)
+
+    def keys(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """What attention makes of further ``tokens`` [batch, tokens, dim], given as its module's input and without a
+        position: (keys, values), each [batch, heads, tokens, width]."""
+        return self.keys_of(tokens)
 
 
 class Graft(nn.Module):
@@ -49,9 +64,13 @@ class Graft(nn.Module):
     """Its function depends on the output that arrives, so that what stands before it must be merged before it."""
     reads_call: bool = False
     """``after`` is given a third argument: the module's `Call`."""
+    edits_call: bool = False
+    """``before`` is given the module's arguments by name, and returns them, in place of the hidden state."""
     remade: bool = False
     """The effective weight of a linear map is made again in backward instead of being kept for it: worth it where
     making it costs little beside the map itself, and is not random."""
+    adds_bias: bool = False
+    """Merging it gives a bias to a map that has none."""
     whole_batch: bool = False
     """Its ``before`` and ``after`` see all rows of a routed batch, and look to ``batch`` themselves."""
     momentary: tuple[str, ...] = ("active", "strength", "batch", "route", "variant")
@@ -75,6 +94,8 @@ class Graft(nn.Module):
         """Its method's place in the order of attachment."""
         self.variant = 0
         """The entry in ``route`` that means this graft."""
+        self.tap: Tap | None = None
+        """Another site that it reads."""
 
     def forward(self, *args: Any, verb: str) -> Any:
         """Calls a verb, or ``merged`` and its like. The core calls them so, and a graft is then itself a module whose
@@ -101,6 +122,15 @@ class Graft(nn.Module):
     def notice(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """Called with the arguments of the site's module before it runs, for what a graft must know of the model's
         inputs; ``args`` and ``kwargs`` stay as they are."""
+
+    def read(self) -> Tensor:
+        """Within ``before`` or ``after``: what its ``tap`` caught in this forward, the rows of the batch that it
+        serves."""
+        assert self.tap is not None
+        value, self.tap.value = self.tap.value, None
+        if value is None:
+            raise ScionError(f"{self.site.name}: {self.tap.site.name}, which is read there, has not run before it")
+        return value[_expand(self.batch, value.shape[0], self.route)] if self.by_rows else value
 
     def merged(self, weight: Tensor) -> Tensor:
         """W [out, in] with this graft written into it. Grafts with ``weight`` have it for free."""
@@ -142,6 +172,19 @@ class Graft(nn.Module):
         return tuple(verb for verb in VERBS if getattr(type(self), verb) is not getattr(Graft, verb))
 
 
+@dataclass(eq=False)
+class Tap:
+    """Where a graft reads, when it is not at its own site: the hidden state that arrives at another site of its block,
+    or leaves it, which runs before its own in each forward. It copies and pickles empty."""
+
+    site: Site
+    side: Literal["input", "output"] = "input"
+    value: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"site": self.site, "side": self.side, "value": None}
+
+
 # ------------------------------------------------------------------------------------------------- hidden states
 
 
@@ -162,11 +205,15 @@ def _with_hidden_in(args: tuple, kwargs: dict[str, Any], x: Tensor) -> tuple[tup
 
 
 def hidden_out(output: Any) -> Tensor:
-    """The hidden state in a module's output: itself, or the first of a tuple."""
+    """The hidden state in a module's output: itself, the first of a tuple, or ``last_hidden_state``."""
+    if isinstance(output, dict):
+        return output["last_hidden_state"]
     return output[0] if isinstance(output, tuple) else output
 
 
 def _with_hidden_out(output: Any, y: Tensor) -> Any:
+    if isinstance(output, dict):
+        return type(output)(**{**output, "last_hidden_state": y})
     return (y, *output[1:]) if isinstance(output, tuple) else y
 
 
@@ -209,17 +256,19 @@ def _expand(rows: Tensor | None, total: int, route: Tensor | None) -> Tensor:
 class _Rewrite(TorchFunctionMode):
     """Rewrites calls made during one forward of one module."""
 
-    def __init__(self, effective: list[Effective], attend: list[Graft], x: Tensor) -> None:
+    def __init__(self, effective: list[Effective], attend: list[Graft], x: Tensor,
+                 keys_of: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
         super().__init__()
-        self.effective, self.attend, self.x = effective, attend, x
+        self.effective, self.attend, self.x, self.keys_of = effective, attend, x, keys_of
         self.hits = 0
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         if self.attend and func is F.scaled_dot_product_attention:
             self.hits += 1
-            return _attend(self.attend, self.x, *args, **kwargs)
-        met = [e for e in self.effective if any(a is e.frozen for a in (*args, *kwargs.values()))]
+            return _attend(self.attend, self.x, self.keys_of, *args, **kwargs)
+        given = [*_flat((*args, *kwargs.values()))]
+        met = [e for e in self.effective if any(a is e.frozen for a in given)]
         if not met:
             return func(*args, **kwargs)
         self.hits += 1
@@ -293,17 +342,64 @@ def _linear(x: Tensor, bias: Tensor | None, effective: Effective) -> Tensor:
     return _Remade.apply(x, bias, effective, *effective.trained)  # type: ignore[no-any-return]
 
 
-def _put(args: tuple, met: list[Effective], variant: int | None = None) -> list[Any]:
-    return [next((e.of(variant) for e in met if a is e.frozen), a) for a in args]
+def _flat(args: tuple) -> Iterator[Any]:
+    """Arguments, and what sequences of tensors among them hold (those of ``torch.cat``)."""
+    for a in args:
+        if isinstance(a, (tuple, list)):
+            yield from a
+        else:
+            yield a
+
+
+def _put(args: tuple | list, met: list[Effective], variant: int | None = None) -> list[Any]:
+    return [_put(a, met, variant) if isinstance(a, (tuple, list)) and any(e.frozen is b for b in a for e in met)
+            else next((e.of(variant) for e in met if a is e.frozen), a) for a in args]
 
 
 def _put_named(kwargs: dict[str, Any], met: list[Effective], variant: int | None = None) -> dict[str, Any]:
     return dict(zip(kwargs, _put(tuple(kwargs.values()), met, variant), strict=True))
 
 
-def _attend(grafts: list[Graft], x: Tensor, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
-            dropout_p: float = 0.0, is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False
-            ) -> Tensor:
+class _Keys(TorchFunctionMode):
+    """Catches the keys and values that an attention is called with, and does not call it."""
+
+    def __init__(self, found: list[Tensor]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        names = ("query", "key", "value")
+        given = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
+        self.found += [given["key"], given["value"]]
+        return given["query"]
+
+
+def _keys_of(module: nn.Module, args: tuple, kwargs: dict[str, Any], tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Runs the attention module's own forward on other tokens, up to the call."""
+    args, kwargs = _with_hidden_in(args, kwargs, tokens)
+    hidden = args[0] if args else tokens
+    rest = [hidden if value is hidden else _unplaced(value) for value in args]
+    found: list[Tensor] = []
+    with _Keys(found):
+        type(module).forward(module, *rest, **{name: value if value is tokens else _unplaced(value)
+                                               for name, value in kwargs.items()})
+    return found[0], found[1]
+
+
+def _unplaced(value: Any) -> Any:
+    """An argument of an attention for tokens without a position: rotated by nothing, position 0, no mask, no cache."""
+    if isinstance(value, tuple) and len(value) == 2 and all(isinstance(part, Tensor) for part in value):
+        return torch.ones_like(value[0][:1, :1]), torch.zeros_like(value[1][:1, :1])  # cosines and sines
+    if isinstance(value, Tensor) and value.dtype in (torch.int32, torch.int64):
+        return torch.zeros_like(value[..., :1] if value.dim() == 1 else value[:1, ..., :1])
+    return value if value is None or isinstance(value, (bool, int, float, str)) else None
+
+
+def _attend(grafts: list[Graft], x: Tensor, keys_of: Callable[[Tensor], tuple[Tensor, Tensor]], query: Tensor,
+            key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+            is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False) -> Tensor:
     if is_causal and attn_mask is None:
         # A graft may add keys: causality must be in the mask, where it can be extended.
         attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
@@ -311,24 +407,24 @@ def _attend(grafts: list[Graft], x: Tensor, query: Tensor, key: Tensor, value: T
     def base(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, False, scale=scale, enable_gqa=enable_gqa)
 
-    def chain(some: list[Graft]) -> Attention:
-        call: Attention = base
+    def chain(some: list[Graft], x: Tensor) -> Attention:
+        attention = Attention(base, keys_of)
         for graft in some:
-            call = _around(graft, call, x)
-        return call
+            attention = Attention(_around(graft, attention, x), keys_of)
+        return attention
 
     routed = [graft for graft in grafts if graft.batch is not None]
-    out = chain([graft for graft in grafts if graft.batch is None])(query, key, value, attn_mask)
+    out = chain([graft for graft in grafts if graft.batch is None], x)(query, key, value, attn_mask)
     for variant in _variants(routed):
         rows = next(_expand(g.batch, query.shape[0], g.route) for g in routed if g.variant == variant)
         mine = [graft for graft in grafts if graft.batch is None or graft.variant == variant]
         own_masks = attn_mask is not None and attn_mask.dim() == 4 and attn_mask.shape[0] == query.shape[0]
-        part = chain(mine)(query[rows], key[rows], value[rows], attn_mask[rows] if own_masks else attn_mask)  # type: ignore[index]
+        part = chain(mine, x[rows])(query[rows], key[rows], value[rows], attn_mask[rows] if own_masks else attn_mask)  # type: ignore[index]
         out = out.index_copy(0, rows, part)
     return out
 
 
-def _around(graft: Graft, inner: Attention, x: Tensor) -> Attention:
+def _around(graft: Graft, inner: Attention, x: Tensor) -> Callable[..., Tensor]:
     def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         out = graft(q, k, v, mask, x, inner, verb="attend")
         return out if graft.strength == 1 else _weighed(graft, inner(q, k, v, mask), out)
@@ -363,6 +459,8 @@ class Carrier:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.grafts: list[Graft] = []
+        self.readers: list[Graft] = []
+        """Grafts of other sites that read this one."""
         self.open: list[_Rewrite] = []
         self.own: list[tuple[nn.Module, str, Any]] = []
         """Attributes that modules had before active grafts needed others."""
@@ -389,9 +487,11 @@ class Carrier:
         self.refresh()
 
     def drop(self, graft: Graft) -> None:
+        """Forget a graft that stands here, or that reads here; the last one takes the hooks along."""
         self.grafts = [other for other in self.grafts if other is not graft]
+        self.readers = [other for other in self.readers if other is not graft]
         self.refresh()
-        if not self.grafts:
+        if not self.grafts and not self.readers:
             for handle in self.handles:
                 handle.remove()
 
@@ -421,7 +521,11 @@ class Carrier:
         for graft in self.grafts:
             if graft.active and type(graft).notice is not Graft.notice:
                 graft.notice(args, kwargs)
-        before = self._live("before")
+        if self.readers:
+            self._tell("input", hidden_in(args, kwargs))
+        for together in _side_by_side([graft for graft in self._live("before") if graft.edits_call]):
+            args, kwargs = (), self._edited(together, {**dict(zip(self.names, args, strict=False)), **kwargs})
+        before = [graft for graft in self._live("before") if not graft.edits_call]
         if before:
             x = hidden_in(args, kwargs)
             for graft in before:
@@ -438,9 +542,9 @@ class Carrier:
         if not weights and not attend:
             return None
         x = hidden_in(args, kwargs)
-        return _Rewrite(self._effective(weights, x), attend, x)
+        return _Rewrite(self._effective(weights, x), attend, x, functools.partial(_keys_of, self.module, args, kwargs))
 
-    def again(self, asker: Graft, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def again(self, asker: Graft | None, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The module as the grafts beside ``asker`` make it, without anything before it."""
         weights, attend, after = ([graft for graft in self._live(verb) if graft is not asker]
                                   for verb in ("weight", "attend", "after"))
@@ -482,7 +586,16 @@ class Carrier:
 
     def _after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         after = self._live("after")
-        return self._run_after(after, args, kwargs, output) if after else None
+        changed = self._run_after(after, args, kwargs, output) if after else None
+        if self.readers:
+            self._tell("output", hidden_out(output if changed is None else changed))
+        return changed
+
+    def _tell(self, side: str, value: Tensor) -> None:
+        for graft in self.readers:
+            absent = graft.by_rows and graft.batch is not None and not len(graft.batch)  # it will not read
+            if graft.active and graft.tap is not None and graft.tap.side == side and not absent:
+                graft.tap.value = value
 
     def _run_after(self, after: list[Graft], args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         x, y = hidden_in(args, kwargs), hidden_out(output)
@@ -497,6 +610,24 @@ class Carrier:
         return _with_hidden_out(output, y)
 
     @staticmethod
+    def _edited(grafts: list[Graft], arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments as grafts that stand side by side edit them, each for the rows of the batch that it serves."""
+        if not grafts[0].by_rows:
+            return grafts[0](arguments, verb="before")
+        total = next(len(value) for value in arguments.values() if isinstance(value, Tensor))
+        parts = []
+        for graft in grafts:
+            rows = _expand(graft.batch, total, graft.route)
+            if len(rows):
+                own = {name: value if _is_table(value) else _rows_of(value, rows, total)
+                       for name, value in arguments.items()}
+                parts.append((rows, graft(own, verb="before")))
+        if sum(len(rows) for rows, _ in parts) < total:
+            raise ScionError(f"routing: at {grafts[0].site.name} each row needs a variant, for they lengthen it")
+        order = torch.cat([rows for rows, _ in parts]).argsort()
+        return {name: _rejoined([part[name] for _, part in parts], order, grafts[0]) for name in parts[0][1]}
+
+    @staticmethod
     def _before_on_rows(graft: Graft, x: Tensor) -> Tensor:
         rows = _expand(graft.batch, x.shape[0], graft.route)
         return x.index_copy(0, rows, _weighed(graft, x[rows], graft(x[rows], verb="before"))) if len(rows) else x
@@ -509,7 +640,8 @@ class Carrier:
             rows = _expand(graft.batch, y.shape[0], graft.route)
             if len(rows):
                 part = call.of(rows) if call is not None and graft.reads_call else None
-                parts.append((rows, _weighed(graft, y[rows], _run_after(graft, x[rows], y[rows], part))))
+                mine = x[rows] if isinstance(x, Tensor) else x
+                parts.append((rows, _weighed(graft, y[rows], _run_after(graft, mine, y[rows], part))))
         shapes = {part.shape[1:] for _, part in parts}
         if shapes - {y.shape[1:]}:
             if len(shapes) > 1 or sum(len(rows) for rows, _ in parts) < y.shape[0]:
@@ -532,6 +664,21 @@ class Carrier:
                 stack.append(mode)
         for mode in reversed(stack):
             torch._C._push_on_torch_function_stack(mode)
+
+
+def _is_table(value: Any) -> bool:
+    """Whether this is a table of rotations [tokens, width], which all samples share."""
+    return isinstance(value, Tensor) and value.dim() == 2 and value.is_floating_point()
+
+
+def _rejoined(parts: list[Any], order: Tensor, graft: Graft) -> Any:
+    """One argument of all rows from those of its parts."""
+    if not all(isinstance(part, Tensor) and part.dim() for part in parts):
+        return parts[0]
+    if len({part.shape[1:] for part in parts}) > 1:
+        raise ScionError(f"routing: the variants at {graft.site.name} lengthen their rows by different numbers")
+    whole = torch.cat(parts)
+    return whole[order] if len(whole) == len(order) else parts[0]
 
 
 def _run_after(graft: Graft, x: Tensor, y: Tensor, call: Call | None) -> Tensor:
@@ -580,14 +727,24 @@ def connect(graft: Graft) -> None:
     """Place the graft at its site, behind those that stand there."""
     for module in (graft.site.module, *graft.site.tied):
         (Carrier.of(module) or Carrier(module)).add(graft)
+    if graft.tap is not None:
+        (Carrier.of(graft.tap.site.module) or Carrier(graft.tap.site.module)).readers.append(graft)
 
 
 def disconnect(graft: Graft) -> None:
-    """Take the graft from its site; the last one takes the hooks along."""
-    for module in (graft.site.module, *graft.site.tied):
+    """Take the graft from its site, and from the one that it reads; the last one takes the hooks along."""
+    read = () if graft.tap is None else (graft.tap.site.module,)
+    for module in (graft.site.module, *graft.site.tied, *read):
         carrier = Carrier.of(module)
         if carrier is not None:
             carrier.drop(graft)
+
+
+def run_at(site: Site, x: Tensor) -> Tensor:
+    """The site's module on further states ``x``, with the weights and outputs that its grafts give it; nothing that
+    reads the site sees them."""
+    carrier = Carrier.of(site.module)
+    return site.module.forward(x) if carrier is None else hidden_out(carrier.again(None, (x,), {}))
 
 
 def refresh(graft: Graft) -> None:
@@ -625,6 +782,8 @@ class _Moment:
         carriers = [carrier for module in block.modules() if (carrier := Carrier.of(module))]
         self.grafts = [graft for carrier in carriers for graft in carrier.grafts]
         self.states = self._read()
+        self.norms = [(module, module.momentum) for graft in self.grafts for module in graft.modules()
+                      if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 
     def _read(self) -> list[dict[str, Any]]:
         return [{name: getattr(graft, name) for name in graft.momentary} for graft in self.grafts]
@@ -637,9 +796,16 @@ class _Moment:
     def __enter__(self) -> None:
         self.meanwhile = self._read()
         self._write(self.states)
+        self._count_batches(False)
 
     def __exit__(self, *error: object) -> None:
         self._write(self.meanwhile)
+        self._count_batches(True)
+
+    def _count_batches(self, on: bool) -> None:
+        """Let batch norms of grafts see the recomputed batch without counting it again."""
+        for norm, momentum in self.norms:
+            norm.momentum = momentum if on else 0.0
 
 
 def checkpoint_activations(model: nn.Module, on: bool = True) -> None:

@@ -7,6 +7,7 @@ repeated here. Adding a method = its file under core/peft + one row.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,10 +38,14 @@ class Variant:
     """Whether its start values depend on the seed; None is what the row says."""
     moves_base: bool | None = None
     """Whether it trains the backbone's own tensors in this stage; None is what the class declares."""
+    noise: bool = False
+    """Its forward is random in training, beyond dropout."""
     alone: bool = False
     """What made it ready holds for the feature as it was, without another of its kind."""
     own_optimizer: bool = False
     """It trains with the method's own optimizer alone."""
+    refused: dict[str, str] = field(default_factory=dict)
+    """Families that cannot have it, beside the method's own, with the reason."""
     learns: Config = field(default_factory=dict)
     """Arguments for invariant 16, where a share of a tiny model times the recommended learning rate cannot reach."""
 
@@ -76,6 +81,8 @@ class Row:
     """Spread of the random values with which merging is compared; less where many of them add up in one weight."""
     decays: bool | None = None
     """Whether its tensors are decayed: all, none, or (None) those of two axes and more."""
+    running: bool = False
+    """Forwards in train mode move running statistics of its own."""
     state: int = 0
     """Bytes for each trained number that a checkpoint holds beside it and its two moments."""
     stored: float = 1.0
@@ -106,6 +113,24 @@ def _spiel(anatomy: Anatomy, method: Any) -> int:
     everything, targets = _everything(anatomy, method), sum(i * o for i, o in shapes)
     budget = method.count or int((method.density or 0) * everything) or method.rank * sum(i + o for i, o in shapes)
     return sum(int(budget * i * o / targets) for i, o in shapes)
+
+
+def _sensitivity(anatomy: Anatomy, method: Any) -> int:
+    candidates = method.candidates(anatomy)
+    spent = sum(count or method.rank * (candidates[name].in_features + candidates[name].out_features)
+                for name, count in method.plan.items())
+    assert 0.3 * method.budget < spent <= method.budget
+    return spent
+
+
+def _diff(anatomy: Anatomy, method: Any) -> int:
+    tensors = len(list(anatomy.root.parameters())) if method.structured else 0
+    numbers = sum(p.numel() for p in anatomy.root.parameters() if p.dim())
+    return 2 * numbers + tensors if method.stage == "masks" else method.keep
+
+
+def _pst(anatomy: Anatomy, method: Any) -> int:
+    return sum((method.rank + method.score_rank + 1) * (i + o) for i, o in _all_linear(anatomy, method))
 
 
 def _linear(anatomy: Anatomy, method: Any) -> list[tuple[int, int]]:
@@ -176,6 +201,21 @@ def _dora(anatomy: Anatomy, method: Any) -> int:
     return sum(method.rank * (i + o) + o for i, o in _linear(anatomy, method))
 
 
+def _mam(anatomy: Anatomy, method: Any) -> int:
+    return _prefix(anatomy, method) + _parallel_at(anatomy, method.adapter)
+
+
+def _parallel_at(anatomy: Anatomy, adapter: Any) -> int:
+    return sum(2 * adapter.width(s.width) * s.width + adapter.width(s.width) + s.width + (adapter.scale == "learned")
+               for s in anatomy.sites("mlp", adapter.layers))
+
+
+def _unipelt(anatomy: Anatomy, method: Any) -> int:
+    gates = sum(s.width + 1 for role in ("attend", "q", "v", "mlp") for s in anatomy.sites(role, method.layers))
+    lora = sum(method.rank * (s.in_features + s.out_features) for s in anatomy.sites(("q", "v"), method.layers))
+    return _prefix(anatomy, method) + lora + _pfeiffer(anatomy, method.adapter) + gates
+
+
 def _houlsby(anatomy: Anatomy, method: Any) -> int:
     sites = anatomy.sites(method.targets, method.layers)
     bottlenecks = sum(2 * method.width(s.width) * s.width + method.width(s.width) + s.width for s in sites)
@@ -210,6 +250,44 @@ def _pfeiffer(anatomy: Anatomy, method: Any) -> int:
     return sum(2 * method.width(dim) * dim + method.width(dim) + dim for dim in dims)
 
 
+def _parallel(anatomy: Anatomy, method: Any) -> int:
+    sites = [(method.width(s.width), s.width, s.in_features if s.role == "o" else s.width)
+             for s in method.sites(anatomy)]
+    return sum(m * (d + out) + m + out + (method.scale == "learned") for m, d, out in sites)
+
+
+def _convpass(anatomy: Anatomy, method: Any) -> int:
+    m = method.bottleneck
+    return sum(2 * m * s.width + 9 * m * m + 2 * m + s.width for s in method.sites(anatomy))
+
+
+def _conformer(anatomy: Anatomy, method: Any) -> int:
+    sites = [(s.width, method.width(s.width)) for s in method.sites(anatomy) if s.around]
+    return sum(d * (3 * m + 1 + 2 * method.layer_norm) + m * (method.kernel + 5) for d, m in sites)
+
+
+def _moa(anatomy: Anatomy, method: Any) -> int:
+    sites = [(s.width, method.width(s.width)) for s in method.sites(anatomy)]
+    return sum(method.adapters * (2 * d * m + m + d + (d * method.slots if method.kind == "soft" else d + 1))
+               for d, m in sites)
+
+
+def _compacter(anatomy: Anatomy, method: Any) -> int:
+    total = method.n ** 3 if method.is_shared else 0
+    for site in method.sites(anatomy):
+        d, m, n = site.width, method.width(site.width), method.n
+        maps = 2 * d * m // n if method.rank is None else 2 * method.rank * (d + m)
+        total += maps + m + d + (0 if method.is_shared else 2 * n ** 3)
+    return total + _norms(anatomy, method.norms)
+
+
+def _side(anatomy: Anatomy, method: Any) -> int:
+    width, dim = anatomy.stacks[-1].blocks[0].dim, method.dim or anatomy.blocks[-1].dim
+    if method.network == "alexnet":
+        return 2_469_696 + 9_216 * dim + 1
+    return method.hidden * (width + dim) + method.hidden + dim + 1
+
+
 def _language_adapter(anatomy: Anatomy, method: Any) -> int:
     dim, last = anatomy.blocks[0].dim, anatomy.blocks[-1].dim
     invertible = 4 * (dim // 2) * (dim // 4) + 2 * (dim // 2 + dim // 4) if method.invertible else 0
@@ -217,12 +295,31 @@ def _language_adapter(anatomy: Anatomy, method: Any) -> int:
     return _pfeiffer(anatomy, method) + invertible - dropped
 
 
+def _prompts(anatomy: Anatomy, method: Any) -> int:
+    if getattr(method, "deep", False):
+        return method.tokens * sum(site.width for site in anatomy.sites("attend", method.layers))
+    widths = [stack.text.module.get_input_embeddings().weight.shape[1] if stack.text else stack.blocks[0].dim  # type: ignore[operator]
+              for stack in anatomy.stacks if "cross.q" not in stack.blocks[0].sites]
+    if not hasattr(method, "encoder") or method.folded:
+        return method.tokens * sum(widths)
+    total = 0
+    for d in widths:
+        h = method.hidden or d
+        lstm = sum(2 * 4 * h * (i + h + 2) for i in (d, 2 * h))
+        mlp = (d * h + h) + (h * h + h) + (h * d + d)
+        total += method.tokens * d + (mlp if method.encoder == "mlp" else lstm + (4 * h * h + 2 * h) + (2 * h * d + d))
+    return total
+
+
 def _prefix(anatomy: Anatomy, method: Any) -> int:
-    widths = [2 * site.heads.key * site.heads.width for site in anatomy.sites("attend", method.layers) if site.heads]
+    roles = [role for role in ("attend", "cross.attend") if role == "attend" or type(method).__name__ == "MAM"]
+    sites = anatomy.sites([role for role in roles if role in anatomy.roles], method.layers)
+    widths = [2 * site.heads.key * site.heads.width for site in sites if site.heads]
     if not method.hidden or method.folded:
         return method.tokens * sum(widths)
-    dim = anatomy.blocks[0].dim
-    return method.tokens * dim + (dim + 1) * method.hidden + (method.hidden + 1) * sum(widths)
+    banks = {(site.around.stage, site.role): site.width for site in sites if site.around}
+    first = sum(method.tokens * dim + (dim + 1) * method.hidden for dim in banks.values())
+    return first + (method.hidden + 1) * sum(widths)
 
 
 def _vqt(anatomy: Anatomy, method: Any) -> int:
@@ -321,6 +418,11 @@ def _biases(anatomy: Anatomy, method: Any) -> int:
     return sum(module.bias.numel() for module in modules.values())  # type: ignore[operator]
 
 
+def _lofit(anatomy: Anatomy, method: Any) -> int:
+    sites = method.sites(anatomy)
+    return sum(s.in_features for s in sites) if method.stage == "heads" else method.count * sites[0].heads.width
+
+
 def _ltsft(anatomy: Anatomy, method: Any) -> int:
     if method.stage == "dense":
         return _everything(anatomy, method)
@@ -336,6 +438,14 @@ def _to_sparse(method: Any) -> None:
     with torch.no_grad():
         for tensor in method.trainable().values():
             tensor += 0.01 * (torch.rand(tensor.shape, generator=generator) - 0.5).to(tensor)
+    method.advance()
+
+
+def _to_offsets(method: Any) -> None:
+    """As after a stage in which one head of each layer was scaled most, more in the first layers."""
+    with torch.no_grad():
+        for i, graft in enumerate(method.grafts):
+            graft.A[i % len(graft.A)] += 1 / (1 + i)
     method.advance()
 
 
@@ -406,6 +516,35 @@ def _selection_follows_formula() -> None:
     assert moved > 20
 
 
+def _halves_follow_formula() -> None:
+    """HalfFineTuning: every three steps another half; what is frozen stays to the bit and has neither gradient nor
+    state; over many rounds each matrix is trained in about half."""
+    from tests.models import make
+
+    model = make("llama")
+    method: Any = peft.method_class("HalfFineTuning")(interval=3)  # type: ignore[call-arg]
+    method.attach(model)
+    optimizer = torch.optim.AdamW(method.param_groups(), lr=0.01, weight_decay=0.1)
+    method.follow(optimizer, total=180)
+    trained: dict[str, int] = {}
+    for step in range(180):
+        chosen = set(method.trainable())
+        if step % 3 == 0:
+            trained |= {name: trained.get(name, 0) + 1 for name in chosen}
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        assert {name for name, p in model.named_parameters() if p.requires_grad} == chosen
+        assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {
+            id(p) for p in method.trainable().values()}
+        for tensor in method.trainable().values():
+            tensor.grad = torch.ones_like(tensor)
+        optimizer.step()
+        assert {name for name, p in model.named_parameters() if not torch.equal(p, before[name])} == chosen
+        assert {id(p) for p in optimizer.state} <= {id(p) for p in method.trainable().values()}
+    blocks = [name for name, _ in model.named_parameters() if ".layers." in name]
+    assert set(trained) == set(blocks) and method.round == 59
+    assert all(15 <= count <= 45 for count in trained.values())
+
+
 def _positions_follow_formula() -> None:
     """SpIEL: windows, shares and counts of the schedule; positions stay distinct and k stays what it was."""
     from tests.models import make
@@ -467,6 +606,30 @@ def _budget_follows_formula() -> None:
         wanted = int(2 * sites + 2 * sites * share**3)
         assert method.budget(step) == (wanted, step > 4 and (step >= 14 or step % 2 == 0))
         assert left == wanted or step < 14 and step % 2 or step <= 4 and left == 4 * sites
+
+
+def _sparsity_follows_formula() -> None:
+    """PST: the cubic rise, and as many zeros in each effective weight, those of the smallest scores."""
+    from tests.models import make
+
+    method: Any = peft.method_class("PST")(sparsity=0.8, warmup=2, cooldown=3, rank=2)  # type: ignore[call-arg]
+    method.attach(make("timm_vit"))
+    optimizer = torch.optim.SGD(method.param_groups(), lr=0.01)
+    method.follow(optimizer, total=15)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(1, 16):
+        for tensor in method.trainable().values():
+            tensor.grad = torch.randn(tensor.shape, generator=generator)
+        optimizer.step()
+        share = 0.8 - 0.8 * (1 - min(max(step - 2, 0), 10) / 10) ** 3
+        assert abs(method.sparsity - share) < 1e-12
+        for graft in method.grafts:
+            base = graft.site.matrix(graft.site.full_weight.detach())
+            changed = base + graft.U @ graft.V
+            scores = changed.abs() + graft.A @ graft.B + graft.R[:, None] + graft.C
+            order = scores.flatten().argsort(stable=True)[:int(method.sparsity * base.numel())]
+            expected = changed.detach().flatten().index_fill(0, order, 0.0).view_as(base)
+            torch.testing.assert_close(graft.weight(base).detach(), expected)
 
 
 def _rank_follows_formula() -> None:
@@ -744,6 +907,19 @@ METHODS: dict[str, Row] = {
         saved=0.72,
         artifact={"targets": ("o", "mlp.down")},
     ),
+    "DiffPruning": Row(
+        {"masks": Variant(noise=True, learns={"lr": 3e-4}),
+         "structured": Variant({"structured": True, "l0": 0.0}, noise=True, learns={"lr": 3e-4}),
+         "fixed": Variant({"density": 0.01}, _to_sparse, everywhere=True, learns={"density": 1.0, "lr": 3e-4})},
+        trained=_diff,
+        cards=(("vit_b16", {}, 171_597_312),),
+        bad=(({"density": 0.0}, "density 0"), ({"count": 0}, "count 0"), ({"count": 10**9}, "count 1000000000"),
+             ({"count": 10, "density": 0.5}, "not both"), ({"l0": -1.0}, "l0 -1"), ({"mask_lr": 0.0}, "mask_lr 0"),
+             ({"exclude": ("pol",)}, "'pol'")),
+        operators=12, saved=2.5, stored=2.0, decays=False,
+        quick=False,
+        artifact={"layers": (0,), "exclude": WIDE["targets"]},
+    ),
     "DoRA": Row(
         {"q, v": Variant(RANK), "all": Variant({"rank": 2, "alpha": 4, **WIDE})},
         trained=_dora,
@@ -769,6 +945,16 @@ METHODS: dict[str, Row] = {
              ({"targets": ("block",)}, "no linear weight")),
         schedule=_galore_follows_formula,
         artifact=FEW,
+    ),
+    "HalfFineTuning": Row(
+        {"one round": Variant(learns={"lr": 2e-4}), "rounds": Variant({"interval": 2, "whole": ("norm",)},
+                                                                     learns={"lr": 2e-4})},
+        trained=_full,
+        bad=(({"interval": 0}, "interval 0"), ({"whole": ("nrom1",)}, "'norm1'")),
+        random=True,
+        quick=False,
+        schedule=_halves_follow_formula,
+        artifact={"layers": (0,)},
     ),
     "Houlsby": Row(
         {"zero_up": Variant({"bottleneck": 4}), "near_identity": Variant({"reduction": 8, "init": "near_identity"}),
@@ -800,6 +986,158 @@ METHODS: dict[str, Row] = {
         random=True, commutes=False, operators=12, saved=0.9, without_attention={"invertible": False},
         artifact={"bottleneck": 1},
     ),
+    "ParallelAdapter": Row(
+        {"mlp": Variant({"bottleneck": 4}, learns={"lr": 1e-3}),
+         "heads": Variant({"reduction": 8, "scale": "learned", "targets": ("o", "mlp"), "input": "residual"},
+                          learns={"lr": 1e-2}),
+         "attention": Variant({"bottleneck": 3, "scale": 2.0, "targets": ("attention",), "init": "normal"},
+                              learns={"lr": 1e-2})},
+        trained=_parallel,
+        cards=(("vit_b16", {}, 7_091_712), ("bert_base", {"scale": "learned"}, 7_091_724)),
+        bad=(({"bottleneck": 0}, "bottleneck 0"), ({"reduction": 0}, "reduction 0"), ({"scale": "big"}, "'big'"),
+             ({"dropout": 1.0}, "dropout 1"), ({"input": "norm"}, "'norm'"), ({"init": "zero"}, "'zero'"),
+             ({"targets": ("q",)}, "no output of a sublayer")),
+        random=True, operators=6, saved=0.7, quick=False, without_attention={"targets": ("mlp",)},
+        artifact={"bottleneck": 1},
+    ),
+    "AdaptFormer": Row(
+        {"mlp": Variant({"bottleneck": 4, "dropout": 0.0}, learns={"lr": 1e-2})},
+        trained=_parallel,
+        cards=(("vit_b16", {}, 1_189_632), ("vit_b16", {"bottleneck": 8}, 156_768)),
+        bad=(({"bottleneck": 0}, "bottleneck 0"), ({"scale": 0.0}, "scale 0")),
+        random=True, operators=6, saved=0.7, quick=False,
+        artifact={"bottleneck": 1},
+    ),
+    "Convpass": Row(
+        {"both": Variant({"bottleneck": 4, "dropout": 0.0}, learns={"lr": 1e-2}),
+         "mlp": Variant({"bottleneck": 3, "targets": ("mlp",), "scale": 4.0}, learns={"lr": 1e-2})},
+        trained=_convpass,
+        cards=(("vit_b16", {}, 327_552), ("vit_b16", {"targets": ("attention",)}, 163_776)),
+        bad=(({"bottleneck": 0}, "bottleneck 0"), ({"scale": 0}, "scale 0"), ({"dropout": 1.0}, "dropout 1"),
+             ({"targets": ("q",)}, "no sublayer")),
+        random=True, operators=24, saved=0.9, quick=False, without_attention={"targets": ("mlp",)},
+        artifact={"bottleneck": 1},
+    ),
+    "ConformerAdapter": Row(
+        {"parallel": Variant({"bottleneck": 4, "kernel": 5}),
+         "sequential": Variant({"bottleneck": 3, "kernel": 3, "parallel": False, "layer_norm": False,
+                                "targets": ("attention", "mlp")})},
+        trained=_conformer,
+        cards=(("vit_b16", {}, 252_288),),
+        bad=(({"bottleneck": 0}, "bottleneck 0"), ({"kernel": 4}, "kernel 4"), ({"targets": ("q",)}, "no sublayer")),
+        random=True, operators=24, saved=0.9, stored=1.3, running=True, quick=False,
+        absent=("test_accumulation", "test_two_processes"), without_attention={"targets": ("mlp",)},
+        artifact={"bottleneck": 1, "kernel": 3},
+    ),
+    "MixtureOfAdapters": Row(
+        {"dense": Variant({"kind": "dense", "adapters": 3, "bottleneck": 2}),
+         "soft": Variant({"adapters": 2, "bottleneck": 2, "slots": 2, "targets": ("attention", "mlp")},
+                         refused=dict.fromkeys(("llama", "t5"), "a soft mixture would see tokens to come"))},
+        trained=_moa,
+        cards=(("vit_b16", {}, 903_672),),
+        bad=(({"bottleneck": 0}, "bottleneck 0"), ({"kind": "hard"}, "'hard'"), ({"adapters": 0}, "adapters 0"),
+             ({"targets": ("q",)}, "no sublayer")),
+        random=True, operators=24, saved=0.9, quick=False, without_attention={"targets": ("mlp",)},
+        artifact={"adapters": 1, "bottleneck": 1},
+    ),
+    "PTuningV2": Row(
+        {"plain": Variant({"tokens": 4, "dropout": 0.0}, learns={"tokens": 20})},
+        trained=_prefix,
+        cards=(("bert_base", {"tokens": 128}, 2_359_296),),
+        bad=(({"tokens": 0}, "tokens 0"), ({"dropout": 1.0}, "dropout 1"), ({"targets": ("q",)}, "no attention")),
+        random=True, operators=20, saved=0.7, quick=False,
+        artifact={"tokens": 1},
+    ),
+    "MAM": Row(
+        {"mlp": Variant({"tokens": 4, "reparametrize": 8, "bottleneck": 4}, learns={"lr": 1e-2}),
+         "plain": Variant({"tokens": 3, "reparametrize": False, "reduction": 8, "scale": "learned",
+                           "input": "normed"}, learns={"lr": 1e-2}),
+         "folded": Variant({"tokens": 4, "reparametrize": 8, "bottleneck": 4}, lambda method: method.fold(),
+                           learns={"lr": 1e-2})},
+        trained=_mam,
+        cards=(("bert_base", {}, 22_493_984),),
+        bad=(({"tokens": 0}, "tokens 0"), ({"bottleneck": 0}, "bottleneck 0"), ({"scale": 0}, "scale 0")),
+        random=True, commutes=None, operators=30, saved=0.9, quick=False,
+        artifact={"tokens": 1, "reparametrize": False, "bottleneck": 1},
+    ),
+    "UniPELT": Row(
+        {"mlp": Variant({"tokens": 4, "reparametrize": 8, "rank": 2, "reduction": 6}, learns={"lr": 1e-2}),
+         "plain": Variant({"tokens": 3, "reparametrize": False, "rank": 1, "reduction": 8}, learns={"lr": 1e-2})},
+        trained=_unipelt,
+        cards=(("bert_base", {}, 11_083_376),),
+        bad=(({"tokens": 0}, "tokens 0"), ({"rank": 0}, "rank 0"), ({"reduction": 0}, "reduction 0")),
+        random=True, commutes=False, operators=40, saved=0.95, quick=False,
+        artifact={"tokens": 1, "reparametrize": False, "rank": 1},
+    ),
+    "Compacter": Row(
+        {"shared": Variant({"bottleneck": 8, "std": 0.1}),
+         "phm": Variant({"bottleneck": 4, "n": 2, "rank": None, "shared": False, "std": 0.1}),
+         "norms": Variant({"bottleneck": 4, "rank": 2, "std": 0.1, "norms": ("norm1", "norm2")}, moves_base=True)},
+        trained=_compacter,
+        cards=(("bert_base", {}, 57_088),),
+        bad=(({"bottleneck": 0}, "bottleneck 0"), ({"n": 0}, "n 0"), ({"n": 5}, "must divide"), ({"rank": 0}, "rank 0"),
+             ({"targets": ("q",)}, "no hidden state")),
+        random=True, commutes=False, operators=20, saved=0.8, quick=False, without_attention={"targets": ("mlp",)},
+        artifact={"bottleneck": 4},
+    ),
+    "CompacterPlusPlus": Row(
+        {"shared": Variant({"bottleneck": 8, "std": 0.1}, learns={"lr": 1e-2})},
+        trained=_compacter,
+        cards=(("bert_base", {}, 28_576),),
+        bad=(({"bottleneck": 0}, "bottleneck 0"), ({"n": 5}, "must divide")),
+        random=True, commutes=False, operators=20, saved=0.8, quick=False,
+        artifact={"bottleneck": 4},
+    ),
+    "SideTuning": Row(
+        {"mlp": Variant({"hidden": 16}, learns={"lr": 1e-2})},
+        trained=_side,
+        cards=(("vit_b16", {"network": "alexnet"}, 9_547_585),),
+        bad=(({"hidden": 0}, "hidden 0"), ({"network": "vgg"}, "'vgg'"), ({"pretrained": True}, "alexnet"),
+             ({"layers": (0,)}, "layers")),
+        random=True, commutes=False, operators=24, saved=0.3, quick=False,
+        absent=("test_no_graph_below_the_first_graft",),
+        artifact={"hidden": 1},
+    ),
+    "AdapterDrop": Row(
+        {"alone": Variant({"drop": 1}, trains=False)},
+        trained=lambda anatomy, method: 0,
+        bad=(({"drop": 0}, "drop 0"), ({"drop": "some"}, "'some'"), ({"drop": 99}, "drop 99"),
+             ({"drop": "random", "maximum": 99}, "maximum 99"), ({"inference": -1}, "inference -1")),
+        saved=0.0, quick=False,
+        absent=("test_nothing_to_train", "test_checkpoint", "test_resume", "test_reproducible",
+                "test_no_graph_below_the_first_graft"),
+    ),
+    "VPT": Row(
+        {"deep": Variant({"tokens": 4}, learns={"tokens": 20}),
+         "shallow": Variant({"tokens": 3, "deep": False}, refused={"timm_swin": "a map has no place for tokens"},
+                            learns={"tokens": 20})},
+        trained=_prompts,
+        cards=(("vit_b16", {}, 92_160), ("vit_b16", {"deep": False}, 7_680)),
+        bad=(({"tokens": 0}, "tokens 0"), ({"dropout": 1.0}, "dropout 1"), ({"deep": False, "dropout": 0.1}, "deep")),
+        random=True, commutes=None, operators=40, saved=0.9, quick=False,
+        artifact={"tokens": 1},
+    ),
+    "PromptTuning": Row(
+        {"vocabulary": Variant({"tokens": 4}, learns={"tokens": 20}),
+         "normal": Variant({"tokens": 2, "init": "normal"}, learns={"tokens": 20})},
+        trained=_prompts,
+        cards=(("vit_b16", {}, 15_360), ("bert_base", {}, 15_360)),
+        bad=(({"tokens": 0}, "tokens 0"), ({"init": "zero"}, "'zero'"), ({"layers": (0,)}, "layers")),
+        random=True, commutes=None, operators=12, saved=1.2, quick=False,
+        absent=("test_irregular_mix", "test_no_graph_below_the_first_graft"),  # its grafts act together; no layers
+        artifact={"tokens": 1},
+    ),
+    "PTuning": Row(
+        {"mlp": Variant({"tokens": 4, "hidden": 8}, learns={"tokens": 20}),
+         "lstm": Variant({"tokens": 2, "hidden": 8, "encoder": "lstm"}, learns={"tokens": 20}),
+         "folded": Variant({"tokens": 4, "hidden": 8}, lambda method: method.fold(), learns={"tokens": 20})},
+        trained=_prompts,
+        cards=(("bert_base", {}, 1_787_136), ("bert_base", {"encoder": "lstm"}, 27_174_144)),
+        bad=(({"tokens": 0}, "tokens 0"), ({"encoder": "gru"}, "'gru'"), ({"hidden": 0}, "hidden 0")),
+        random=True, commutes=None, operators=30, saved=1.2, quick=False,
+        absent=("test_irregular_mix", "test_no_graph_below_the_first_graft"),
+        artifact={"tokens": 1, "hidden": 2},
+    ),
     "LinearProbe": Row(
         {"head": Variant(trains=False), "norm": Variant({"norms": ("norm",)}, moves_base=True,
                                                         learns={"lr": 1e-2})},
@@ -808,6 +1146,16 @@ METHODS: dict[str, Row] = {
         bad=(({"norms": ("nrm",)}, "'nrm'"),),
         saved=0.0,
         artifact={"norms": ("norm",)},
+    ),
+    "LoFiT": Row(
+        {"heads": Variant(learns={"lr": 5e-2}),
+         "offsets": Variant({"heads": 2}, _to_offsets, everywhere=True, learns={"heads": 4, "lr": 5e-2})},
+        trained=_lofit,
+        cards=(("bert_base", {}, 9_216),),
+        bad=(({"heads": 0}, "heads 0"), ({"heads": 999}, "heads 999"), ({"l1": -1.0}, "l1 -1"),
+             ({"spread": -1.0}, "spread -1"), ({"targets": ("mlp.down",)}, "does not read heads")),
+        random=True, operators=6, saved=0.9, stored=2.0,
+        quick=False,
     ),
     "LIFT": Row(
         {"all": Variant({"rank": 2}, learns={"rank": 16, "lr": 1e-2}),
@@ -820,6 +1168,18 @@ METHODS: dict[str, Row] = {
         operators=2, saved=0.96, stored=4.0, state=12,
         schedule=_selection_follows_formula,
         artifact={"rank": 1, "targets": ("o",)},
+    ),
+    "SensitivityTuning": Row(
+        {"both": Variant({"rank": 2, "count": 800}, learns={"lr": 1e-2, "count": 2000}),
+         "entries": Variant({"rank": 16, "density": 0.02, "ratio": 1.0, "vector_ratio": 0.0}, random=False,
+                            learns={"lr": 2e-2})},
+        trained=_sensitivity,
+        bad=(({"density": 0.0}, "density 0"), ({"density": 0.1, "count": 3}, "not both"), ({"count": 0}, "count 0"),
+             ({"count": 10**9}, "1000000000"), ({"rank": 0}, "rank 0"), ({"ratio": 0.5}, "ratio 0.5"),
+             ({"batches": 0}, "batches 0"), *NOT_LINEAR),
+        random=True, operators=8, saved=0.96, stored=2.0, decays=True,
+        quick=False,
+        artifact={"count": 300},
     ),
     "SpIEL": Row(
         {"AG": Variant({"rank": 2}, learns={"rank": None, "density": 0.4, "lr": 1e-2}),
@@ -834,6 +1194,21 @@ METHODS: dict[str, Row] = {
         random=True, operators=2, saved=0.96, stored=2.0, state=24, decays=True,
         schedule=_positions_follow_formula,
         artifact={"rank": None, "count": 60, "targets": ("o",)},
+    ),
+    "PST": Row(
+        {"dense": Variant({"rank": 2, "score_rank": 2}, learns={"lr": 1e-3}),
+         "pruned": Variant({"rank": 2, "score_rank": 3, "initial": 0.4, "sparsity": 0.6, "alpha2": 0.5, **WIDE},
+                           learns={"lr": 3e-3})},
+        trained=_pst,
+        cards=(("vit_b16", {}, 2_506_752), ("bert_base", {}, 2_820_096)),
+        bad=(({"rank": 0}, "rank 0"), ({"score_rank": 0}, "score_rank 0"), ({"sparsity": 1.0}, "sparsity 1"),
+             ({"initial": 0.95}, "initial 0.95"), ({"warmup": 0.8}, "warmup 0.8"), ({"spread": 0.0}, "spread 0"),
+             *NOT_LINEAR),
+        random=True, weights=True, commutes=None, operators=34, saved=0.96,
+        quick=False,
+        absent=("test_gradcheck",),  # as RAMT
+        schedule=_sparsity_follows_formula,
+        artifact={"rank": 1, "score_rank": 1},
     ),
     "RAMT": Row(
         {"attention": Variant(learns={"lr": 1e-2}),
@@ -1002,7 +1377,19 @@ REFUSED: dict[tuple[str, str], str] = {
     **{("BitFit", family): f"no module of {name} has a bias, so there is nothing to train" for family, name in (
         ("t5", "T5Model"), ("mistral", "MistralModel"), ("gemma", "GemmaModel"))},
     **{(method, "timm_convnext"): "there is no attention that could read more keys, queries or streams" for method in (
-        "PrefixTuning", "VQT", "MTLoRA", "LadderSideTuning")},
+        "PrefixTuning", "VQT", "MTLoRA", "LadderSideTuning", "VPT", "PromptTuning", "PTuning",
+        "PTuningV2", "MAM", "UniPELT", "LoFiT")},
+    **{("UniPELT", family): "its gates are means over the sequence, and a causal model may not see what is to come"
+       for family in ("llama", "t5", "clip", "clip_text", "gpt2", "gpt_neox", "codegen", "mistral", "qwen2", "gemma",
+                      "starcoder2")},
+    **{(method, "timm_swin"): "its states are a map, in which there is no place for further tokens" for method in (
+        "PromptTuning", "PTuning")},
+    **{("Convpass", family): f"the tokens of {name} are no grid" for family, name in (
+        ("bert", "BertModel"), ("roberta", "RobertaModel"), ("albert", "AlbertModel"), ("t5", "T5Model"),
+        ("llama", "LlamaModel"), ("mistral", "MistralModel"), ("qwen2", "Qwen2Model"), ("gemma", "GemmaModel"),
+        ("starcoder2", "Starcoder2Model"), ("gpt2", "GPT2Model"), ("gpt_neox", "GPTNeoXModel"),
+        ("codegen", "CodeGenModel"), ("clip_text", "CLIPTextModel"))},
+    ("AdapterDrop", "albert"): "its one layer runs many times, so that there is no first layer to leave out",
     ("LadderSideTuning", "albert"): "one layer runs many times, so that there is no ladder of layers beside it",
     ("LadderSideTuning", "timm_eva"): "its rotary positions are made for one width of head, and end in the attention",
     ("LadderSideTuning", "codegen"): "its rotary positions are made for one width of head, and end in the attention",
@@ -1037,7 +1424,8 @@ class Cell:
     @property
     def refused(self) -> str | None:
         """Why this cell cannot exist."""
-        return REFUSED.get((self.method, self.family))
+        return (REFUSED.get((self.method, self.family))
+                or self.row.variants[self.variant].refused.get(self.family))
 
     @property
     def mergeable(self) -> bool:
@@ -1046,6 +1434,11 @@ class Cell:
     def new(self, **changes: Any) -> PEFTMethod:
         """The method, not attached."""
         return self.cls(**{**self.row.variants[self.variant].config, **self.elsewhere, **changes})
+
+    @property
+    def quiet(self) -> Config:
+        """Arguments with which a forward in training is not random."""
+        return {name: value for name, value in (("dropout", 0.0), ("draw", False)) if name in self.new().config}
 
     @property
     def elsewhere(self) -> Config:
@@ -1085,13 +1478,15 @@ class Cell:
 
 SHARE = 3
 """In the quick tier an invariant meets every third family with each method; which ones, turns with its number."""
+SHARE_OF_ALL = 1 if os.environ.get("SCION_ALL") == "whole" else 4
+"""In the long tier it meets every fourth of all families with each variant, turning likewise; or all of them."""
 
 
 def cells(everything: bool, number: int = 0, rotate: bool = False) -> list[Cell]:
     """The cells of invariant ``number``.
 
     Args:
-        everything: all variants on all families.
+        everything: all variants, on a share of all families.
         number: shifts the rotation, so that one method does not meet the same family in every invariant.
         rotate: one family a variant instead of a share of them.
     """
@@ -1103,7 +1498,8 @@ def cells(everything: bool, number: int = 0, rotate: bool = False) -> list[Cell]
                 continue
             first = v == 0 or variant.everywhere
             if everything or (first and row.quick and not rotate):
-                share = families if everything else families[(m + number) % SHARE::SHARE]
+                share = (list(EVERY_FAMILY)[(m + v + number) % SHARE_OF_ALL::SHARE_OF_ALL] if everything
+                         else families[(m + number) % SHARE::SHARE])
                 found += [Cell(method, name, family) for family in share]
             elif first or not rotate:
                 turn = families[(m + v + number) % len(families):] + families[:(m + v + number) % len(families)]

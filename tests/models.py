@@ -254,7 +254,7 @@ FAMILIES: dict[str, Family] = {
     "llama": Family(_llama, _ids, token=-1),  # causal attention, grouped queries
     "t5": Family(_t5, _padded_ids, token=-1, padding=0),  # two stacks, cross-attention, tied embeddings
 }
-"""Those that every invariant meets."""
+"""Those that the quick tier's invariants meet."""
 
 EVERY_FAMILY: dict[str, Family] = {
     **FAMILIES,
@@ -274,7 +274,7 @@ EVERY_FAMILY: dict[str, Family] = {
     "gemma": Family(functools.partial(_decoder, "Gemma", num_key_value_heads=1, head_dim=16), _ids, token=-1),
     "starcoder2": Family(functools.partial(_decoder, "Starcoder2", num_key_value_heads=2), _ids, token=-1),
 }
-"""All; beyond the first ones, each method walks through once (tests/core/test_cells.py)."""
+"""All: the long tier's invariants meet them, and each method walks through each once (tests/core/test_cells.py)."""
 
 
 def spread(model: nn.Module, seed: int = 0) -> nn.Module:

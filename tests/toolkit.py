@@ -21,7 +21,7 @@ from tests.methods import Cell
 from tests.models import WIDTH, batch
 
 EVERYTHING = bool(os.environ.get("SCION_ALL"))
-"""Run every row on every family (make test-all)."""
+"""Run the long tier: every row, in every variant, on a share of all families (make test-all)."""
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 """Of merged against unmerged outputs, relative to the output's scale."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from core.anatomy import BlockDescription, Description, Rows, Where, family
+from core.anatomy import BlockDescription, Description, Grid, Rows, Where, family
 
 MODELS = "timm.models"
 
@@ -41,7 +41,7 @@ def timm_vit(model: Any) -> Description:
             path=f"blocks.{i}", dim=attention.qkv.in_features, roles=roles,
             heads=(attention.num_heads, attention.num_heads, attention.head_dim),
             while_active={"attend": {"attn.fused_attn": True}}, per_token={"attn_mask": "none"},
-            widths={"attn.head_dim": 1, "attn.attn_dim": 1, "attn.scale": -0.5},
+            widths={"attn.head_dim": 1, "attn.attn_dim": 1, "attn.scale": -0.5}, grid=grid_of(model),
         ))
     heads = [name for name in ("head", "head_dist") if hasattr(model, name)]
     norms = [name for name in ("norm_pre", "norm", "fc_norm") if with_tensors(model, name)]
@@ -70,12 +70,17 @@ def timm_eva(model: Any) -> Description:
                    width // attention.num_heads),
             pre_norm=type(block).__name__ != "EvaBlockPostNorm",
             while_active={"attend": {"attn.fused_attn": True}, **dict.fromkeys(("qkv", "q", "k", "v"), called)},
-            per_token={"attn_mask": "none", "rope": "last"},
+            per_token={"attn_mask": "none", "rope": "last"}, grid=grid_of(model),
         ))
     norms = [name for name in ("norm_pre", "norm", "fc_norm") if with_tensors(model, name)]
     return Description(blocks, {"patch_embed": "patch_embed.proj", "embed": "norm_pre", "norm": norms,
                                 "final_norm": norms[-1:], **head(model, "head")},
                        final="norm" if with_tensors(model, "norm") else "")
+
+
+def grid_of(model: Any) -> Grid:
+    """The patches, behind the class token and its like."""
+    return Grid(*model.patch_embed.grid_size, special=model.num_prefix_tokens)
 
 
 def mlp_of(mlp: Any) -> dict[str, Where]:
@@ -104,12 +109,14 @@ def timm_swin(model: Any) -> Description:
             roles: dict[str, Where] = {
                 **thirds("attn.qkv", width), "o": "attn.proj", "mlp.up": "mlp.fc1", "mlp.down": "mlp.fc2",
                 "attend": "attn", "attention": "attn", "mlp": "mlp", "norm1": "norm1", "norm2": "norm2",
+                "attention.branch": "drop_path1",
                 "position_bias": ("attn", "relative_position_bias_table"),
             }
             blocks.append(BlockDescription(
                 path=f"layers.{s}.blocks.{b}", dim=attention.dim, roles=roles, stage=f"stage{s}",
                 heads=(attention.num_heads, attention.num_heads, width // attention.num_heads),
                 while_active={"attend": {"attn.fused_attn": True}}, windows=True, widths={"attn.scale": -0.5},
+                grid=Grid(*block.input_resolution),
                 entry=f"layers.{s}.downsample" if b == 0 and hasattr(stage.downsample, "reduction") else "",
             ))
     norms = [name for name in [*norms, "norm"] if with_tensors(model, name)]
@@ -133,7 +140,7 @@ def timm_convnext(model: Any) -> Description:
                                        **({} if block.use_conv_mlp else {"mlp": "mlp"})}
             blocks.append(BlockDescription(
                 path=f"stages.{s}.blocks.{b}", dim=block.conv_dw.out_channels, heads=None, roles=roles,
-                stage=f"stage{s}", entry=entry if b == 0 else "",
+                stage=f"stage{s}", entry=entry if b == 0 else "", grid=Grid(0, 0),
             ))
     norms += [name for name in ("norm_pre", "head.norm") if with_tensors(model, name)]
     stem: dict[str, str | list[str]] = {"patch_embed": "stem.0", "downsample": downsamples,

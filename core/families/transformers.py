@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core.anatomy import BlockDescription, Description, Rows, Where, family
+from core.anatomy import BlockDescription, Description, Grid, Rows, Where, family
 
 MODELS = "transformers.models"
 
@@ -33,22 +33,25 @@ def blocks_of(model: Any, layers: str, roles: dict[str, Where], dim: int = 0, **
 
 @family(f"{MODELS}.audio_spectrogram_transformer.modeling_audio_spectrogram_transformer:ASTModel")
 def ast(model: Any) -> Description:
-    return _vit(model, pool="")
+    grid = Grid(*model.embeddings.get_shape(model.config), special=2)
+    return _vit(model, grid, pool="")
 
 
 @family(f"{MODELS}.vit.modeling_vit:ViTModel")
 def vit(model: Any) -> Description:
-    return _vit(model, pool="pooler.dense" if model.pooler is not None else "")
+    size, patch = model.embeddings.patch_embeddings.image_size, model.embeddings.patch_embeddings.patch_size
+    grid = Grid(size[0] // patch[0], size[1] // patch[1], special=1)
+    return _vit(model, grid, pool="pooler.dense" if model.pooler is not None else "")
 
 
-def _vit(model: Any, pool: str) -> Description:
+def _vit(model: Any, grid: Grid, pool: str) -> Description:
     roles: dict[str, Where] = {
         "q": "attention.q_proj", "k": "attention.k_proj", "v": "attention.v_proj", "o": "attention.o_proj",
         "mlp.up": "mlp.fc1", "mlp.down": "mlp.fc2", "attend": "attention", "attention": "attention", "mlp": "mlp",
         "norm1": "layernorm_before", "norm2": "layernorm_after",
     }
     return Description(
-        blocks_of(model, "layers", roles, widths={"attention.head_dim": 1, "attention.scaling": -0.5}),
+        blocks_of(model, "layers", roles, widths={"attention.head_dim": 1, "attention.scaling": -0.5}, grid=grid),
         {"patch_embed": "embeddings.patch_embeddings.projection", "embed": "embeddings", "norm": "layernorm",
          "final_norm": "layernorm", **({"pool": pool} if pool else {})},
         final="layernorm",
@@ -57,14 +60,14 @@ def _vit(model: Any, pool: str) -> Description:
 
 @family(f"{MODELS}.clip.modeling_clip:CLIPTextModel")
 def clip_text(model: Any) -> Description:
-    return Description(_clip_blocks(model), {"embed": "embeddings", "norm": "final_layer_norm",
+    return Description(_clip_blocks(model, causal=True), {"embed": "embeddings", "norm": "final_layer_norm",
                                              "final_norm": "final_layer_norm"}, final="final_layer_norm")
 
 
 @family(f"{MODELS}.clip.modeling_clip:CLIPVisionModel")
 def clip_vision(model: Any) -> Description:
     """The norm behind the last block sees the pooled token alone."""
-    return Description(_clip_blocks(model), {
+    return Description(_clip_blocks(model, grid=_clip_grid(model)), {
         "patch_embed": "embeddings.patch_embedding", "embed": "pre_layrnorm",
         "norm": ["pre_layrnorm", "post_layernorm"], "final_norm": "post_layernorm"})
 
@@ -74,8 +77,8 @@ def clip(model: Any) -> Description:
     """Both towers, as stages ``text`` and ``vision``."""
     text, vision = "text_model", "vision_model"
     return Description(
-        [*_clip_blocks(model.text_model, f"{text}.", text.partition("_")[0]),
-         *_clip_blocks(model.vision_model, f"{vision}.", vision.partition("_")[0])],
+        [*_clip_blocks(model.text_model, f"{text}.", "text", causal=True),
+         *_clip_blocks(model.vision_model, f"{vision}.", "vision", grid=_clip_grid(model.vision_model))],
         {"embed": [f"{text}.embeddings", f"{vision}.pre_layrnorm"],
          "patch_embed": f"{vision}.embeddings.patch_embedding",
          "norm": [f"{text}.final_layer_norm", f"{vision}.pre_layrnorm", f"{vision}.post_layernorm"],
@@ -85,13 +88,18 @@ def clip(model: Any) -> Description:
     )
 
 
-def _clip_blocks(model: Any, before: str = "", stage: str = "") -> list[BlockDescription]:
+def _clip_grid(model: Any) -> Grid:
+    side = model.config.image_size // model.config.patch_size
+    return Grid(side, side, special=1)
+
+
+def _clip_blocks(model: Any, before: str = "", stage: str = "", **rest: Any) -> list[BlockDescription]:
     roles: dict[str, Where] = {
         "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.out_proj",
         "mlp.up": "mlp.fc1", "mlp.down": "mlp.fc2", "attend": "self_attn", "attention": "self_attn", "mlp": "mlp",
         "norm1": "layer_norm1", "norm2": "layer_norm2",
     }
-    blocks = blocks_of(model, "encoder.layers", roles, stage=stage, widths={
+    blocks = blocks_of(model, "encoder.layers", roles, stage=stage, **rest, widths={
         "self_attn.head_dim": 1, "self_attn.embed_dim": 1, "self_attn.scale": -0.5})
     for block in blocks:
         block.path = before + block.path
@@ -117,7 +125,7 @@ def bert(model: Any) -> Description:
         stem["pool"] = "pooler.dense"
     widths = {f"attention.self.{name}": power for name, power in (
         ("attention_head_size", 1), ("all_head_size", 1), ("scaling", -0.5))}
-    return Description(blocks_of(model, "encoder.layer", roles, pre_norm=False, widths=widths), stem)
+    return Description(blocks_of(model, "encoder.layer", roles, pre_norm=False, widths=widths), stem, text="")
 
 
 @family(f"{MODELS}.albert.modeling_albert:AlbertModel")
@@ -136,7 +144,7 @@ def albert(model: Any) -> Description:
                                         "norm": "embeddings.LayerNorm"}
     if model.pooler is not None:
         stem["pool"] = "pooler"
-    return Description(blocks, stem)
+    return Description(blocks, stem, text="")
 
 
 # ------------------------------------------------------------------------------------------------- decoders of text
@@ -156,10 +164,10 @@ def llama(model: Any) -> Description:
         "attend": "self_attn", "attention": "self_attn", "mlp": "mlp",
         "norm1": "input_layernorm", "norm2": "post_attention_layernorm",
     }
-    blocks = blocks_of(model, "layers", roles, cache="past_key_values", rotary="position_embeddings",
+    blocks = blocks_of(model, "layers", roles, causal=True, cache="past_key_values", rotary="position_embeddings",
                        widths={"self_attn.head_dim": 1, "self_attn.scaling": -0.5})
     return Description(blocks, {"embed": "embed_tokens", "norm": "norm", "final_norm": "norm"}, final="norm",
-                       norm_offset=1.0 if type(model.norm).__name__.startswith("Gemma") else 0.0)
+                       text="", norm_offset=1.0 if type(model.norm).__name__.startswith("Gemma") else 0.0)
 
 
 @family(f"{MODELS}.gpt2.modeling_gpt2:GPT2Model")
@@ -171,9 +179,9 @@ def gpt2(model: Any) -> Description:
         "o": "attn.c_proj", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj", "attend": "attn", "attention": "attn",
         "mlp": "mlp", "norm1": "ln_1", "norm2": "ln_2",
     }
-    blocks = blocks_of(model, "h", roles, cache="past_key_values", widths={
+    blocks = blocks_of(model, "h", roles, causal=True, cache="past_key_values", widths={
         "attn.head_dim": 1, "attn.embed_dim": 1, "attn.split_size": 1, "attn.scaling": -0.5})
-    return Description(blocks, {"embed": "drop", "norm": "ln_f", "final_norm": "ln_f"}, final="ln_f")
+    return Description(blocks, {"embed": "drop", "norm": "ln_f", "final_norm": "ln_f"}, final="ln_f", text="")
 
 
 @family(f"{MODELS}.gpt_neox.modeling_gpt_neox:GPTNeoXModel")
@@ -190,10 +198,10 @@ def gpt_neox(model: Any) -> Description:
         "attention": "post_attention_dropout", "mlp": "post_mlp_dropout", "norm1": "input_layernorm",
         "norm2": "post_attention_layernorm",
     }
-    blocks = blocks_of(model, "layers", roles, cache="layer_past", rotary="position_embeddings", widths={
+    blocks = blocks_of(model, "layers", roles, causal=True, cache="layer_past", rotary="position_embeddings", widths={
         "attention.head_size": 1, "attention.rotary_ndims": 1, "attention.scaling": -0.5})
     return Description(blocks, {"embed": "emb_dropout", "norm": "final_layer_norm", "final_norm": "final_layer_norm"},
-                       final="final_layer_norm")
+                       final="final_layer_norm", text="")
 
 
 @family(f"{MODELS}.codegen.modeling_codegen:CodeGenModel")
@@ -211,10 +219,10 @@ def codegen(model: Any) -> Description:
         "o": "attn.out_proj", "mlp.up": "mlp.fc_in", "mlp.down": "mlp.fc_out", "attend": "attn", "attention": "attn",
         "mlp": "mlp", "norm1": "ln_1",
     }
-    blocks = blocks_of(model, "h", roles, cache="layer_past")
+    blocks = blocks_of(model, "h", roles, causal=True, cache="layer_past")
     for block, module in zip(blocks, model.h, strict=True):  # its attention is written out: a call is put in its place
         block.while_active = {"attend": {"attn._attn": functools.partial(_attention, module.attn.attn_dropout)}}
-    return Description(blocks, {"embed": "drop", "norm": "ln_f", "final_norm": "ln_f"}, final="ln_f")
+    return Description(blocks, {"embed": "drop", "norm": "ln_f", "final_norm": "ln_f"}, final="ln_f", text="")
 
 
 def _attention(dropout: nn.Dropout, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, None]:
@@ -259,7 +267,7 @@ def t5(model: Any) -> Description:
             widths={f"{path}.{name}": 1 for path in attentions for name in ("key_value_proj_dim", "inner_dim")},
             leads={f"{own}.relative_attention_bias": f"{own}.has_relative_attention_bias"} if i == 0 else {},
             passes={1: "position_bias", 2: "encoder_decoder_position_bias"}, memory="encoder_hidden_states",
-            cache="past_key_values",
+            cache="past_key_values", causal=stack.is_decoder,
             per_token={"attention_mask": "none", "position_bias": "none", "encoder_decoder_position_bias": "none",
                        "encoder_attention_mask": "last", "past_key_values": "none"},
         ) for i in range(len(stack.block))]
@@ -267,7 +275,7 @@ def t5(model: Any) -> Description:
         embeds.append(f"{stage}.embed_tokens")
     head: dict[str, str | list[str]] = {"lm_head": "lm_head"} if hasattr(model, "lm_head") else {}
     return Description(blocks, {"embed": embeds, "norm": list(norms.values()), "final_norm": list(norms.values()),
-                                **head}, final=norms)
+                                **head}, final=norms, text={stage: stage for stage in norms})
 
 
 def _t5_attention(path: str) -> dict[str, Where]:

@@ -42,6 +42,8 @@ def test_cell(cell: Cell, tmp_path: Path) -> None:
         dead = [name for name, t in trained.items() if t.grad is None and name not in idle]
         assert not dead
         model.eval()
+        if cell.row.running:
+            moved = outputs(model, inputs)
     frozen = {name for name, p in model.named_parameters() if p.grad is not None} - set(trained)
     assert not frozen
     with method.disabled():

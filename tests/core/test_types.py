@@ -17,7 +17,7 @@ from core.graft import VERBS, hidden_out
 from core.method import PEFTMethod, methods_on
 from tests.artifacts.make_artifacts import Small
 from tests.methods import METHODS, Cell
-from tests.models import FAMILIES, WIDTH, batch, make
+from tests.models import EVERY_FAMILY, WIDTH, batch, make
 from tests.toolkit import (
     EVERYTHING,
     distance,
@@ -216,7 +216,7 @@ def test_operators(cell: Cell) -> None:
     method = cell.attach(model)
     randomize(method)
     added = len(operators(model.eval(), inputs)) - base
-    places = sum(1 + len(graft.site.tied) for graft in method.grafts) * FAMILIES[cell.family].repeats
+    places = sum(1 + len(graft.site.tied) for graft in method.grafts) * EVERY_FAMILY[cell.family].repeats
     assert added <= cell.row.operators * places  # fewer than none where a library's attention gets shorter
     assert bool(added) == bool(method.grafts)
 
@@ -235,11 +235,11 @@ def test_saved_bytes(cell: Cell) -> None:
     model = make(cell.family)
     cell.attach(model, backbone_mode="eval")
     kept = saved_bytes(model.train(), batch(cell.family, 8))
-    assert kept <= FAMILIES[cell.family].saved * cell.row.saved * _kept("FullFineTuning", cell.family)
+    assert kept <= EVERY_FAMILY[cell.family].saved * cell.row.saved * _kept("FullFineTuning", cell.family)
 
 
 @invariant(49, "operators a graft adds, bytes kept for backward", where=lambda cell: "layers" in cell.new().config
-           and cell.method != "LinearProbe" and FAMILIES[cell.family].repeats == 1)
+           and cell.method != "LinearProbe" and EVERY_FAMILY[cell.family].repeats == 1)
 def test_no_graph_below_the_first_graft(cell: Cell) -> None:
     """Trained tensors in the last block alone: nothing is kept for the blocks below."""
     kept = []

@@ -8,6 +8,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent.parent / "docs" / "checks.md"
+CORE = HERE.parent / "core"
 HEAD = """# Checks of the methods against their papers
 
 Made by `python -m tests.sheets` from the tests in `tests/sheets`, one file a method. The numbers are those of the
@@ -19,29 +20,80 @@ the matrix that `make test` prints; parameter counts from papers are in `tests/c
 """
 
 
+EVERY: list[tuple[str, tuple[str, ...]]] = [
+    ("trains what the formula counts; what is frozen has no optimizer state", ("count", "parameter_groups")),
+    ("is the identity at the start, but for those that declare otherwise", ("identity",)),
+    ("a step moves only what is declared, and all of that has a gradient", ("only_declared_move", "gradients")),
+    ("merged equals unmerged; the base comes back bit for bit", ("merge",)),
+    ("removal leaves keys, values and hooks as they were", ("removal",)),
+    ("files and checkpoints hold the method (and a head) alone, and give the same outputs on a fresh base",
+     ("adapter_file", "checkpoint", "save_and_load")),
+    ("samples of a batch do not meet", ("7_samples_do_not_meet",)),
+    ("frozen parts stay in eval mode", ("frozen_parts_stay_in_eval",)),
+    ("two methods stack and are switched apart", ("stack", "two_of_a_kind")),
+    ("runs under autocast, activation checkpointing, compilation and in two processes",
+     ("autocast", "checkpointing", "compile", "two_processes")),
+]
+"""Sheet 49's checks 1 to 10, which every method must pass, with the tests of the matrix that hold them."""
+BETWEEN = """
+## Checks of every method
+
+Specification 49 closes with ten checks that it demands of every method. They are rows of the matrix.
+
+| check | what | test |
+|---|---|---|
+"""
+
+
+def meant(names: list[str], test: str) -> str:
+    """The methods that a test's name speaks of; all of the file's where it speaks of none."""
+    words, found = test.replace("_", ""), []
+    for name in sorted(names, key=len, reverse=True):  # so that rsLoRA is not taken for LoRA
+        key = name.lower().removesuffix("tuning").removesuffix("fine")
+        if key in words:
+            words = words.replace(key, " ")
+            found.append(name)
+    return ", ".join(name for name in names if name in found or not found)
+
+
+def every() -> list[str]:
+    """One line of the second table for each check."""
+    places = {match.group(1): file.name for file in [*sorted(CORE.glob("test_*.py")), HERE / "test_49_every.py"]
+              for match in re.finditer(r"^def test_(\w+)\(", file.read_text(), re.MULTILINE)}
+    return [f"| {i} | {text} | {', '.join(f'`{places[test]}::test_{test}`' for test in tests)} |"
+            for i, (text, tests) in enumerate(EVERY, 1)]
+
+
+def files() -> list[tuple[Path, str, list[str], ast.Module]]:
+    """Each file of tests: its path, the number of the specification, the methods, what it holds."""
+    found = []
+    for file in sorted(HERE.glob("test_*.py")):
+        tree = ast.parse(file.read_text())
+        title = re.search(r"Sheet \d+, (\w+(?:,\s(?!with)\w+)*)", ast.get_docstring(tree) or "")
+        assert title, f"{file.name}: its docstring begins with 'Sheet <number>, <method>' or several methods"
+        found.append((file, file.stem.split("_")[1], re.split(r",\s", title.group(1)), tree))
+    return found
+
+
 def rows() -> list[str]:
     """One line of the table for each test."""
     found: list[str] = []
-    for file in sorted(HERE.glob("test_*.py")):
-        tree = ast.parse(file.read_text())
-        number = file.stem.split("_")[1]
-        name = re.search(r"Sheet \d+, (\w+)", ast.get_docstring(tree) or "")
-        assert name, f"{file.name}: its docstring begins with 'Sheet <number>, <method>'"
+    for file, number, names, tree in files():
         for node in tree.body:
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
                 words = node.name.removeprefix("test_").split("_")
-                check = re.match(r"(\d+_to_\d+|\d+)_", node.name.removeprefix("test_") + "_")
+                check = re.match(r"(\d+_(?:to|and)_\d+|\d+)_", node.name.removeprefix("test_") + "_")
                 label = check.group(1).replace("_", " ") if check else ""
-                title = " ".join(words[len(label.split()):])
-                text = " ".join((ast.get_docstring(node) or "").split())
-                found.append(f"| {number} | {name.group(1)} | {label or '-'} | {title}{': ' + text if text else ''} | "
-                             f"`{file.name}::{node.name}` |")
+                what = " ".join(words[len(label.split()):])
+                text = " ".join((ast.get_docstring(node) or "").split()).replace("|", "\\|")
+                found.append(f"| {number} | {meant(names, node.name)} | {label or '-'} | "
+                             f"{what}{': ' + text if text else ''} | `{file.name}::{node.name}` |")
     return found
 
 
 def page() -> str:
     """The whole page."""
-    return HEAD + "\n".join(rows()) + "\n"
+    return HEAD + "\n".join(rows()) + "\n" + BETWEEN + "\n".join(every()) + "\n"
 
 
 if __name__ == "__main__":

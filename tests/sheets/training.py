@@ -31,11 +31,16 @@ class Deep(Backbone):
         return self.model(inputs)
 
 
+def deep() -> FineTuner:
+    """`Deep` with a head for four classes."""
+    return FineTuner(Deep(), Classification(), classes=list("abcd"), optimizer={"lr": 1e-2, "weight_decay": 0.1})
+
+
 def run(folder: Path, *methods: Any, steps: int = 12, checkpoint: Path | None = None, listen: Any = None,
         **settings: Any) -> FineTuner:
     """Train on noise; ``listen`` is a further callback, ``settings`` are the Trainer's."""
     torch.manual_seed(0)
-    module = FineTuner(Deep(), Classification(), classes=list("abcd"), optimizer={"lr": 1e-2, "weight_decay": 0.1})
+    module = deep()
     data = TensorDataset(torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(1)), torch.arange(64) % 4)
     batches = EpochLoader(data, batch_size=8, sampler=EpochSampler(64, shuffle=True, seed=0))
     fit = trainer(folder, *methods, *([listen] if listen else []), max_steps=steps, **{

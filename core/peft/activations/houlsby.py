@@ -21,10 +21,10 @@ class Bottleneck(Graft):
 
     activation = staticmethod(F.gelu)
 
-    def __init__(self, site: Site, bottleneck: int, init: Init) -> None:
+    def __init__(self, site: Site, bottleneck: int, init: Init, width: int | None = None) -> None:
         super().__init__(site)
         self.down = nn.Linear(site.width, bottleneck)
-        self.up = nn.Linear(bottleneck, site.width)
+        self.up = nn.Linear(bottleneck, width or site.width)
         nn.init.zeros_(self.up.bias)
         if init == "zero_up":
             nn.init.zeros_(self.up.weight)

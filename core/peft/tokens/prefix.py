@@ -1,7 +1,9 @@
-"""Prefix-tuning: learned keys and values in every attention (Li and Liang 2021, arXiv:2101.00190)."""
+"""Learned keys and values in every attention: prefix-tuning (Li and Liang 2021, arXiv:2101.00190) and P-tuning v2 (Liu
+et al. 2022, arXiv:2110.07602)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from core.anatomy import Anatomy, Site
 from core.errors import ScionError
 from core.graft import Attention, Graft
+from core.interop import Inexpressible, PeftForm, Place, Plan
 from core.method import PEFTMethod
 
 
@@ -31,13 +34,15 @@ class Reparametrization(nn.Module):
 class PrefixGraft(Graft):
     """attention(q, [P_k; k], [P_v; v]), with P [tokens, 2 x key heads x width] or a part of a shared MLP's output."""
 
-    def __init__(self, site: Site, tokens: int, shared: Reparametrization | None, start: int) -> None:
+    def __init__(self, site: Site, tokens: int, shared: Reparametrization | None, start: int, dropout: float = 0.0
+                 ) -> None:
         super().__init__(site)
         assert site.heads is not None
         self.width = 2 * site.heads.key * site.heads.width
         self.source: list[Reparametrization | None] = [shared]  # in a list: the method registers it, once
         self.start = start
         self.prefix = None if shared is not None else nn.Parameter(torch.empty(tokens, self.width).normal_(std=0.02))
+        self.dropout = nn.Dropout(dropout)
 
     def values(self) -> Tensor:
         """The prefix [tokens, 2 x key heads x width]."""
@@ -49,9 +54,10 @@ class PrefixGraft(Graft):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, x: Tensor, attention: Attention) -> Tensor:
         heads = self.site.heads
         assert heads is not None
-        prefix = self.values().to(k.dtype).unflatten(1, (2, heads.key, heads.width)).permute(1, 2, 0, 3)
+        prefix = self.dropout(self.values()).to(k.dtype).unflatten(1, (2, heads.key, heads.width)).permute(1, 2, 0, 3)
         prefix = prefix.repeat_interleave(k.shape[1] // heads.key, dim=1)  # grouped queries: k may arrive repeated
-        prefix = prefix[:, None].expand(2, k.shape[0], *prefix.shape[1:])  # [2, batch, heads, tokens, width]
+        prefix = self.batched(prefix, x)  # [2, batch, heads, tokens, width]
+        prefix = prefix.expand(2, k.shape[0], *prefix.shape[2:])
         if mask is not None:  # every query sees the prefix
             open_ = mask.new_ones if mask.dtype == torch.bool else mask.new_zeros
             mask = mask.expand(*mask.shape[:-1], k.shape[-2])
@@ -59,11 +65,64 @@ class PrefixGraft(Graft):
         return attention(q, torch.cat([prefix[0], k], dim=2), torch.cat([prefix[1], v], dim=2), mask)
 
 
+    def batched(self, prefix: Tensor, x: Tensor) -> Tensor:
+        """Keys and values [2, heads, tokens, width] for each sample of the input x: [2, batch or 1, ...]."""
+        return prefix[:, None]
+
+
+class PrefixForm(PeftForm):
+    """peft puts the prefix into the cache, which moves the tokens' positions on by its length. Under rotary positions
+    that turns the queries, and is undone where the prefix's keys are turned as far; learned positions would change."""
+
+    def write(self, methods: list[PEFTMethod], place: Place) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        method, blocks = methods[0], place.anatomy.blocks
+        assert isinstance(method, PrefixTuning)
+        if len(methods) > 1 or len(method.grafts) != len(blocks):
+            raise Inexpressible(f"{method.name}: peft has one prefix, in all {len(blocks)} layers of "
+                                f"{place.anatomy.family}")
+        heads = blocks[0].sites["attend"].heads
+        assert heads is not None
+        parts = [self.turned(place, graft.values().detach(), method.tokens, method.name)  # type: ignore[operator]
+                 for graft in method.grafts]
+        return {"num_virtual_tokens": method.tokens, "token_dim": heads.key * heads.width, "num_layers": len(blocks),
+                "num_attention_heads": heads.key, "num_transformer_submodules": 1, "prefix_projection": False,
+                "task_type": place.task() or "FEATURE_EXTRACTION"}, {"prompt_embeddings": torch.cat(parts, 1)}
+
+    def read(self, config: dict[str, Any], given: dict[str, Tensor], place: Place) -> list[Plan]:
+        tokens, sites = config["num_virtual_tokens"], place.anatomy.sites("attend", asker=place.where)
+        rows, width = given.pop("prompt_embeddings"), config["token_dim"]
+        if list(rows.shape) != [tokens, 2 * width * len(sites)]:
+            raise ScionError(f"{place.where}: prompt_embeddings is {list(rows.shape)} in the file, and {tokens} tokens "
+                             f"for {len(sites)} layers are {[tokens, 2 * width * len(sites)]}")
+        parts = {site.name: {"prefix": self.turned(place, part, -tokens, place.where)}
+                 for site, part in zip(sites, rows.split(2 * width, 1), strict=True)}
+        return [Plan({"tokens": tokens}, parts)]
+
+    def turned(self, place: Place, prefix: Tensor, by: int, asker: str) -> Tensor:
+        """The prefix [tokens, 2 x key heads x width] with its keys turned by so many positions."""
+        block, model = place.anatomy.blocks[0], place.anatomy.inputs.module
+        heads, rotary = block.sites["attend"].heads, getattr(model, "rotary_emb", None)
+        config = getattr(model, "config", None)
+        if not block.described.rotary or rotary is None or getattr(config, "sliding_window", None) or getattr(
+                rotary, "rope_type", "default") not in ("default", "linear", "llama3", "yarn"):
+            raise Inexpressible(f"{asker}: peft moves the tokens' positions on by the prefix's length, which only "
+                                f"plain rotary positions can make up for; {place.anatomy.family} has others")
+        assert heads is not None
+        keys, values = prefix.unflatten(1, (2, heads.key, heads.width)).unbind(1)
+        cos, sin = (t.flatten().to(keys) for t in rotary(keys, torch.tensor([[abs(by)]], device=keys.device)))
+        size = torch.hypot(cos, sin)  # a factor that some models put on both
+        cos, sin, turning = cos / size, sin / size * (1 if by > 0 else -1), len(cos)
+        first, second = keys[..., :turning].chunk(2, -1)
+        turned = keys[..., :turning] * cos + torch.cat([-second, first], -1) * sin
+        return torch.stack([torch.cat([turned, keys[..., turning:]], -1), values], 1).flatten(1)
+
+
 class PrefixTuning(PEFTMethod):
     """Learned keys and values in front of every attention's own; queries, positions and labels stay as they are.
 
     Equation: softmax(q [P_k; K]^T / sqrt(width)) [P_v; V], P_k and P_v [tokens, dim] for each layer;
-        with ``reparametrize``: P = W2 tanh(W1 e + b1) + b2, shared by the layers
+        with ``reparametrize``: P = W2 tanh(W1 e + b1) + b2, shared by the layers (of one stack, and one kind of
+        attention)
     Trains: tokens 2 L dim, BERT-base, 20 tokens: 368,640; with hidden width 512: 9,864,704
     Merges: no, it adds keys to the attention
     Source: Li and Liang 2021, arXiv:2101.00190, section 4; learning rate of Cappellazzo et al. 2024 (PETL-AST)
@@ -71,48 +130,65 @@ class PrefixTuning(PEFTMethod):
     Args:
         tokens: learned positions a layer, at least 1.
         reparametrize: train through an MLP of this hidden width (True is 512); ``fold`` replaces it by its output.
+        dropout: of the learned keys and values.
+        targets: ``attend``; of a decoder also ``cross.attend``.
     """
 
     identity_at_start = False
     needs = ("attend",)
     inference_cost = "every attention reads `tokens` more keys and values"
     recommended = {"lr": 1e-2, "weight_decay": 0.1}
+    peft = PrefixForm("PREFIX_TUNING", tensors={"prefix": "prefix"}, training=(
+        "num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules",
+        "prefix_projection", "encoder_hidden_size", "init_weights"))
 
-    def __init__(self, tokens: int = 20, reparametrize: bool | int = False, **common: Any) -> None:
+    def __init__(self, tokens: int = 20, reparametrize: bool | int = False, dropout: float = 0.0,
+                 targets: Sequence[str] = ("attend",), **common: Any) -> None:
         super().__init__(**common)
         hidden = 512 if reparametrize is True else int(reparametrize)
+        name = type(self).__name__
         if tokens < 1 or hidden < 0:
-            raise ScionError(f"PrefixTuning: tokens {tokens} must be at least 1, reparametrize {reparametrize} not "
-                             "negative")
-        self.tokens, self.hidden, self.targets = tokens, hidden, ("attend",)
+            raise ScionError(f"{name}: tokens {tokens} must be at least 1, reparametrize {reparametrize} not negative")
+        if not 0 <= dropout < 1:
+            raise ScionError(f"{name}: dropout {dropout} must be at least 0 and below 1")
+        self.tokens, self.hidden, self.dropout, self.targets = tokens, hidden, dropout, tuple(targets)
         self.folded = False
-
-    def shared(self, module: nn.Module, sites: list[Site]) -> None:
-        self.widths = {site.name: 2 * site.heads.key * site.heads.width for site in sites if site.heads}
-        self.reparametrization = None
-        if self.hidden:
-            widths = list(self.widths.values())
-            self.reparametrization = Reparametrization(self.tokens, sites[0].width, self.hidden, widths)
-            module.reparametrization = self.reparametrization
-
-    def build(self, site: Site) -> Graft:
-        names = list(self.widths)
-        start = sum(self.widths[name] for name in names[: names.index(site.name)])
-        return PrefixGraft(site, self.tokens, self.reparametrization, start)
 
     def check(self, anatomy: Anatomy) -> None:
         self.folded = False
+        for site in self.sites(anatomy):
+            if site.role in self.targets and not site.role.endswith("attend"):
+                raise ScionError(f"{self.name}: {site.name} is no attention: take 'attend', of a decoder also "
+                                 "'cross.attend'")
+
+    def shared(self, module: nn.Module, sites: list[Site]) -> None:
+        banks: dict[str, list[Site]] = {}
+        for site in sites:
+            if site.role.endswith("attend") and site.around is not None:
+                banks.setdefault(f"{site.around.stage}-{site.role}".replace(".", "-"), []).append(site)
+        self.starts: dict[str, tuple[Reparametrization | None, int]] = {}
+        for bank, members in banks.items():
+            widths = [2 * site.heads.key * site.heads.width for site in members if site.heads]
+            mlp = Reparametrization(self.tokens, members[0].width, self.hidden, widths) if self.hidden else None
+            if mlp is not None:
+                module.add_module("reparametrization" if len(banks) == 1 else f"reparametrization_{bank}", mlp)
+            for i, site in enumerate(members):
+                self.starts[site.name] = mlp, sum(widths[:i])
+
+    def build(self, site: Site) -> Graft:
+        return PrefixGraft(site, self.tokens, *self.starts[site.name], self.dropout)
 
     def fold(self) -> None:
-        """Replace the MLP by the prefixes that it makes: the same function, with tokens 2 L dim numbers to store."""
-        if self.reparametrization is None:
+        """Replace the MLPs by the prefixes that they make: the same function, with tokens 2 L dim numbers to store."""
+        if self.folded or not self.hidden:
             return
         for graft in self.grafts:
-            assert isinstance(graft, PrefixGraft)
-            graft.prefix = nn.Parameter(graft.values().detach().clone(), requires_grad=self.is_trained)
-            graft.source = [None]
-        del self.module.reparametrization
-        self.reparametrization, self.folded = None, True
+            if isinstance(graft, PrefixGraft):
+                graft.prefix = nn.Parameter(graft.values().detach().clone(), requires_grad=self.is_trained)
+                graft.source = [None]
+        for name in [name for name, child in self.module.named_children() if isinstance(child, Reparametrization)]:
+            delattr(self.module, name)
+        self.starts, self.folded = {}, True
 
     def structure(self) -> dict[str, Any]:
         return {"folded": self.folded}
@@ -120,3 +196,26 @@ class PrefixTuning(PEFTMethod):
     def restructure(self, structure: dict[str, Any]) -> None:
         if structure.get("folded"):
             self.fold()
+
+
+class PTuningV2(PrefixTuning):
+    """P-tuning v2: learned keys and values in every layer, with dropout, trained as they are.
+
+    Equation: softmax(q [P_k; K]^T / sqrt(width)) [P_v; V], P_k and P_v [tokens, dim] for each layer: PrefixTuning
+        without an MLP
+    Trains: tokens 2 L dim, BERT-base, 128 tokens: 2,359,296
+    Merges: no, it adds keys to the attention
+    Source: Liu et al. 2022, arXiv:2110.07602; tokens up to 128, learning rates 5e-3 to 1e-2, dropout 0.1
+
+    Args:
+        tokens: learned positions a layer, at least 1.
+        reparametrize: train through an MLP of this hidden width, as PrefixTuning can.
+        dropout: of the learned keys and values.
+        targets: ``attend``; of a decoder also ``cross.attend``.
+    """
+
+    recommended = {"lr": 5e-3, "weight_decay": 0.0}
+
+    def __init__(self, tokens: int = 20, reparametrize: bool | int = False, dropout: float = 0.1,
+                 targets: Sequence[str] = ("attend",), **common: Any) -> None:
+        super().__init__(tokens, reparametrize, dropout, targets, **common)

@@ -23,7 +23,9 @@ class SVFitGraft(Graft):
 
     def __init__(self, site: Site, rank: int | None) -> None:
         super().__init__(site)
-        u, s, v = torch.linalg.svd(site.matrix(site.full_weight.detach()).float(), full_matrices=False)
+        weight = site.matrix(site.full_weight.detach())
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        u, s, v = torch.linalg.svd(weight.to(wide), full_matrices=False)
         rank = len(s) if rank is None else rank
         for name, basis in (("U", u[:, :rank]), ("V", v[:rank]), ("S", s[:rank])):
             self.register_buffer(name, basis.contiguous())

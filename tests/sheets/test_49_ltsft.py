@@ -1,4 +1,4 @@
-"""LT-SFT's two stages: what the authors' description demands of them."""
+"""Sheet 49, LTSFT: what the entry and the authors' description of its two stages demand."""
 
 from __future__ import annotations
 

@@ -1,0 +1,140 @@
+"""AdapterDrop: no adapters in the first layers (Rueckle et al. 2021, arXiv:2010.11918)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from core.anatomy import Anatomy, dissect
+from core.data import seed_of
+from core.errors import ScionError
+from core.method import Home, PEFTMethod
+
+
+class AdapterDrop(PEFTMethod):
+    """Over any methods with grafts in the layers: switches those of the first ``drop`` layers off.
+
+    Equation: x_l = L_l(x_{l-1}) without its hosts' change for l < n; n = drop, or n uniform in 0 .. maximum, drawn for
+        each step
+    Trains: nothing of its own; of its hosts' tensors those of the other layers: BERT-base, Pfeiffer, drop 5: 521,808
+    Merges: nothing to merge; what is dropped must not be merged
+    Source: Rueckle et al. 2021, arXiv:2010.11918, section 3. Layers below the first adapter keep nothing for
+        backward, and what is dropped costs nothing. A number is for one place to drop, in training and after it;
+        trained with ``random``, one model serves many: `dropped` says how many. Behind a host: peft: [Pfeiffer,
+        AdapterDrop], or --peft+=AdapterDrop
+
+    Args:
+        drop: number of layers without adapters, or ``random``.
+        maximum: of a random number; None is all layers but one.
+        inference: layers without adapters outside training steps, where ``drop`` is random.
+    """
+
+    mergeable = False
+    trains_backbone = False
+    inference_cost = "none; less than its hosts', whose dropped parts do not run"
+
+    def __init__(self, drop: int | Literal["random"] = 5, maximum: int | None = None, inference: int = 0, **common: Any
+                 ) -> None:
+        super().__init__(**common)
+        if drop != "random" and (isinstance(drop, str) or drop < 1):
+            raise ScionError(f"AdapterDrop: drop {drop!r} must be at least 1, or 'random'")
+        if inference < 0 or (maximum is not None and maximum < 1):
+            raise ScionError(f"AdapterDrop: inference {inference} must not be negative, maximum {maximum} at least 1")
+        self.drop, self.maximum, self.inference = drop, maximum, inference
+        self.count = 0
+        """Layers without adapters now."""
+        self._flags: dict[Tensor, bool] = {}
+
+    def check(self, anatomy: Anatomy) -> None:
+        last = len(anatomy.blocks) - 1
+        for what, value in (("drop", self.drop), ("maximum", self.maximum), ("inference", self.inference)):
+            if isinstance(value, int) and value > last:
+                raise ScionError(f"{self.name}: {what} {value} leaves no layer of {anatomy.family} its adapters; at "
+                                 f"most {last} can go")
+
+    def _connect(self) -> None:
+        super()._connect()
+        self.switch(self.at_rest)
+
+    def _disconnect(self) -> None:
+        self.switch(0)
+        super()._disconnect()
+
+    @property
+    def at_rest(self) -> int:
+        """Layers without adapters outside training steps."""
+        return self.inference if isinstance(self.drop, str) else self.drop
+
+    def number_at(self, step: int) -> int:
+        """Layers without adapters in the step after ``step`` ones: a function of seed and step alone."""
+        if not isinstance(self.drop, str):
+            return self.drop
+        most = len(dissect(self._need_root()).blocks) - 1 if self.maximum is None else self.maximum
+        generator = torch.Generator().manual_seed(seed_of(self.seed, self.name, step))
+        return int(torch.randint(most + 1, (), generator=generator))
+
+    def hosts(self) -> list[PEFTMethod]:
+        """The methods that it acts on: those that stand before it."""
+        home: Home = self._need_root().peft  # type: ignore[assignment]
+        return [method for method in home.methods.values() if method is not self and method.place < self.place]
+
+    def switch(self, count: int) -> None:
+        """Let the first ``count`` layers be without adapters."""
+        self.count = count
+        for tensor, flag in self._flags.items():
+            tensor.requires_grad_(flag)
+        self._flags = {}
+        for host in self.hosts():
+            grafts = host.grafts
+            host._activate([graft.site.block is None or graft.site.block >= count for graft in grafts])
+            for graft in grafts:
+                for tensor in graft.parameters() if not graft.active else ():
+                    self._flags[tensor] = tensor.requires_grad
+                    tensor.requires_grad_(False)
+
+    @contextlib.contextmanager
+    def dropped(self, count: int) -> Iterator[None]:
+        """The model with the first ``count`` layers without adapters."""
+        before = self.count
+        self.switch(count)
+        try:
+            yield
+        finally:
+            self.switch(before)
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The hosts whole again."""
+        self._need_root()
+        with self.dropped(0) if self.attached else contextlib.nullcontext():
+            yield
+
+    # --------------------------------------------------------------------------------- in training
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        if not any(graft.site.block is not None for host in self.hosts() for graft in host.grafts):
+            raise ScionError(f"{self.name} acts on other methods: put it behind one that has adapters in the layers "
+                             "(peft: [Pfeiffer, AdapterDrop], or --peft+=AdapterDrop)")
+        options = getattr(trainer.strategy, "_ddp_kwargs", {})
+        if isinstance(self.drop, str) and trainer.world_size > 1 and not options.get("find_unused_parameters"):
+            raise ScionError(f"{self.name} leaves layers without gradients: use --trainer.strategy "
+                             "ddp_find_unused_parameters_true")
+        super().on_fit_start(trainer, pl_module)
+        for host in self.hosts():
+            host._waiting = None  # what is dropped has no gradient
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.switch(self.number_at(trainer.global_step))
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.switch(self.at_rest)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self.switch(self.at_rest)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_flags": {}}

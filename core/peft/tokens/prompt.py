@@ -1,0 +1,171 @@
+"""Learned tokens before the input: prompt tuning (Lester et al. 2021, arXiv:2104.08691) and P-tuning (Liu et al. 2021,
+arXiv:2103.10385)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from core.anatomy import Anatomy, Site, Stack
+from core.errors import ScionError
+from core.interop import Inexpressible, PeftForm, Place, Plan
+from core.method import PEFTMethod, key_of
+from core.prompts import Prompted, PromptGraft, TextPrompt, Values
+
+COUNTS = ("num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules")
+"""What peft says of the model, and of a prompt's size."""
+
+
+class PromptForm(PeftForm):
+    """peft keeps the prompts as one table, P-tuning's as well, without the network that made them."""
+
+    def write(self, methods: list[PEFTMethod], place: Place) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        grafts = [graft for method in methods for graft in method.grafts if isinstance(graft, PromptGraft)]
+        if len(methods) > 1 or len(grafts) > 1 or not isinstance(grafts[0], TextPrompt):
+            raise Inexpressible(f"{methods[0].name}: peft puts one set of prompts before embedded ids, and here are "
+                                f"{len(grafts)} in {place.anatomy.family}")
+        prompts = grafts[0].values().detach()
+        return {"num_virtual_tokens": len(prompts), "token_dim": prompts.shape[1], "num_attention_heads": 1,
+                "num_layers": len(place.anatomy.blocks), "num_transformer_submodules": 1,
+                "task_type": place.task() or "FEATURE_EXTRACTION"}, {"prompt_embeddings": prompts}
+
+    def read(self, config: dict[str, Any], given: dict[str, Tensor], place: Place) -> list[Plan]:
+        rows, tokens = given.pop("prompt_embeddings"), config["num_virtual_tokens"]
+        sites = [stack.text for stack in place.anatomy.stacks if stack.text is not None]
+        if not sites:
+            raise ScionError(f"{place.where}: its prompts stand before embedded ids, which {place.anatomy.family} does "
+                             "not take")
+        # Of an encoder and a decoder peft stores two sets, and uses the first.
+        return [Plan({"tokens": tokens}, {sites[0].name: {"prompt": rows[:tokens]}})]
+
+    def collect(self, method: PEFTMethod, plan: Plan, config: dict[str, Any], given: dict[str, Tensor]
+                ) -> dict[str, Tensor]:
+        if isinstance(method, PTuning):
+            method.fold()
+        (name, part), = plan.parts.items()
+        return {f"{method.prefix}{key_of(name)}.prompt": part["prompt"]}
+
+
+class PromptTuning(Prompted, PEFTMethod):
+    """Learned embeddings before those of the input.
+
+    Equation: the model reads [P; E(x)], P [tokens, dim]
+    Trains: tokens x dim of the embedding; ViT-B/16 or BERT-base, 20 tokens: 15,360
+    Merges: no, they are tokens of the sequence
+    Source: Lester et al. 2021, arXiv:2104.08691. Positions of the input move on by the prompts, as the embeddings were
+        there; the final state is that of the input alone. An encoder's prompts are read by its decoder too. In images
+        and sounds they stand behind the special tokens, as VPT's. The learning rate of the paper, 0.3 with Adafactor,
+        is from memory; recommended here is that of prompts in PETL-AST
+
+    Args:
+        tokens: learned tokens, at least 1.
+        init: ``vocabulary`` starts at the embeddings of random ids (where there are ids, else as ``normal``),
+            ``normal`` draws from a normal of 0.02.
+    """
+
+    recommended = {"lr": 1e-2, "weight_decay": 0.0}
+    peft = PromptForm("PROMPT_TUNING", training=(
+        *COUNTS, "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs",
+        "init_weights"))
+
+    def __init__(self, tokens: int = 20, init: Literal["vocabulary", "normal"] = "vocabulary", **common: Any) -> None:
+        super().__init__(**common)
+        if tokens < 1:
+            raise ScionError(f"PromptTuning: tokens {tokens} must be at least 1")
+        if init not in ("vocabulary", "normal"):
+            raise ScionError(f"PromptTuning: init {init!r} is not one of vocabulary, normal")
+        self.tokens, self.init = tokens, init
+
+    def prompt_for(self, stack: Stack, dim: int, vocabulary: Tensor | None) -> tuple[Tensor | None, Values | None]:
+        if self.init == "vocabulary" and vocabulary is not None and not vocabulary.is_meta:
+            return vocabulary[torch.randint(len(vocabulary), (self.tokens,)).to(vocabulary.device)].clone(), None
+        return torch.randn(self.tokens, dim) * 0.02, None
+
+
+class PromptEncoder(nn.Module):
+    """A table e [tokens, dim] and what makes prompts of it: an MLP, or a bidirectional LSTM (two layers) and an MLP."""
+
+    def __init__(self, tokens: int, dim: int, hidden: int, kind: str) -> None:
+        super().__init__()
+        self.embedding = nn.Parameter(torch.randn(tokens, dim))
+        self.lstm = nn.LSTM(dim, hidden, 2, batch_first=True, bidirectional=True) if kind == "lstm" else None
+        widths = (dim, hidden, hidden) if self.lstm is None else (2 * hidden, 2 * hidden)
+        layers: list[nn.Module] = []
+        for one, other in zip(widths, widths[1:], strict=False):
+            layers += [nn.Linear(one, other), nn.ReLU()]
+        self.mlp = nn.Sequential(*layers, nn.Linear(widths[-1], dim))
+
+    def forward(self) -> Tensor:
+        """The prompts [tokens, dim]."""
+        state = self.embedding if self.lstm is None else self.lstm(self.embedding[None])[0][0]
+        return self.mlp(state)
+
+
+class PTuning(Prompted, PEFTMethod):
+    """Learned tokens before the input, made by a small network that is thrown away after training.
+
+    Equation: the model reads [P; E(x)], P = MLP(e) with three maps and two ReLU between them, or P = MLP(LSTM(e)) with
+        two bidirectional layers and two maps; e [tokens, dim]
+    Trains: tokens x dim and the network; ViT-B/16 or BERT-base, 20 tokens, hidden 768: MLP 1,787,136, LSTM 27,174,144;
+        folded 15,360
+    Merges: no, they are tokens of the sequence; `fold` leaves the prompts alone
+    Source: Liu et al. 2021, arXiv:2103.10385; the layers are those of Hugging Face peft's prompt encoder. The learning
+        rate is that of prompts in PETL-AST
+
+    Args:
+        tokens: learned tokens, at least 1.
+        encoder: ``mlp`` or ``lstm``.
+        hidden: its inner width; None is the embedding's.
+    """
+
+    recommended = {"lr": 1e-2, "weight_decay": 0.0}
+    peft = PromptForm("P_TUNING", training=(
+        *COUNTS, "encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout"))
+
+    def __init__(self, tokens: int = 20, encoder: Literal["mlp", "lstm"] = "mlp", hidden: int | None = None,
+                 **common: Any) -> None:
+        super().__init__(**common)
+        if tokens < 1 or (hidden is not None and hidden < 1):
+            raise ScionError(f"PTuning: tokens {tokens} and hidden {hidden} must be at least 1")
+        if encoder not in ("mlp", "lstm"):
+            raise ScionError(f"PTuning: encoder {encoder!r} is not one of mlp, lstm")
+        self.tokens, self.encoder, self.hidden = tokens, encoder, hidden
+        self.folded = False
+
+    def check(self, anatomy: Anatomy) -> None:
+        self.folded = False
+
+    def shared(self, module: nn.Module, sites: list[Site]) -> None:
+        self.encoders: dict[str, PromptEncoder] = {}
+        for site in sites:
+            role, stack, what = self._roles[site.name]
+            if role == "text" or (role == "state" and what[0]):
+                dim = (site.module.get_input_embeddings().weight.shape[1] if role == "text"  # type: ignore[operator]
+                       else site.width)
+                made = PromptEncoder(self.tokens, dim, self.hidden or dim, self.encoder)
+                self.encoders[stack.name] = made
+                module.add_module(f"encoder_{stack.name}" if stack.name else "encoder", made)
+
+    def prompt_for(self, stack: Stack, dim: int, vocabulary: Tensor | None) -> tuple[Tensor | None, Values | None]:
+        return None, self.encoders[stack.name]
+
+    def fold(self) -> None:
+        """Replace the network by the prompts that it makes: the same function, with tokens x dim numbers to store."""
+        if self.folded:
+            return
+        for graft in self.grafts:
+            if isinstance(graft, PromptGraft) and graft.made[0] is not None:
+                graft.prompt = nn.Parameter(graft.values().detach().clone(), requires_grad=self.is_trained)
+                graft.made = [None]
+        for name in [name for name, child in self.module.named_children() if isinstance(child, PromptEncoder)]:
+            delattr(self.module, name)
+        self.encoders, self.folded = {}, True
+
+    def structure(self) -> dict[str, Any]:
+        return {"folded": self.folded}
+
+    def restructure(self, structure: dict[str, Any]) -> None:
+        if structure.get("folded"):
+            self.fold()
