@@ -61,8 +61,8 @@ class FacTGraft(Graft):
             up, down = self.factors()
             change = site.low_rank(x, down, self.dropout(up))
         else:
-            dim = shared.U.shape[1]
-            sliced = F.pad(x, (0, self.inputs * dim - site.in_features)).unflatten(-1, (self.inputs, dim))
+            beyond = self.inputs * shared.U.shape[1] - site.in_features
+            sliced = (F.pad(x, (0, beyond)) if beyond else x).unflatten(-1, (self.inputs, -1))
             hidden = self.dropout(F.linear(F.linear(sliced, shared.U).flatten(-2), self.S))
             change = F.linear(hidden.unflatten(-1, (self.out, -1)), shared.V).flatten(-2)[..., :site.out_features]
             change = self.scale * change
@@ -126,7 +126,7 @@ class FacT(PEFTMethod):
             dim, rows, columns = self.cut(site)
             self._totals[dim] = self._totals.get(dim, 0) + rows * columns
         self._factors = {dim: Factors(dim, self.rank, self.form == "tk") for dim in self._totals}
-        module.factors = nn.ModuleDict({str(dim): factors for dim, factors in self._factors.items()})
+        module.factors = nn.ModuleList(self._factors.values())
 
     def build(self, site: Site) -> Graft:
         dim, *slices = self.cut(site)
