@@ -919,6 +919,18 @@ METHODS: dict[str, Row] = {
         schedule=_positions_follow_formula,
         artifact={"rank": None, "count": 60, "targets": ("o",)},
     ),
+    "APET": Row(
+        {"all": Variant({"density": 0.02}, learns={"density": 0.4, "lr": 1e-2}),
+         "few": Variant({"count": 300, "targets": ("q", "mlp.down")}, learns={"count": 1500, "lr": 3e-2})},
+        trained=lambda anatomy, method: getattr(method, "count", None) or int(
+            getattr(method, "density", 0.0) * _everything(anatomy, method)),
+        cards=(("vit_b16", {}, 257_395),),
+        bad=(({"density": 0.0}, "density 0"), ({"count": 0}, "count 0"), ({"count": 10**9}, "1000000000 entries"),
+             ({"count": 3, "density": 0.1}, "not both"), *NOT_LINEAR),
+        random=True, operators=2, saved=0.96, stored=2.0,
+        quick=False,
+        artifact={"density": None, "count": 60, "targets": ("mlp.up",)},
+    ),
     "PST": Row(
         {"dense": Variant({"rank": 2, "score_rank": 2}, learns={"lr": 1e-3}),
          "pruned": Variant({"rank": 2, "score_rank": 3, "initial": 0.4, "sparsity": 0.6, "alpha2": 0.5, **WIDE},

@@ -200,8 +200,8 @@ class SensitivityTuning(PEFTMethod):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         options = getattr(trainer.strategy, "_ddp_kwargs", {})
-        if self.prepares and not self.prepared and hasattr(pl_module, "methods") and trainer.world_size > 1 and not options.get(
-                "find_unused_parameters"):
+        will = self.prepares and not self.prepared and hasattr(pl_module, "methods")
+        if will and trainer.world_size > 1 and not options.get("find_unused_parameters"):
             raise ScionError(f"{self.name} chooses its tensors when training begins: use --trainer.strategy "
                              "ddp_find_unused_parameters_true, or call prepare before")
         super().on_fit_start(trainer, pl_module)
