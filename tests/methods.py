@@ -895,8 +895,8 @@ METHODS: dict[str, Row] = {
     ),
     "SensitivityTuning": Row(
         {"both": Variant({"rank": 2, "count": 800, "batches": 0}, learns={"lr": 1e-2, "count": 2000}),
-         "entries": Variant({"rank": 16, "density": 0.02, "ratio": 1.0, "vector_ratio": 0.0, "batches": 0}, random=False,
-                            learns={"lr": 2e-2})},
+         "entries": Variant({"rank": 16, "density": 0.02, "ratio": 1.0, "vector_ratio": 0.0, "batches": 0},
+                            random=False, learns={"lr": 2e-2})},
         trained=_sensitivity,
         bad=(({"density": 0.0}, "density 0"), ({"density": 0.1, "count": 3}, "not both"), ({"count": 0}, "count 0"),
              ({"count": 10**9}, "1000000000"), ({"rank": 0}, "rank 0"), ({"ratio": 0.5}, "ratio 0.5"),
