@@ -113,6 +113,7 @@ ROWS: list[tuple[Callable[[], nn.Module], str, dict[str, Any], int, int]] = [
     (llama_7b, "LoFiT", {}, 131_072, 0),
     (bert, "PST", {}, 2_820_096, 0),
     (bert, "DiffPruning", {}, 218_964_480, 0),
+    (vit, "APET", {"count": 294_912}, 294_912, 0),
     (vit_small, "SSF", {}, 102_912, 0),
     (swin_base, "SSF", {}, 267_264, 0),
     (swin_base, "SSF", {"patch_merging": True}, 274_432, 0),
