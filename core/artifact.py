@@ -90,7 +90,7 @@ def load_adapter(source: str | Path, model: nn.Module, base: Literal["same", "an
     """Attach the methods saved in ``source`` to ``model`` and load their tensors.
 
     Args:
-        source: an adapter folder, a run folder, or a Lightning checkpoint.
+        source: an adapter folder, a run folder, a Lightning checkpoint, or an adapter folder of Hugging Face peft.
         model: the same backbone that the methods were saved from, plain.
         base: ``any`` carries them to other weights of the same shapes, with a warning. Where a method moved the base's
             own tensors, the file holds their values; to carry the change of them, give the base that it was trained on
@@ -102,6 +102,10 @@ def load_adapter(source: str | Path, model: nn.Module, base: Literal["same", "an
     Raises:
         ScionError: a damaged file, another base, missing, extra or misshapen tensors; the model is untouched then.
     """
+    from core import interop
+
+    if interop.is_peft(source):
+        return interop.from_peft(source, model)
     record, tensors = read_adapter(source)
     methods = restore(record, tensors, model, base, str(source))
     return methods[0] if len(methods) == 1 else methods

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -47,9 +48,18 @@ def parser() -> argparse.ArgumentParser:
     sub = command("merge", "write a run's methods into its backbone and save that as a plain checkpoint")
     sub.add_argument("run", help="a run folder")
     sub.add_argument("out", help="a folder to make")
+    sub = command("export", "write methods as an adapter that another library opens")
+    sub.add_argument("adapter", help="a run folder, or an adapter folder")
+    sub.add_argument("out", help="a folder to make")
+    sub.add_argument("--format", choices=["peft"], default="peft", help="the library: Hugging Face peft")
+    sub.add_argument("--model", help="the backbone that an adapter alone does not name; names as for roles")
+    sub = command("import", "make an adapter of one that Hugging Face peft wrote")
+    sub.add_argument("folder", help="with adapter_config.json and adapter_model.safetensors")
+    sub.add_argument("out", help="a folder to make")
+    sub.add_argument("--model", required=True, help="the backbone that it is for; names as for roles")
     sub = command("predict", "label files with a finished run")
     sub.add_argument("run", help="a run folder")
-    sub.add_argument("files", nargs="+", help="files to label")
+    sub.add_argument("files", nargs="+", help="files to label, or folders of them")
     sub.add_argument("--json", action="store_true", help="print JSON")
     return main
 
@@ -82,6 +92,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
         print(f"lightning {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever reads our output, a `head` for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print("interrupted; the same command with the same --run_dir goes on from the last checkpoint", file=sys.stderr)
         return 130
@@ -109,6 +122,10 @@ def _dispatch(arguments: argparse.Namespace, rest: list[str]) -> int:
         return commands.roles(arguments.model) or 0
     if arguments.command == "merge":
         return commands.merge(arguments.run, arguments.out) or 0
+    if arguments.command == "export":
+        return commands.export(arguments.adapter, arguments.out, arguments.model) or 0
+    if arguments.command == "import":
+        return commands.import_(arguments.folder, arguments.out, arguments.model) or 0
     return commands.predict(arguments.run, arguments.files, arguments.json) or 0
 
 

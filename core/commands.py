@@ -86,22 +86,31 @@ def shapes_of(name: str) -> nn.Module:
     Raises:
         ScionError: nothing here knows the name without asking a hub.
     """
+    return model_of(name, weights=False)
+
+
+def model_of(name: str, weights: bool = True) -> nn.Module:
+    """The model of that name, with its pretrained weights or (see `shapes_of`) without any.
+
+    Raises:
+        ScionError: nothing here knows the name, or its weights are not at hand.
+    """
     if name.count(":") == 2:
         domain, class_name, inner = name.split(":")
         known = _domain_backbones()
         if f"{domain}:{class_name}" not in known:
             raise ScionError(f"no backbone {domain}:{class_name}{nearest(f'{domain}:{class_name}', known)}; "
                              f"there are {listed(known)}")
-        return _on_meta(known[f"{domain}:{class_name}"], inner)
+        return _built(known[f"{domain}:{class_name}"], inner, weights)
     if Path(name).is_dir():
-        return _from_folder(Path(name))
+        return _from_folder(Path(name), weights)
     knowing = {key: cls for key, cls in _domain_backbones().items() if name in _names_known(cls)}
     if len(knowing) > 1:
         raise ScionError(f"several backbones are called {name!r}; write one of "
                          f"{listed(f'{key}:{name}' for key in knowing)}")
     if knowing:
-        return _on_meta(next(iter(knowing.values())), name)
-    return _from_timm(name) or _from_transformers(name)
+        return _built(next(iter(knowing.values())), name, weights)
+    return _from_timm(name, weights) or _from_transformers(name, weights)
 
 
 def _domain_backbones() -> dict[str, Any]:
@@ -132,21 +141,23 @@ def _names_known(cls: type) -> list[str]:
     return list(getattr(sys.modules[cls.__module__], "SHAPES", ()))
 
 
-def _on_meta(cls: Any, name: str) -> nn.Module:
-    import torch
-
-    with torch.device("meta"):
-        return cls(name, pretrained=False)
+def _built(cls: Any, name: str, weights: bool) -> nn.Module:
+    return cls(name) if weights else _meta(lambda: cls(name, pretrained=False))
 
 
-def _from_timm(name: str) -> nn.Module | None:
+def _from_timm(name: str, weights: bool) -> nn.Module | None:
     try:
         import timm
     except ImportError:
         return None
     bare = name.removeprefix("hf-hub:").removeprefix("timm/")
     if timm.is_model(bare):
-        return _meta(lambda: timm.create_model(bare, pretrained=False))
+        if not weights:
+            return _meta(lambda: timm.create_model(bare, pretrained=False))
+        try:
+            return timm.create_model(bare, pretrained=True).eval()
+        except (OSError, RuntimeError) as error:
+            raise ScionError(f"{name}: timm does not get its weights ({_first_line(error)})") from None
     if bare != name:
         raise ScionError(f"timm has no model {bare!r}{nearest(bare.partition('.')[0], timm.list_models())}")
     return None
@@ -159,7 +170,7 @@ def _meta(make: Any) -> nn.Module:
         return make()
 
 
-def _from_folder(folder: Path) -> nn.Module:
+def _from_folder(folder: Path, weights: bool) -> nn.Module:
     file = folder / "config.json"
     try:
         config = json.loads(file.read_text())
@@ -173,11 +184,17 @@ def _from_folder(folder: Path) -> nn.Module:
         arguments = {"num_classes": config.get("num_classes", 0), **config.get("model_args", {})}
         if not timm.is_model(config["architecture"]):
             raise ScionError(f"{file}: timm has no model {config['architecture']!r}")
+        if weights:
+            return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         return _meta(lambda: timm.create_model(config["architecture"], pretrained=False, **arguments))
-    return _from_transformers(str(folder))
+    return _from_transformers(str(folder), weights)
 
 
-def _from_transformers(name: str) -> nn.Module:
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
+
+
+def _from_transformers(name: str, weights: bool) -> nn.Module:
     try:
         from transformers import AutoConfig, AutoModel
     except ImportError:
@@ -187,7 +204,7 @@ def _from_transformers(name: str) -> nn.Module:
     except (OSError, ValueError, KeyError) as error:
         if Path(name).is_dir():
             raise ScionError(f"{name}/config.json: not a model that transformers knows "
-                             f"({str(error).strip().splitlines()[0][:150]})") from None
+                             f"({_first_line(error)})") from None
         known = [inner for cls in _domain_backbones().values() for inner in _names_known(cls)]
         try:
             import timm
@@ -198,6 +215,11 @@ def _from_transformers(name: str) -> nn.Module:
         raise ScionError(f"{name!r} is not known{nearest(name, known)}: wanted a name of a domain's backbone, a timm "
                          "name, a folder with config.json, or a transformers id in the cache (nothing is downloaded "
                          "for this)") from None
+    if weights:
+        try:
+            return AutoModel.from_pretrained(name, local_files_only=True)
+        except OSError as error:
+            raise ScionError(f"{name}: its weights are not at hand ({_first_line(error)})") from None
     try:
         return _meta(lambda: AutoModel.from_config(config, attn_implementation="sdpa"))
     except (ValueError, ImportError):  # an architecture without that attention
@@ -242,9 +264,7 @@ def merge(run: str, out: str) -> int:
     """
     from core.module import load_run
 
-    target = Path(out)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ScionError(f"{out} exists and is not empty; give a folder to make")
+    target = _to_make(out)
     tuner = load_run(run)
     merge_methods(tuner)
     try:
@@ -263,6 +283,13 @@ def merge(run: str, out: str) -> int:
         raise
     print(f"{out}: a plain {type(tuner.backbone.model).__name__}, head.safetensors and labels.json")
     return 0
+
+
+def _to_make(folder: str) -> Path:
+    target = Path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ScionError(f"{folder} exists and is not empty; give a folder to make")
+    return target
 
 
 def merge_methods(tuner: FineTuner) -> None:
@@ -328,11 +355,51 @@ def save_plain(tuner: FineTuner, folder: Path) -> None:
     (folder / "labels.json").write_text(json.dumps(labels, indent=1) + "\n")
 
 
+# ------------------------------------------------------------------------------------------------- export, import
+
+
+def export(adapter: str, out: str, model: str | None) -> int:
+    """Write a run's or an adapter's methods into a new folder ``out``, as Hugging Face peft writes them."""
+    from core.artifact import load_adapter, read_adapter
+    from core.interop import CONFIG, to_peft
+    from core.module import load_run
+
+    target = _to_make(out)
+    if model is not None:
+        backbone: Any = model_of(model)
+        loaded = load_adapter(adapter, backbone)
+        methods = loaded if isinstance(loaded, list) else [loaded]
+        inner = backbone
+    else:
+        if not (read_adapter(adapter)[0].get("model") or {}).get("backbone"):
+            raise ScionError(f"{adapter}: does not say which backbone it is for; name it with --model")
+        tuner = load_run(adapter)
+        backbone, methods, inner = tuner.backbone, tuner.methods, tuner.backbone.model
+    to_peft(methods, backbone, target)
+    kind = json.loads((target / CONFIG).read_text())["peft_type"]
+    print(f"{out}: a peft adapter ({kind}) for {type(inner).__name__}; a task's head is no part of it")
+    return 0
+
+
+def import_(folder: str, out: str, model: str) -> int:
+    """Read an adapter folder of Hugging Face peft for ``model``, and save it as an adapter in a new folder ``out``."""
+    from core.artifact import save_adapter
+    from core.interop import from_peft
+
+    target = _to_make(out)
+    loaded = from_peft(folder, model_of(model))
+    methods = loaded if isinstance(loaded, list) else [loaded]
+    save_adapter(methods, target)
+    print(f"{out}: {', '.join(map(repr, methods))}, for {model}")
+    return 0
+
+
 # ------------------------------------------------------------------------------------------------- predict
 
 
 def predict(run: str, files: list[str], as_json: bool) -> int:
-    """Print a label and a score for each file; 2 if a file could not be read, the others are labelled all the same."""
+    """Print a label and a score for each file, and for each in a folder; 2 if one could not be read, the others are
+    labelled all the same."""
     import torch
     from tqdm import tqdm
 
@@ -342,6 +409,7 @@ def predict(run: str, files: list[str], as_json: bool) -> int:
         raise ScionError("no files given")
     tuner = load_run(run, "cuda" if torch.cuda.is_available() else "cpu")
     data = data_of(run)
+    files = [name for file in files for name in _inside(file, data)]
     size = max(1, min(data.batch_size, len(files)))
     results: list[dict[str, Any]] = []
     with tqdm(total=len(files), unit="file", disable=len(files) <= 8, file=sys.stderr) as bar, torch.inference_mode():
@@ -363,12 +431,20 @@ def predict(run: str, files: list[str], as_json: bool) -> int:
                 for entry, prediction in zip(readable, tuner.task.predict(outputs), strict=True):
                     entry.update(prediction)
             for entry in readable if not as_json else []:
-                bar.write(f"{entry['file']}\t{entry['label']}\t{entry['score']:.4f}", file=sys.stdout)
+                label = ", ".join(entry["labels"]) or "-" if "labels" in entry else entry["label"]
+                bar.write(f"{entry['file']}\t{label}\t{entry['score']:.4f}", file=sys.stdout)
             results += chunk
             bar.update(len(chunk))
     if as_json:
         print(json.dumps(results, indent=1))
     return 2 if any("error" in entry for entry in results) else 0
+
+
+def _inside(file: str, data: DataModule) -> list[str]:
+    """The files that a name on the command line stands for: itself, or what a folder holds. An empty folder stays, so
+    that it is named as what cannot be read."""
+    found = [str(inner) for inner in data.files(Path(file))] if Path(file).is_dir() else []
+    return found or [file]
 
 
 def data_of(run: str) -> DataModule:

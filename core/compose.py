@@ -297,6 +297,9 @@ class JoinedMethods(SideBySide):
         self._parts: dict[str, list[Graft]] = {}
         for method in self.methods:
             for part in self.branch(method):
+                if part.tap is not None:
+                    raise ScionError(f"{self.name}: what {method.name} does at {part.site.name} reads "
+                                     f"{part.tap.site.name} too; only what reads its own site can be joined")
                 if len(part.verbs) != 1 or part.verbs[0] not in ("before", "after") or not self.fits(part):
                     raise ScionError(f"{self.name}: what {method.name} does at {part.site.name} ({type(part).__name__})"
                                      f" {self.refusal}")

@@ -177,6 +177,8 @@ def parse(text: str) -> Any:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         return text
+    if not value and value in ("", None) and text.strip(" \"'").lower() not in ("", "~", "null"):
+        return text  # to YAML a lone "|" opens a block of text, and "#" a remark
     if isinstance(value, str):
         try:
             return float(value)

@@ -8,6 +8,8 @@ dataset that augments defines ``set_epoch``.
 
 from __future__ import annotations
 
+import logging
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -93,6 +96,20 @@ def seed_of(*parts: object) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
+def bounded(lines: list[str], most: int) -> list[str]:
+    """``lines``, or the first ``most`` of them and how many more there are."""
+    more = len(lines) - most
+    return [*lines[:most], f"... and {more} more"] if more > 0 else list(lines)
+
+
+@rank_zero_only
+def _tell_skipped(skipped: list[str]) -> None:
+    for line in bounded(skipped, 10):
+        print(f"skipped {line}" if not line.startswith("...") else line, file=sys.stderr)
+    for line in bounded(skipped, 1000):
+        logging.getLogger("scion.data").info("skipped %s", line)
+
+
 class DataModule(Recorded, LightningDataModule, ABC):
     """A benchmark, or its mini.
 
@@ -156,10 +173,16 @@ class DataModule(Recorded, LightningDataModule, ABC):
         """The function that makes a training batch (mixup belongs here); None stacks the samples."""
         return None
 
+    def files(self, folder: Path) -> list[Path]:
+        """The files below ``folder`` that ``read`` may be asked for: all that are not hidden."""
+        return [file for file in sorted(folder.rglob("*")) if file.is_file()
+                and not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+
     def setup(self, stage: str | None = None) -> None:
         if not self._loaded:
             self.load()
             self._loaded = True
+            _tell_skipped(self.skipped)
 
     def loader(self, dataset: Dataset, train: bool) -> EpochLoader:
         """A loader in the house's order: shuffled by (seed, epoch) for training, in file order otherwise."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -69,6 +69,8 @@ class Graft(nn.Module):
     remade: bool = False
     """The effective weight of a linear map is made again in backward instead of being kept for it: worth it where
     making it costs little beside the map itself, and is not random."""
+    adds_bias: bool = False
+    """Merging it gives a bias to a map that has none."""
     whole_batch: bool = False
     """Its ``before`` and ``after`` see all rows of a routed batch, and look to ``batch`` themselves."""
     momentary: tuple[str, ...] = ("active", "strength", "batch", "route", "variant")
@@ -264,8 +266,14 @@ class _Rewrite(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.attend and func is F.scaled_dot_product_attention:
             self.hits += 1
+<<<<<<< HEAD
             return _attend(self.attend, self.x, self.keys_of, *args, **kwargs)
         met = [e for e in self.effective if any(a is e.frozen for a in (*args, *kwargs.values()))]
+=======
+            return _attend(self.attend, self.x, *args, **kwargs)
+        given = [*_flat((*args, *kwargs.values()))]
+        met = [e for e in self.effective if any(a is e.frozen for a in given)]
+>>>>>>> h-addB
         if not met:
             return func(*args, **kwargs)
         self.hits += 1
@@ -339,8 +347,18 @@ def _linear(x: Tensor, bias: Tensor | None, effective: Effective) -> Tensor:
     return _Remade.apply(x, bias, effective, *effective.trained)  # type: ignore[no-any-return]
 
 
-def _put(args: tuple, met: list[Effective], variant: int | None = None) -> list[Any]:
-    return [next((e.of(variant) for e in met if a is e.frozen), a) for a in args]
+def _flat(args: tuple) -> Iterator[Any]:
+    """Arguments, and what sequences of tensors among them hold (those of ``torch.cat``)."""
+    for a in args:
+        if isinstance(a, (tuple, list)):
+            yield from a
+        else:
+            yield a
+
+
+def _put(args: tuple | list, met: list[Effective], variant: int | None = None) -> list[Any]:
+    return [_put(a, met, variant) if isinstance(a, (tuple, list)) and any(e.frozen is b for b in a for e in met)
+            else next((e.of(variant) for e in met if a is e.frozen), a) for a in args]
 
 
 def _put_named(kwargs: dict[str, Any], met: list[Effective], variant: int | None = None) -> dict[str, Any]:
@@ -580,7 +598,8 @@ class Carrier:
 
     def _tell(self, side: str, value: Tensor) -> None:
         for graft in self.readers:
-            if graft.active and graft.tap is not None and graft.tap.side == side:
+            absent = graft.by_rows and graft.batch is not None and not len(graft.batch)  # it will not read
+            if graft.active and graft.tap is not None and graft.tap.side == side and not absent:
                 graft.tap.value = value
 
     def _run_after(self, after: list[Graft], args: tuple, kwargs: dict[str, Any], output: Any) -> Any:

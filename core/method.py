@@ -75,6 +75,8 @@ class PEFTMethod(Recorded, Callback, ABC):
     instance."""
     mode: ClassVar[Literal["eval", "train"]] = "eval"
     """Default of ``backbone_mode``."""
+    peft: ClassVar[Any] = None
+    """How Hugging Face peft writes this method, a `core.interop.PeftForm`; None where it does not have it."""
 
     def __init__(
         self,
@@ -104,6 +106,7 @@ class PEFTMethod(Recorded, Callback, ABC):
         self.module: nn.Module = MethodModule(self)  # within a composition, its part of the composition's module
         self.start: dict[str, Tensor] = {}  # start values of the base tensors that this method moves
         self._merged: dict[str, tuple[Tensor, Tensor]] | None = None  # name -> (before, after)
+        self._made: list[str] = []  # biases that merging made
         self._home: Home | None = None  # where it stood before it was merged
         self._waiting: dict[str, Tensor] | None = None  # tensors not yet seen with a gradient
         self._backwards = 0
@@ -548,8 +551,12 @@ class PEFTMethod(Recorded, Callback, ABC):
             for name, (_, now) in merged.items():
                 if not bool(torch.isfinite(now).all()):
                     raise ScionError(f"{self.name}: merging would write values that are not finite into {name}")
+            self._made = [name for name in merged if name not in parameters]
+            for name in self._made:
+                module = root.get_submodule(name.rpartition(".")[0])
+                module.bias = parameters[name] = nn.Parameter(merged[name][0].clone(), requires_grad=False)
             for name, (before, now) in merged.items():
-                merged[name] = (before, now.to(before.dtype))
+                merged[name] = (before, now.to(before.dtype, copy=True))  # a graft may give the weight itself
                 parameters[name].copy_(merged[name][1])
             for name in self.start:  # the base's own tensors, moved: they must be the same when the method comes back
                 value = parameters[name].detach().clone()
@@ -560,16 +567,19 @@ class PEFTMethod(Recorded, Callback, ABC):
 
     def _merge_bias(self, graft: Graft, parameters: dict[str, nn.Parameter], merged: dict[str, tuple[Tensor, Tensor]]
                     ) -> None:
+        if type(graft).merged_bias is Graft.merged_bias:
+            return
         site = graft.site
         name = f"{site.path}.bias" if site.path else "bias"
-        if name not in parameters:
-            zeros = torch.zeros(site.out_features, device=site.full_weight.device)
-            shift = graft(zeros, verb="merged_bias")
+        bias = parameters[name].detach() if name in parameters else site.full_weight.new_zeros(
+            site.full_weight.numel() // site.in_features)
+        if name not in parameters and not graft.adds_bias:
+            shift = graft(torch.zeros(site.out_features, device=bias.device), verb="merged_bias")
             if shift is not None and bool(shift.any()):
                 raise ScionError(f"{self.name}: {site.name} has no bias, so there is no place for the shift that "
                                  "merging leaves")
             return
-        before, now = merged.get(name, (parameters[name].detach().clone(), parameters[name].detach()))
+        before, now = merged.get(name, (bias.clone(), bias))
         wide = now.float() if now.dtype in (torch.float16, torch.bfloat16) else now
         part = graft(wide if site.rows is None else site.rows.take(wide), verb="merged_bias")
         if part is not None:
@@ -606,6 +616,9 @@ class PEFTMethod(Recorded, Callback, ABC):
         with torch.no_grad():
             for name, (before, _) in self._merged.items():
                 parameters[name].copy_(before)
+        for name in self._made:
+            root.get_submodule(name.rpartition(".")[0]).bias = None  # type: ignore[assignment]
+        self._made = []
         home = getattr(root, "peft", None)
         if not isinstance(home, Home):
             home = self._home  # the one that knows the base as it was at the first attach
@@ -731,24 +744,37 @@ class PEFTMethod(Recorded, Callback, ABC):
 
         return optimizer.register_step_post_hook(hook)
 
-    def enter_optimizer(self, optimizer: torch.optim.Optimizer, fresh: Sequence[nn.Parameter]) -> None:
-        """Give ``fresh`` tensors of this method to ``optimizer``, beside those that it has: in the same group (so that
-        schedules go on) and in the order in which a new optimizer would have them (so that its state can be loaded)."""
-        mine = {id(tensor): tensor for tensor in self.trainable().values()}
+    def enter_optimizer(self, optimizer: torch.optim.Optimizer, fresh: Sequence[nn.Parameter],
+                        beside: Iterable[Tensor] | None = None) -> None:
+        """Give ``fresh`` tensors of this method to ``optimizer``: in the group of those ``beside`` which they come (by
+        default all that it has of this method), so that schedules go on, and in the order in which a new optimizer
+        would have them, so that its state can be loaded."""
+        mine = {id(tensor) for tensor in (self.trainable().values() if beside is None else beside)}
         order = {id(p): i for i, p in enumerate((self._around or self._need_root()).parameters())}
+        groups = [(group, [p.dim() > 1 for p in group["params"] if id(p) in mine]) for group in optimizer.param_groups]
         for tensor in fresh:
-            for group in optimizer.param_groups:
-                known = [p for p in group["params"] if id(p) in mine and (p.dim() > 1) == (tensor.dim() > 1)]
-                if known:
-                    places = [order.get(id(p), 0) for p in group["params"]]
-                    group["params"].append(tensor)
-                    if places == sorted(places):
-                        group["params"].sort(key=lambda p: order.get(id(p), 0))
-                    break
-            else:
+            # Matrices stand in groups of their own where they are decayed.
+            fitting = [group for group, matrices in groups if (tensor.dim() > 1) in matrices] or [
+                group for group, matrices in groups if matrices]
+            if not fitting:
                 raise ScionError(f"{self.name}: the optimizer has none of its tensors")
+            tensors = fitting[0]["params"]
+            places = [order.get(id(p), 0) for p in tensors]
+            tensors.append(tensor)
+            if places == sorted(places):
+                tensors.sort(key=lambda p: order.get(id(p), 0))
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             self._late += fresh
+
+    def leave_optimizer(self, optimizer: torch.optim.Optimizer, gone: Iterable[Tensor]) -> None:
+        """Take tensors from ``optimizer``, with what it keeps of them."""
+        lost = {id(tensor): tensor for tensor in gone}
+        for group in optimizer.param_groups:
+            group["params"][:] = [p for p in group["params"] if id(p) not in lost]
+        for one in getattr(optimizer, "optimizers", [optimizer]):
+            for tensor in lost.values():
+                one.state.pop(tensor, None)
+        self._late = [tensor for tensor in self._late if id(tensor) not in lost]
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule,
                                  optimizer: torch.optim.Optimizer) -> None:

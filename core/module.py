@@ -168,9 +168,11 @@ class FineTuner(L.LightningModule):
     def _step(self, batch: Any, stage: str) -> Tensor:
         outputs, loss = self._losses(batch)
         targets = batch[1]
-        hard = targets.argmax(-1) if targets.is_floating_point() and not self.task.multilabel else targets
+        hard = targets
+        if targets.is_floating_point():  # class weights, of mixup for one, or the zeros and ones of several labels
+            hard = (targets >= 0.5).int() if self.task.multilabel else targets.argmax(-1)
         metrics = self.task.collection(stage)
-        metrics.update(outputs.detach(), hard.int() if hard.is_floating_point() else hard)
+        metrics.update(outputs.detach(), hard)
         self.log(f"{stage}/loss", loss.detach(), on_step=False, on_epoch=True, batch_size=len(targets),
                  prog_bar=stage == "train")
         return loss

@@ -28,7 +28,7 @@ from core import report
 from core.artifact import adapter_bytes, read_adapter, restore, save_adapter, versions, write_atomically
 from core.backbone import Backbone
 from core.config import Point, find_class, make, typed
-from core.data import DataModule
+from core.data import DataModule, bounded
 from core.errors import ScionError, listed, nearest
 from core.method import Home, PEFTMethod, methods_on
 from core.module import OUTSIDE, FineTuner, OptimizerSettings, ScheduleSettings, load_outside, outside, spec
@@ -437,11 +437,12 @@ def _finish(point: Point, folder: Path, outcome: Outcome, rows: list[dict[str, A
     notes = [origin["note"] for origin in (data.origin, tuner.backbone.origin) if "note" in origin]
     metrics = {
         "format": FORMAT, "status": "finished", "config_hash": point.hash, "select": point.config["select"],
-        "data": data.origin, "backbone": {**tuner.backbone.origin, "fingerprint": home.fingerprint},
+        "data": {**data.origin, **({"skipped": bounded(data.skipped, 1000)} if data.skipped else {})},
+        "backbone": {**tuner.backbone.origin, "fingerprint": home.fingerprint},
         "peft": [method.spec() for method in tuner.methods], "parameters": outcome.parameters,
         "adapter_bytes": adapter_bytes(_last_adapter(folder, parts)),
         "metrics": outcome.metrics, "seconds": round(sum(part["seconds"] for part in parts.values()), 2),
-        "peak_memory_bytes": peak_memory(), "versions": versions(), "skipped": data.skipped, "warnings": notes,
+        "peak_memory_bytes": peak_memory(), "versions": versions(), "warnings": notes,
         **({"stages": parts} if len(parts) > 1 else {}),
     }
     if len(parts) > 1:  # the last stage's adapter is the run's

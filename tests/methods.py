@@ -38,6 +38,8 @@ class Variant:
     """Whether its start values depend on the seed; None is what the row says."""
     moves_base: bool | None = None
     """Whether it trains the backbone's own tensors in this stage; None is what the class declares."""
+    noise: bool = False
+    """Its forward is random in training, beyond dropout."""
     alone: bool = False
     """What made it ready holds for the feature as it was, without another of its kind."""
     own_optimizer: bool = False
@@ -111,6 +113,24 @@ def _spiel(anatomy: Anatomy, method: Any) -> int:
     everything, targets = _everything(anatomy, method), sum(i * o for i, o in shapes)
     budget = method.count or int((method.density or 0) * everything) or method.rank * sum(i + o for i, o in shapes)
     return sum(int(budget * i * o / targets) for i, o in shapes)
+
+
+def _sensitivity(anatomy: Anatomy, method: Any) -> int:
+    candidates = method.candidates(anatomy)
+    spent = sum(count or method.rank * (candidates[name].in_features + candidates[name].out_features)
+                for name, count in method.plan.items())
+    assert 0.3 * method.budget < spent <= method.budget
+    return spent
+
+
+def _diff(anatomy: Anatomy, method: Any) -> int:
+    tensors = len(list(anatomy.root.parameters())) if method.structured else 0
+    numbers = sum(p.numel() for p in anatomy.root.parameters() if p.dim())
+    return 2 * numbers + tensors if method.stage == "masks" else method.keep
+
+
+def _pst(anatomy: Anatomy, method: Any) -> int:
+    return sum((method.rank + method.score_rank + 1) * (i + o) for i, o in _all_linear(anatomy, method))
 
 
 def _linear(anatomy: Anatomy, method: Any) -> list[tuple[int, int]]:
@@ -200,6 +220,29 @@ def _houlsby(anatomy: Anatomy, method: Any) -> int:
     sites = anatomy.sites(method.targets, method.layers)
     bottlenecks = sum(2 * method.width(s.width) * s.width + method.width(s.width) + s.width for s in sites)
     return bottlenecks + _norms(anatomy, method.norms)
+
+
+def _fact(anatomy: Anatomy, method: Any) -> int:
+    cuts = [method.cut(site) for site in method.sites(anatomy)]
+    slices = sum(rows * columns for _, rows, columns in cuts)
+    widths, r = {dim for dim, *_ in cuts}, method.rank
+    return 2 * r * sum(widths) + (slices * r**2 if method.form == "tt" else slices * r + len(widths) * r**3)
+
+
+def _consolidator(anatomy: Anatomy, method: Any) -> int:
+    return sum(s.in_features * s.out_features // method.groups_at(s) + (s.out_features if s.bias is not None else 0)
+               for s in method.sites(anatomy))
+
+
+def _repadapter(anatomy: Anatomy, method: Any) -> int:
+    inputs = {(site.block, site.role.startswith("mlp")): [] for site in method.sites(anatomy)}
+    for site in method.sites(anatomy):
+        inputs[site.block, site.role.startswith("mlp")].append(site)
+    total, h = 0, method.bottleneck
+    for sites in inputs.values():
+        d = sites[0].in_features
+        total += d * h + h * d // method.groups + (h + d if all(s.bias is not None for s in sites) else 0)
+    return total
 
 
 def _pfeiffer(anatomy: Anatomy, method: Any) -> int:
@@ -375,6 +418,11 @@ def _biases(anatomy: Anatomy, method: Any) -> int:
     return sum(module.bias.numel() for module in modules.values())  # type: ignore[operator]
 
 
+def _lofit(anatomy: Anatomy, method: Any) -> int:
+    sites = method.sites(anatomy)
+    return sum(s.in_features for s in sites) if method.stage == "heads" else method.count * sites[0].heads.width
+
+
 def _ltsft(anatomy: Anatomy, method: Any) -> int:
     if method.stage == "dense":
         return _everything(anatomy, method)
@@ -390,6 +438,14 @@ def _to_sparse(method: Any) -> None:
     with torch.no_grad():
         for tensor in method.trainable().values():
             tensor += 0.01 * (torch.rand(tensor.shape, generator=generator) - 0.5).to(tensor)
+    method.advance()
+
+
+def _to_offsets(method: Any) -> None:
+    """As after a stage in which one head of each layer was scaled most, more in the first layers."""
+    with torch.no_grad():
+        for i, graft in enumerate(method.grafts):
+            graft.A[i % len(graft.A)] += 1 / (1 + i)
     method.advance()
 
 
@@ -460,6 +516,35 @@ def _selection_follows_formula() -> None:
     assert moved > 20
 
 
+def _halves_follow_formula() -> None:
+    """HalfFineTuning: every three steps another half; what is frozen stays to the bit and has neither gradient nor
+    state; over many rounds each matrix is trained in about half."""
+    from tests.models import make
+
+    model = make("llama")
+    method: Any = peft.method_class("HalfFineTuning")(interval=3)  # type: ignore[call-arg]
+    method.attach(model)
+    optimizer = torch.optim.AdamW(method.param_groups(), lr=0.01, weight_decay=0.1)
+    method.follow(optimizer, total=180)
+    trained: dict[str, int] = {}
+    for step in range(180):
+        chosen = set(method.trainable())
+        if step % 3 == 0:
+            trained |= {name: trained.get(name, 0) + 1 for name in chosen}
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        assert {name for name, p in model.named_parameters() if p.requires_grad} == chosen
+        assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {
+            id(p) for p in method.trainable().values()}
+        for tensor in method.trainable().values():
+            tensor.grad = torch.ones_like(tensor)
+        optimizer.step()
+        assert {name for name, p in model.named_parameters() if not torch.equal(p, before[name])} == chosen
+        assert {id(p) for p in optimizer.state} <= {id(p) for p in method.trainable().values()}
+    blocks = [name for name, _ in model.named_parameters() if ".layers." in name]
+    assert set(trained) == set(blocks) and method.round == 59
+    assert all(15 <= count <= 45 for count in trained.values())
+
+
 def _positions_follow_formula() -> None:
     """SpIEL: windows, shares and counts of the schedule; positions stay distinct and k stays what it was."""
     from tests.models import make
@@ -521,6 +606,30 @@ def _budget_follows_formula() -> None:
         wanted = int(2 * sites + 2 * sites * share**3)
         assert method.budget(step) == (wanted, step > 4 and (step >= 14 or step % 2 == 0))
         assert left == wanted or step < 14 and step % 2 or step <= 4 and left == 4 * sites
+
+
+def _sparsity_follows_formula() -> None:
+    """PST: the cubic rise, and as many zeros in each effective weight, those of the smallest scores."""
+    from tests.models import make
+
+    method: Any = peft.method_class("PST")(sparsity=0.8, warmup=2, cooldown=3, rank=2)  # type: ignore[call-arg]
+    method.attach(make("timm_vit"))
+    optimizer = torch.optim.SGD(method.param_groups(), lr=0.01)
+    method.follow(optimizer, total=15)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(1, 16):
+        for tensor in method.trainable().values():
+            tensor.grad = torch.randn(tensor.shape, generator=generator)
+        optimizer.step()
+        share = 0.8 - 0.8 * (1 - min(max(step - 2, 0), 10) / 10) ** 3
+        assert abs(method.sparsity - share) < 1e-12
+        for graft in method.grafts:
+            base = graft.site.matrix(graft.site.full_weight.detach())
+            changed = base + graft.U @ graft.V
+            scores = changed.abs() + graft.A @ graft.B + graft.R[:, None] + graft.C
+            order = scores.flatten().argsort(stable=True)[:int(method.sparsity * base.numel())]
+            expected = changed.detach().flatten().index_fill(0, order, 0.0).view_as(base)
+            torch.testing.assert_close(graft.weight(base).detach(), expected)
 
 
 def _rank_follows_formula() -> None:
@@ -727,6 +836,30 @@ METHODS: dict[str, Row] = {
         quick=False,
         artifact={"rank": 1},
     ),
+    "Consolidator": Row(
+        {"all": Variant({"groups": 8}, learns={"groups": 2, "lr": 1e-2}),
+         "zeros": Variant({"init": "zeros", "dropout": 0.5, "targets": ("q", "v")}, random=False,
+                          learns={"groups": 2, "lr": 3e-2})},
+        trained=_consolidator,
+        cards=(("vit_b16", {}, 304_128), ("bert_base", {}, 304_128)),
+        bad=(({"groups": 0}, "groups 0"), ({"groups": 7}, "groups 7 does not divide"), ({"dropout": 1.0}, "dropout 1"),
+             ({"init": "one"}, "'one'"), *NOT_LINEAR),
+        random=True, weights=True, operators=8, saved=1.1,
+        quick=False,
+        artifact={"groups": 8, "targets": ("o",)},
+    ),
+    "FacT": Row(
+        {"tt": Variant({"rank": 4, "dropout": 0.0}, learns={"lr": 1e-2}),
+         "tk": Variant({"rank": 3, "form": "tk", "scale": 2.0, "dropout": 0.0, "targets": ("q", "v", "mlp.up")},
+                       learns={"rank": 8, "lr": 1e-2})},
+        trained=_fact,
+        cards=(("vit_b16", {}, 61_440), ("vit_b16", {"rank": 32, "form": "tk"}, 86_528)),
+        bad=(({"rank": 0}, "rank 0"), ({"scale": 0}, "scale 0"), ({"form": "tucker"}, "'tucker'"),
+             ({"dropout": 1.0}, "dropout 1"), *NOT_LINEAR),
+        random=True, weights=True, operators=14, saved=1.0,
+        quick=False,
+        artifact={"rank": 1},
+    ),
     "SVFit": Row(
         {"q, v": Variant(), "all": Variant({"rank": 3, **WIDE})},
         trained=_svfit,
@@ -774,6 +907,19 @@ METHODS: dict[str, Row] = {
         saved=0.72,
         artifact={"targets": ("o", "mlp.down")},
     ),
+    "DiffPruning": Row(
+        {"masks": Variant(noise=True, learns={"lr": 3e-4}),
+         "structured": Variant({"structured": True, "l0": 0.0}, noise=True, learns={"lr": 3e-4}),
+         "fixed": Variant({"density": 0.01}, _to_sparse, everywhere=True, learns={"density": 1.0, "lr": 3e-4})},
+        trained=_diff,
+        cards=(("vit_b16", {}, 171_597_312),),
+        bad=(({"density": 0.0}, "density 0"), ({"count": 0}, "count 0"), ({"count": 10**9}, "count 1000000000"),
+             ({"count": 10, "density": 0.5}, "not both"), ({"l0": -1.0}, "l0 -1"), ({"mask_lr": 0.0}, "mask_lr 0"),
+             ({"exclude": ("pol",)}, "'pol'")),
+        operators=12, saved=2.5, stored=2.0, decays=False,
+        quick=False,
+        artifact={"layers": (0,), "exclude": WIDE["targets"]},
+    ),
     "DoRA": Row(
         {"q, v": Variant(RANK), "all": Variant({"rank": 2, "alpha": 4, **WIDE})},
         trained=_dora,
@@ -799,6 +945,16 @@ METHODS: dict[str, Row] = {
              ({"targets": ("block",)}, "no linear weight")),
         schedule=_galore_follows_formula,
         artifact=FEW,
+    ),
+    "HalfFineTuning": Row(
+        {"one round": Variant(learns={"lr": 2e-4}), "rounds": Variant({"interval": 2, "whole": ("norm",)},
+                                                                     learns={"lr": 2e-4})},
+        trained=_full,
+        bad=(({"interval": 0}, "interval 0"), ({"whole": ("nrom1",)}, "'norm1'")),
+        random=True,
+        quick=False,
+        schedule=_halves_follow_formula,
+        artifact={"layers": (0,)},
     ),
     "Houlsby": Row(
         {"zero_up": Variant({"bottleneck": 4}), "near_identity": Variant({"reduction": 8, "init": "near_identity"}),
@@ -991,6 +1147,16 @@ METHODS: dict[str, Row] = {
         saved=0.0,
         artifact={"norms": ("norm",)},
     ),
+    "LoFiT": Row(
+        {"heads": Variant(learns={"lr": 5e-2}),
+         "offsets": Variant({"heads": 2}, _to_offsets, everywhere=True, learns={"heads": 4, "lr": 5e-2})},
+        trained=_lofit,
+        cards=(("bert_base", {}, 9_216),),
+        bad=(({"heads": 0}, "heads 0"), ({"heads": 999}, "heads 999"), ({"l1": -1.0}, "l1 -1"),
+             ({"spread": -1.0}, "spread -1"), ({"targets": ("mlp.down",)}, "does not read heads")),
+        random=True, operators=6, saved=0.9, stored=2.0,
+        quick=False,
+    ),
     "LIFT": Row(
         {"all": Variant({"rank": 2}, learns={"rank": 16, "lr": 1e-2}),
          "few": Variant({"rank": 3, "filter_rank": 1, "interval": 2, "targets": ("q", "mlp.down")},
@@ -1002,6 +1168,18 @@ METHODS: dict[str, Row] = {
         operators=2, saved=0.96, stored=4.0, state=12,
         schedule=_selection_follows_formula,
         artifact={"rank": 1, "targets": ("o",)},
+    ),
+    "SensitivityTuning": Row(
+        {"both": Variant({"rank": 2, "count": 800}, learns={"lr": 1e-2, "count": 2000}),
+         "entries": Variant({"rank": 16, "density": 0.02, "ratio": 1.0, "vector_ratio": 0.0}, random=False,
+                            learns={"lr": 2e-2})},
+        trained=_sensitivity,
+        bad=(({"density": 0.0}, "density 0"), ({"density": 0.1, "count": 3}, "not both"), ({"count": 0}, "count 0"),
+             ({"count": 10**9}, "1000000000"), ({"rank": 0}, "rank 0"), ({"ratio": 0.5}, "ratio 0.5"),
+             ({"batches": 0}, "batches 0"), *NOT_LINEAR),
+        random=True, operators=8, saved=0.96, stored=2.0, decays=True,
+        quick=False,
+        artifact={"count": 300},
     ),
     "SpIEL": Row(
         {"AG": Variant({"rank": 2}, learns={"rank": None, "density": 0.4, "lr": 1e-2}),
@@ -1016,6 +1194,21 @@ METHODS: dict[str, Row] = {
         random=True, operators=2, saved=0.96, stored=2.0, state=24, decays=True,
         schedule=_positions_follow_formula,
         artifact={"rank": None, "count": 60, "targets": ("o",)},
+    ),
+    "PST": Row(
+        {"dense": Variant({"rank": 2, "score_rank": 2}, learns={"lr": 1e-3}),
+         "pruned": Variant({"rank": 2, "score_rank": 3, "initial": 0.4, "sparsity": 0.6, "alpha2": 0.5, **WIDE},
+                           learns={"lr": 3e-3})},
+        trained=_pst,
+        cards=(("vit_b16", {}, 2_506_752), ("bert_base", {}, 2_820_096)),
+        bad=(({"rank": 0}, "rank 0"), ({"score_rank": 0}, "score_rank 0"), ({"sparsity": 1.0}, "sparsity 1"),
+             ({"initial": 0.95}, "initial 0.95"), ({"warmup": 0.8}, "warmup 0.8"), ({"spread": 0.0}, "spread 0"),
+             *NOT_LINEAR),
+        random=True, weights=True, commutes=None, operators=34, saved=0.96,
+        quick=False,
+        absent=("test_gradcheck",),  # as RAMT
+        schedule=_sparsity_follows_formula,
+        artifact={"rank": 1, "score_rank": 1},
     ),
     "RAMT": Row(
         {"attention": Variant(learns={"lr": 1e-2}),
@@ -1125,6 +1318,18 @@ METHODS: dict[str, Row] = {
         random=True, commutes=False, operators=5, saved=0.68,
         artifact={"bottleneck": 1},
     ),
+    "RepAdapter": Row(
+        {"both": Variant({"dropout": 0.0}, learns={"lr": 1e-2}),
+         "mlp": Variant({"bottleneck": 4, "groups": 4, "scale": 0.5, "targets": ("mlp",)}, learns={"lr": 3e-2})},
+        trained=_repadapter,
+        cards=(("vit_b16", {}, 239_808), ("bert_base", {}, 239_808)),
+        bad=(({"bottleneck": 7}, "bottleneck 7"), ({"groups": 0}, "groups 0"), ({"scale": 0}, "scale 0"),
+             ({"dropout": 1.0}, "dropout 1"), ({"bottleneck": 10, "groups": 5}, "groups 5 does not divide"),
+             ({"targets": ("mlp.up",)}, "no sublayer")),
+        random=True, commutes=False, operators=10, saved=0.9, without_attention={"targets": ("mlp",)},
+        quick=False,
+        artifact={"bottleneck": 2, "targets": ("mlp",)},
+    ),
     "PortLLM": Row(
         {"low rank": Variant({"scale": 0.5}, _patched, trains=False)},
         trained=lambda anatomy, method: 0,
@@ -1173,7 +1378,7 @@ REFUSED: dict[tuple[str, str], str] = {
         ("t5", "T5Model"), ("mistral", "MistralModel"), ("gemma", "GemmaModel"))},
     **{(method, "timm_convnext"): "there is no attention that could read more keys, queries or streams" for method in (
         "PrefixTuning", "VQT", "MTLoRA", "LadderSideTuning", "VPT", "PromptTuning", "PTuning",
-        "PTuningV2", "MAM", "UniPELT")},
+        "PTuningV2", "MAM", "UniPELT", "LoFiT")},
     **{("UniPELT", family): "its gates are means over the sequence, and a causal model may not see what is to come"
        for family in ("llama", "t5", "clip", "clip_text", "gpt2", "gpt_neox", "codegen", "mistral", "qwen2", "gemma",
                       "starcoder2")},
@@ -1229,6 +1434,11 @@ class Cell:
     def new(self, **changes: Any) -> PEFTMethod:
         """The method, not attached."""
         return self.cls(**{**self.row.variants[self.variant].config, **self.elsewhere, **changes})
+
+    @property
+    def quiet(self) -> Config:
+        """Arguments with which a forward in training is not random."""
+        return {name: value for name, value in (("dropout", 0.0), ("draw", False)) if name in self.new().config}
 
     @property
     def elsewhere(self) -> Config:

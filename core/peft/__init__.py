@@ -73,6 +73,7 @@ def options(name: str) -> list[str]:
     return [*found, *(option for option in _common() if option not in found)]
 
 
+@functools.cache
 def _common() -> list[str]:
     source = Path(__file__).parent.parent / "method.py"
     base = next(node for node in ast.parse(source.read_text(encoding="utf-8")).body

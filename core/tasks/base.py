@@ -36,7 +36,8 @@ class Task(nn.Module, Recorded, ABC):
 
     @abstractmethod
     def predict(self, outputs: Tensor) -> list[dict[str, Any]]:
-        """One readable prediction a sample, best first: ``{"label": ..., "score": ..., "scores": {label: score}}``."""
+        """One readable prediction a sample, best first: ``{"label": ..., "score": ..., "scores": {label: score}}``, and
+        ``labels``, all that are likely rather than not, where a sample may have several."""
 
     def forward(self, features: Tensor) -> Tensor:
         """features [batch, dim] -> outputs"""

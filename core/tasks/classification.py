@@ -2,23 +2,44 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchmetrics.classification import MultilabelAveragePrecision
+from torchmetrics.utilities import dim_zero_cat
 
 from core.errors import ScionError
 from core.tasks.base import Task
 
 
+class MeanAveragePrecision(MultilabelAveragePrecision):
+    """The mean of the average precisions of the labels that occur among the targets; 0 where none does.
+
+    torchmetrics counts a label that never occurs, whose average precision is undefined, as 0.
+    """
+
+    def __init__(self, labels: int, **common: Any) -> None:
+        super().__init__(labels, average="none", **common)
+
+    def compute(self) -> Tensor:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "No positive samples")
+            found = super().compute()
+        occurs = dim_zero_cat(self.target).sum(0) > 0
+        return found[occurs].mean() if occurs.any() else found.new_zeros(())
+
+
 class Classification(Task):
-    """A linear head with cross-entropy, or binary cross-entropy for several labels a sample.
+    """A linear head with cross-entropy; for data with several labels a sample one yes or no for each, with binary
+    cross-entropy and mean average precision (over the labels that occur; a target is a vector [classes]).
 
     Args:
         num_classes: number of classes; None takes it from the data, a number must agree with it.
-        label_smoothing: in [0, 1).
+        label_smoothing: in [0, 1); targets become (1 - s) y + s / classes, or (1 - s) y + s / 2 with several labels.
         dropout: on the features, in [0, 1).
     """
 
@@ -49,13 +70,14 @@ class Classification(Task):
         from torchmetrics import classification as c
 
         if self.multilabel:
-            return {"map": c.MultilabelAveragePrecision(n), "f1": c.MultilabelF1Score(n)}
+            return {"map": MeanAveragePrecision(n), "f1": c.MultilabelF1Score(n)}
         return {"accuracy": c.MulticlassAccuracy(n, average="micro"), "f1": c.MulticlassF1Score(n, average="macro"),
                 "confusion": c.MulticlassConfusionMatrix(n)}
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         if self.multilabel:
-            return F.binary_cross_entropy_with_logits(outputs, targets.to(outputs.dtype))
+            soft = targets.to(outputs.dtype) * (1 - self.label_smoothing) + self.label_smoothing / 2
+            return F.binary_cross_entropy_with_logits(outputs, soft)
         return F.cross_entropy(outputs, targets, label_smoothing=self.label_smoothing)
 
     def predict(self, outputs: Tensor) -> list[dict[str, Any]]:
@@ -65,4 +87,6 @@ class Classification(Task):
             order = torch.argsort(row, descending=True).tolist()
             found.append({"label": self.classes[order[0]], "score": round(float(row[order[0]]), 4),
                           "scores": {self.classes[i]: round(float(row[i]), 4) for i in order[:5]}})
+            if self.multilabel:
+                found[-1]["labels"] = [self.classes[i] for i in order if row[i] >= 0.5]
         return found

@@ -8,9 +8,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from domains.audio.backbones import AST as AST
     from domains.audio.esc50 import ESC50 as ESC50
+    from domains.audio.fluent_speech_commands import FluentSpeechCommands as FluentSpeechCommands
+    from domains.audio.folder import AudioFolder as AudioFolder
+    from domains.audio.speech_commands import SpeechCommands as SpeechCommands
+    from domains.audio.urbansound8k import UrbanSound8K as UrbanSound8K
 
-_WHERE = {"AST": "backbones", "ESC50": "esc50"}
-__all__ = ["AST", "ESC50"]
+_WHERE = {"AST": "backbones", "AudioFolder": "folder", "ESC50": "esc50",
+          "FluentSpeechCommands": "fluent_speech_commands", "SpeechCommands": "speech_commands",
+          "UrbanSound8K": "urbansound8k"}
+__all__ = ["AST", "AudioFolder", "ESC50", "FluentSpeechCommands", "SpeechCommands", "UrbanSound8K"]
 
 
 def __getattr__(name: str) -> Any:

@@ -29,17 +29,24 @@ AUDIOSET = (-4.2677393, 4.5689974)
 """Mean and standard deviation of AudioSet's filterbanks, with which the AST checkpoints were trained."""
 
 
+SUFFIXES = frozenset(f".{name}" for name in (
+    "wav flac ogg oga opus mp3 aif aiff aifc au snd caf w64 rf64 voc nist sph "  # libsndfile reads these
+    "m4a aac wma amr mp4 webm").split())  # and not these, which are refused by name rather than overlooked
+"""Endings of sound files."""
+
+
 def samples(frames: int) -> int:
     """Samples at 16 kHz that give exactly ``frames`` frames."""
     return (frames - 1) * SHIFT + WINDOW
 
 
-def read_waveform(file: str | Path, seconds: float | None = None) -> Tensor:
+def read_waveform(file: str | Path, seconds: float | None = None, start: float = 0.0) -> Tensor:
     """A sound file as mono at 16 kHz, [samples], values in [-1, 1].
 
     Args:
         file: anything libsndfile opens: WAV, FLAC, OGG, ...; any rate, any number of channels.
-        seconds: read no more than this from the beginning; None reads all.
+        seconds: read no more than this, however long the file is; None reads all.
+        start: where to begin, in seconds.
 
     Raises:
         ScionError: names the file that is missing, empty, no sound, or holds values that are no numbers.
@@ -48,14 +55,20 @@ def read_waveform(file: str | Path, seconds: float | None = None) -> Tensor:
 
     file = Path(file)
     try:
+        if file.is_dir():
+            raise ScionError(f"{file}: a folder without sound files")
         if file.stat().st_size == 0:
             raise ScionError(f"{file}: the sound file is empty (0 bytes); fetch it again or take it out of the list")
         with soundfile.SoundFile(file) as sound:
             rate, whole = sound.samplerate, sound.frames
+            first = round(start * rate)
+            if first and first >= whole:
+                raise ScionError(f"{file}: lasts {whole / rate:.1f} s, nothing is left from {start:g} s on")
+            sound.seek(first)
             # a little more than asked for: the resampler's filter looks beyond the end
             most = -1 if seconds is None else math.ceil((seconds + 0.1) * rate)
             data = sound.read(most, dtype="float32", always_2d=True)
-        if missing_bytes(file) or len(data) < min(whole, most if most >= 0 else whole):
+        if missing_bytes(file) or len(data) < min(whole - first, most if most >= 0 else whole):
             raise ScionError(f"{file}: the sound file is cut short; fetch it again or take it out of the list")
     except OSError as error:
         raise ScionError(f"{file}: cannot be read ({error.strerror or error})") from None

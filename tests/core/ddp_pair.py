@@ -40,7 +40,7 @@ class Classifier(nn.Module):
 def trained(cell: Cell, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
     """The method's tensors after 3 steps on this process's share of a batch of 4."""
     classifier = Classifier(make(cell.family))
-    quiet = {"backbone_mode": "eval"} | ({"dropout": 0.0} if "dropout" in cell.new().config else {})
+    quiet = {"backbone_mode": "eval", **cell.quiet}
     method = cell.attach(classifier.backbone, **quiet)
     randomize(method)
     model: Any = classifier

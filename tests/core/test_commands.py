@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from core import commands
+from core import commands, load_adapter
 from core.cli import main
 from core.errors import ScionError
 from core.module import FineTuner, load_run
@@ -294,6 +294,48 @@ def test_other_libraries_models_are_saved_as_theirs(library: str, tmp_path: Path
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
 
 
+# ------------------------------------------------------------------------------------------------- export, import
+
+
+def test_export_opens_in_peft_and_comes_back(finished: Path, base: Path, tmp_path: Path,
+                                             capsys: pytest.CaptureFixture[str]) -> None:
+    import peft
+    from transformers import ASTModel
+
+    assert main(["export", str(finished), str(tmp_path / "there"), "--format", "peft"]) == 0
+    assert "a peft adapter (LORA) for ASTModel; a task's head is no part of it" in capsys.readouterr().out
+    inputs = torch.randn(2, FRAMES, 128, generator=torch.Generator().manual_seed(1))
+    ours = load_run(str(finished)).backbone.model
+    theirs: Any = peft.PeftModel.from_pretrained(
+        ASTModel.from_pretrained(base, attn_implementation="sdpa"), str(tmp_path / "there")).eval()
+    torch.testing.assert_close(features(theirs, inputs), features(ours, inputs), rtol=0, atol=1e-5)
+    assert (features(ASTModel.from_pretrained(base).eval(), inputs) - features(ours, inputs)).abs().max() > 1e-5
+
+    assert main(["import", str(tmp_path / "there"), str(tmp_path / "back"), "--model", f"audio:AST:{base}"]) == 0
+    assert "LoRA(rank=2" in capsys.readouterr().out
+    assert main(["export", str(tmp_path / "back"), str(tmp_path / "again"), "--model", f"audio:AST:{base}"]) == 0
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "there" / name).read_bytes()
+    assert main(["export", str(tmp_path / "back"), str(tmp_path / "plain")]) == 2
+    assert "does not say which backbone it is for; name it with --model" in capsys.readouterr().err
+    assert main(["import", str(tmp_path / "there"), str(tmp_path / "back"), "--model", "nano"]) == 2
+    assert "exists and is not empty" in capsys.readouterr().err
+
+
+def test_import_onto_a_folder_of_transformers(base: Path, finished: Path, tmp_path: Path) -> None:
+    from transformers import AutoModel
+
+    commands.export(str(finished), str(tmp_path / "there"), None)
+    commands.import_(str(tmp_path / "there"), str(tmp_path / "back"), str(base))
+    model = AutoModel.from_pretrained(base).eval()
+    load_adapter(tmp_path / "back", model)
+    inputs = torch.randn(2, FRAMES, 128, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(features(model, inputs), features(load_run(str(finished)).backbone.model, inputs),
+                               rtol=0, atol=1e-5)
+    with pytest.raises(ScionError, match="no config.json"):
+        commands.import_(str(tmp_path / "there"), str(tmp_path / "other"), str(tmp_path))
+
+
 # ------------------------------------------------------------------------------------------------- predict
 
 
@@ -324,16 +366,17 @@ def test_predictions_do_not_depend_on_the_company(finished: Path, sounds: Path,
 
 def test_bad_files_are_named_and_the_others_labelled(finished: Path, sounds: Path, tmp_path: Path,
                                                      capsys: pytest.CaptureFixture[str]) -> None:
-    bad, empty = tmp_path / "bad.wav", tmp_path / "empty.wav"
+    bad, empty, folder = tmp_path / "bad.wav", tmp_path / "empty.wav", tmp_path / "folder"
+    folder.mkdir()
     bad.write_text("no sound at all")
     empty.write_bytes(b"")
     good = next((sounds / "audio").iterdir())
-    files = [str(file) for file in (bad, good, empty, tmp_path / "absent.wav", tmp_path)]
+    files = [str(file) for file in (bad, good, empty, tmp_path / "absent.wav", folder)]
     assert commands.predict(str(finished), files, False) == 2
     out, err = capsys.readouterr()
     assert out.startswith(f"{good}\t") and len(out.splitlines()) == 1
     assert len(err.splitlines()) == 4
-    for line, file in zip(err.splitlines(), [bad, empty, tmp_path / "absent.wav", tmp_path], strict=True):
+    for line, file in zip(err.splitlines(), [bad, empty, tmp_path / "absent.wav", folder], strict=True):
         assert str(file) in line
     assert commands.predict(str(finished), files, True) == 2
     records = json.loads(capsys.readouterr().out)
@@ -383,3 +426,11 @@ def test_errors_become_one_line_of_the_command(tmp_path: Path, capsys: pytest.Ca
     assert main(["roles", "no/such"]) == 2
     err = capsys.readouterr().err.splitlines()
     assert len(err) == 3 and all(line.startswith("lightning ") for line in err)
+
+
+def test_values_of_the_command_line_are_what_yaml_says_but_for_lone_signs() -> None:
+    from core.config import parse
+
+    for text, value in (("3", 3), ("1e-3", 0.001), ("true", True), ("null", None), ("~", None), ('""', ""), ("", None),
+                        ("[1, a]", [1, "a"]), ("|", "|"), (">", ">"), ("#", "#"), (";", ";"), (",", ","), ("0", 0)):
+        assert parse(text) == value and type(parse(text)) is type(value), text

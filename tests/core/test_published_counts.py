@@ -43,6 +43,16 @@ def ast_400() -> nn.Module:
 
 def ast_100() -> nn.Module:
     return ast(100)
+def roberta() -> nn.Module:
+    from transformers import RobertaConfig, RobertaModel
+
+    return RobertaModel(RobertaConfig(vocab_size=50265, type_vocab_size=1, max_position_embeddings=514))
+
+
+def gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2Model
+
+    return GPT2Model(GPT2Config())
 
 
 def vit_small() -> nn.Module:
@@ -99,6 +109,10 @@ ROWS: list[tuple[Callable[[], nn.Module], str, dict[str, Any], int, int]] = [
     (vit, "SVFit", {}, 18_432, 0),
     (vit, "SVFit", {"targets": ("qkv", "o", "mlp.up", "mlp.down")}, 36_864, 0),
     (bert, "SVFit", {"targets": SIX}, 55_296, 0),
+    (llama_7b, "HalfFineTuning", {}, 3_238_133_760, 0),
+    (llama_7b, "LoFiT", {}, 131_072, 0),
+    (bert, "PST", {}, 2_820_096, 0),
+    (bert, "DiffPruning", {}, 218_964_480, 0),
     (vit_small, "SSF", {}, 102_912, 0),
     (swin_base, "SSF", {}, 267_264, 0),
     (swin_base, "SSF", {"patch_merging": True}, 274_432, 0),
@@ -111,6 +125,13 @@ ROWS: list[tuple[Callable[[], nn.Module], str, dict[str, Any], int, int]] = [
     (vit, "Houlsby", {"reduction": 16}, 1_789_056, 0),
     (vit, "Houlsby", {"bottleneck": 64, "norms": ("norm1", "norm2", "norm")}, 2_379_264, 38_400),
     (ast, "Houlsby", {"reduction": 64, "norms": ("norm1", "norm2")}, 461_088, 36_864),  # 497,952 in the paper's table
+    (vit, "FacT", {"rank": 8, "targets": SIX}, 21_504, 0),
+    (vit, "FacT", {"rank": 16}, 61_440, 0),
+    (vit, "FacT", {"rank": 32, "form": "tk"}, 86_528, 0),
+    (vit, "Consolidator", {"groups": 384}, 304_128, 0),
+    (bert, "Consolidator", {"groups": 384}, 304_128, 0),
+    (vit, "RepAdapter", {}, 239_808, 0),
+    (bert, "RepAdapter", {}, 239_808, 0),
     (ast, "LinearProbe", {"norms": ("norm",)}, 0, 1_536),
     (ast, "LoRA", {"rank": 6}, 221_184, 0),
     (ast, "LoRA", {"rank": 12}, 442_368, 0),
@@ -128,6 +149,36 @@ ROWS: list[tuple[Callable[[], nn.Module], str, dict[str, Any], int, int]] = [
     (bert, "PrefixTuning", {"tokens": 20, "reparametrize": 512}, 9_864_704, 0),
     (bert, "PrefixTuning", {"tokens": 30, "reparametrize": 512}, 9_872_384, 0),
     (ast, "PrefixTuning", {"tokens": 12}, 221_184, 0),
+    (bert, "PrefixTuning", {"tokens": 30}, 552_960, 0),
+    (bert, "PTuningV2", {"tokens": 128}, 2_359_296, 0),
+    (bert, "PTuningV2", {}, 368_640, 0),
+    (vit, "VPT", {}, 92_160, 0),
+    (vit, "VPT", {"tokens": 50}, 460_800, 0),
+    (vit, "VPT", {"deep": False}, 7_680, 0),
+    (ast, "VPT", {"tokens": 25}, 230_400, 0),
+    (ast, "VPT", {"tokens": 300, "deep": False}, 230_400, 0),
+    (vit_small, "VPT", {}, 46_080, 0),
+    (vit, "VPT", {"tokens": 20}, 184_320, 0),
+    (vit, "PromptTuning", {}, 15_360, 0),
+    (bert, "PromptTuning", {}, 15_360, 0),
+    (gpt2, "PromptTuning", {"tokens": 100}, 76_800, 0),
+    (bert, "PTuning", {}, 1_787_136, 0),
+    (bert, "PTuning", {"encoder": "lstm"}, 27_174_144, 0),
+    (vit, "PTuning", {}, 1_787_136, 0),
+    (vit, "ParallelAdapter", {}, 7_091_712, 0),
+    (bert, "ParallelAdapter", {}, 7_091_712, 0),
+    (bert, "ParallelAdapter", {"scale": "learned"}, 7_091_724, 0),
+    (vit, "AdaptFormer", {}, 1_189_632, 0),
+    (vit, "AdaptFormer", {"bottleneck": 8}, 156_768, 0),
+    (vit, "Convpass", {}, 327_552, 0),
+    (vit, "Convpass", {"targets": ("attention",)}, 163_776, 0),
+    (ast, "ConformerAdapter", {"norms": ("norm2",)}, 252_288, 18_432),  # 270,720 in the paper's table
+    (ast, "ConformerAdapter", {"targets": ("attention", "mlp"), "norms": ("norm1", "norm2")}, 504_576, 36_864),
+    (ast, "MixtureOfAdapters", {"norms": ("norm2",)}, 903_672, 18_432),
+    (bert, "MAM", {}, 22_493_984, 0),
+    (bert, "MAM", {"reparametrize": False}, 7_644_672, 0),
+    (roberta, "MAM", {"tokens": 16, "bottleneck": 16, "reparametrize": False}, 599_232, 0),
+    (bert, "UniPELT", {}, 11_083_376, 0),
 ]
 
 

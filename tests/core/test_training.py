@@ -158,7 +158,7 @@ def test_checkpointing(cell: Cell) -> None:
 @invariant(19, "two half batches equal one", rotate=True, where=lambda cell: cell.trains)
 def test_accumulation(cell: Cell) -> None:
     model = make(cell.family)
-    method = cell.attach(model, backbone_mode="eval", **({"dropout": 0.0} if "dropout" in cell.new().config else {}))
+    method = cell.attach(model, backbone_mode="eval", **cell.quiet)
     randomize(method)
     [(inputs, labels), _], head = problem(cell.family, size=4)
     model.train()
@@ -202,7 +202,7 @@ def test_eval_is_quiet(cell: Cell) -> None:
     with seeded(0):
         noisy = not torch.equal(outputs(model, inputs), outputs(model, inputs))
     trunk = method.backbone_mode == "train" and cell.family in ("timm_swin", "bert", "t5")  # drop-path, dropout
-    assert noisy == (trunk or bool(method.config.get("dropout")))
+    assert noisy == (trunk or bool(method.config.get("dropout")) or cell.row.variants[cell.variant].noise)
 
 
 @invariant(22, "no noise in eval mode", rotate=True)

@@ -108,6 +108,10 @@ class ParallelAdapter(PEFTMethod):
         for site in self.sites(anatomy):
             if site.role not in SUBLAYERS:
                 raise ScionError(f"{self.name}: {site.name} is no output of a sublayer; take {', '.join(SUBLAYERS)}")
+            windows = site.around is not None and site.around.described.windows
+            if windows and self.input == "residual" and site.role != "mlp":
+                raise ScionError(f"{self.name}: {site.name} is cut into windows, the residual stream is not: take "
+                                 "input='normed'")
 
     def build(self, site: Site) -> Graft:
         heads = site.role.endswith("o")
@@ -123,8 +127,8 @@ class AdaptFormer(ParallelAdapter):
     Trains: 2 bottleneck dim + bottleneck + dim a block; ViT-B/16, bottleneck 64: 1,189,632, bottleneck 8: 156,768
     Merges: no, the bottleneck is not linear
     Source: Chen et al. 2022, arXiv:2205.13535, section 3.2. Trained there by SGD, momentum 0.9, lr 0.1 batch / 256;
-        recommended here: AdamW with the learning rate that VTAB-1k studies take (PETL-ViT). In a post-norm block the
-        residual stream is what the MLP reads. Where a block scales its sublayers (LayerScale), the change is scaled too
+        recommended here: AdamW with the rate that PETL-AST takes for bottlenecks beside the MLP. In a post-norm block
+        the residual stream is what the MLP reads. Where a block scales its sublayers (LayerScale), the change is too
 
     Args:
         bottleneck: its width, at least 1; None leaves it to ``reduction``.
@@ -136,7 +140,7 @@ class AdaptFormer(ParallelAdapter):
         init: ``zero_up`` starts as the identity, ``normal`` draws both maps from a normal of 0.02.
     """
 
-    recommended = {"lr": 1e-3, "weight_decay": 1e-4}
+    recommended = {"lr": 5e-3, "weight_decay": 0.0}
 
     def __init__(self, bottleneck: int | None = 64, scale: float | Literal["learned"] = 0.1, dropout: float = 0.1,
                  reduction: float = 12, targets: Sequence[str] = ("mlp",), input: Input = "residual",

@@ -47,7 +47,7 @@ class Pfeiffer(PEFTMethod):
     Merges: no, the bottleneck is not linear
     Source: Pfeiffer et al. 2020, arXiv:2005.00052 (MAD-X), section 2.2, and AdapterHub's ``seq_bn`` with
         ``original_ln_before`` and ``residual_before_ln``. That library starts both maps from a normal of 0.02, biases
-        zero: init="normal"; zeros in U make the start exact
+        zero: init="normal"; zeros in U make the start exact. Learning rate of Cappellazzo et al. 2024 (PETL-AST)
 
     Args:
         reduction: the bottleneck is the block's width divided by this, rounded.
@@ -56,7 +56,7 @@ class Pfeiffer(PEFTMethod):
     """
 
     inference_cost = "one bottleneck a block stays, its activation is not linear"
-    recommended = {"lr": 1e-3, "weight_decay": 0.0}
+    recommended = {"lr": 5e-3, "weight_decay": 0.1}
 
     def __init__(self, reduction: float = 16, bottleneck: int | None = None, init: Init = "zero_up", **common: Any
                  ) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from core.anatomy import Anatomy, Site
 from core.errors import ScionError
 from core.graft import Graft
+from core.interop import Inexpressible, Part, PeftForm, whole
 from core.method import PEFTMethod
 
 
@@ -46,6 +47,27 @@ class LoKrGraft(Graft):
         return weight + (self.scale * torch.kron(self.C, inner)).to(weight.dtype)
 
 
+class LoKrForm(PeftForm):
+    """peft multiplies by alpha / rank where the inner matrix is one as well."""
+
+    def give(self, method: PEFTMethod, grafts: list[Graft]) -> Part:
+        graft = whole(method, grafts, self.modules)
+        assert isinstance(graft, LoKrGraft) and isinstance(method, LoKr)
+        for width in (graft.site.in_features, graft.site.out_features):
+            if method.factor > math.isqrt(width) and width % method.factor == 0:
+                raise Inexpressible(f"{method.name}: factor {method.factor} splits the width {width} of "
+                                    f"{graft.site.name} in another way in peft; take one up to its square root, or -1")
+        if graft.B is None:
+            return Part({"lokr_w1": graft.C, "lokr_w2": graft.A * (method.rank / method.alpha)})
+        return Part({"lokr_w1": graft.C, "lokr_w2_a": graft.B, "lokr_w2_b": graft.A})
+
+    def take(self, method: PEFTMethod, graft: Graft, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        assert isinstance(method, LoKr)
+        if "lokr_w2" in tensors:
+            tensors = {"lokr_w1": tensors["lokr_w1"], "lokr_w2_b": tensors["lokr_w2"] * (method.alpha / method.rank)}
+        return super().take(method, graft, tensors)
+
+
 class LoKr(PEFTMethod):
     """A change that is the Kronecker product of a small matrix and a low-rank one.
 
@@ -65,6 +87,10 @@ class LoKr(PEFTMethod):
 
     mergeable = True
     recommended = {"lr": 1e-3, "weight_decay": 0.0}
+    peft = LoKrForm("LOKR", {"rank": "r", "alpha": "alpha", "factor": "decompose_factor"},
+                    {"lokr_w1": "C", "lokr_w2_a": "B", "lokr_w2_b": "A", "lokr_w2": "A"},
+                    training=("rank_dropout", "rank_dropout_scale", "module_dropout", "init_weights"),
+                    patterns={"rank_pattern": "r", "alpha_pattern": "alpha"})
 
     def __init__(self, rank: int = 8, alpha: float | None = None, factor: int = -1,
                  targets: Sequence[str] | None = ("q", "v"), **common: Any) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from core.anatomy import Anatomy, Site
 from core.errors import ScionError
 from core.graft import Graft
+from core.interop import LowRank
 from core.method import PEFTMethod
 
 
@@ -66,6 +67,23 @@ class PrincipalGraft(LoRAGraft):
         return self.scale * torch.cat([self.B, -self.B_0], 1), torch.cat([self.A, self.A_0])
 
 
+class LoRAForm(LowRank):
+    """A principal start is a change of twice the rank; peft writes its own as a start, and subtracts it from W."""
+
+    def pair(self, graft: Graft) -> tuple[Tensor, Tensor, float]:
+        return (graft.A, graft.B, graft.scale) if type(graft) is LoRAGraft else super().pair(graft)
+
+    def arguments(self, config: dict[str, Any]) -> dict[str, Any]:
+        start = config.get("init_lora_weights", True)
+        if start not in (True, False, None, "gaussian", "orthogonal", "eva", "pissa"):
+            raise ScionError(f"init_lora_weights {start!r} changes the frozen weights in a way that LoRA here does not "
+                             "have; let peft convert it (path_initial_model_for_weight_conversion)")
+        return {**super().arguments(config), **({"start": "principal"} if start == "pissa" else {})}
+
+    def take(self, method: PEFTMethod, graft: Graft, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {**super().take(method, graft, tensors), **dict(graft.named_buffers())}  # the start is the weight's
+
+
 class LoRA(PEFTMethod):
     """A low-rank change beside a frozen weight: linear maps, Conv1D, convolutions, and parts of a fused projection.
 
@@ -90,6 +108,7 @@ class LoRA(PEFTMethod):
 
     mergeable = True
     recommended = {"lr": 5e-3, "weight_decay": 0.1}
+    peft = LoRAForm(fixed={"use_dora": False})
 
     def __init__(self, rank: int = 8, alpha: float | None = None, dropout: float = 0.0,
                  targets: Sequence[str] | None = ("q", "v"), root: bool = False,

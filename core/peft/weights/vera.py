@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from core.anatomy import Anatomy, Site
 from core.errors import ScionError
 from core.graft import Graft
+from core.interop import PeftForm, Place, Plan
 from core.method import PEFTMethod
 
 
@@ -25,6 +26,14 @@ class Projections(nn.Module):
         for name, shape in (("A", (rank, inputs)), ("B", (outputs, rank))):
             values = nn.init.kaiming_uniform_(torch.empty(shape), nonlinearity="relu")
             self.register_buffer(name, values, persistent=False)
+        self.stored = False
+
+
+    def store(self) -> None:
+        """Let files hold the values, which are not those of the seed."""
+        self.stored = True
+        for name in ("A", "B"):
+            self.register_buffer(name, getattr(self, name), persistent=True)
 
 
 class VeRAGraft(Graft):
@@ -55,6 +64,37 @@ class VeRAGraft(Graft):
         return weight + (up @ down).to(weight.dtype)
 
 
+class VeRAForm(PeftForm):
+    """The random map is in peft's file, or is drawn by the seed in its config."""
+
+    def shared(self, method: PEFTMethod) -> dict[str, Tensor]:
+        assert isinstance(method, VeRA)
+        return {"vera_A": method.projections.A, "vera_B": method.projections.B}
+
+    def config(self, method: PEFTMethod) -> dict[str, Any]:
+        return {**super().config(method), "save_projection": True}
+
+    def read(self, config: dict[str, Any], given: dict[str, Tensor], place: Place) -> list[Plan]:
+        plans = super().read(config, given, place)
+        if "base_model.vera_A" not in given:
+            if config.get("save_projection", True):
+                raise ScionError(f"{place.where}: save_projection is true, but the file holds no vera_A")
+            names = {name for plan in plans for name in plan.parts}
+            sites = [site for site in place.anatomy.all_sites() if site.name in names]
+            generator = torch.Generator().manual_seed(config.get("projection_prng_key") or 0)
+            for name, shape in (("A", (config["r"], max(site.in_features for site in sites))),
+                                ("B", (max(site.out_features for site in sites), config["r"]))):
+                given[f"base_model.vera_{name}"] = nn.init.kaiming_uniform_(
+                    torch.empty(shape), nonlinearity="relu", generator=generator)
+        return plans
+
+    def take_shared(self, method: PEFTMethod, config: dict[str, Any], given: dict[str, Tensor]) -> dict[str, Tensor]:
+        assert isinstance(method, VeRA)
+        method.restructure({"stored": True})  # files of this method hold them from now on
+        return {"projections.A": given["vera_A"][:, : method.projections.A.shape[1]],
+                "projections.B": given["vera_B"][: len(method.projections.B)]}
+
+
 class VeRA(PEFTMethod):
     """Two trained vectors a layer, around a random low-rank map that all layers share.
 
@@ -72,6 +112,9 @@ class VeRA(PEFTMethod):
 
     mergeable = True
     recommended = {"lr": 1e-2, "weight_decay": 0.0}
+    peft = VeRAForm("VERA", {"rank": "r", "start": "d_initial"}, {"vera_lambda_b": "b", "vera_lambda_d": "d"},
+                    modules=("linear", "conv1d"),
+                    training=("vera_dropout", "projection_prng_key", "save_projection", "init_weights"))
 
     def __init__(self, rank: int = 256, start: float = 0.1, targets: Sequence[str] | None = ("q", "v"), **common: Any
                  ) -> None:
@@ -91,3 +134,10 @@ class VeRA(PEFTMethod):
 
     def build(self, site: Site) -> Graft:
         return VeRAGraft(site, self.projections, self.first)
+
+    def structure(self) -> dict[str, Any]:
+        return {"stored": True} if self.projections.stored else {}
+
+    def restructure(self, structure: dict[str, Any]) -> None:
+        if structure.get("stored"):
+            self.projections.store()

@@ -26,6 +26,16 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(tmp_path_factory.mktemp("cache"))
 
 
+def write_sound(file: Path, seconds: float = 0.1, rate: int = 16_000, channels: int = 1, seed: int = 0) -> Path:
+    """Noise in a file of the format that its name says."""
+    import soundfile
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    sound = 0.1 * np.random.default_rng(seed).standard_normal((round(rate * seconds), channels))
+    soundfile.write(file, sound.astype(np.float32), rate)
+    return file
+
+
 def write_tree(root: Path, folds: int = 5, targets: tuple[int, ...] = (3, 17, 40), takes: int = 2,
                rate: int = 16_000, suffix: str = "wav") -> Path:
     """A small benchmark in ESC-50's layout with clips of 0.3 s; target 40 is of the ESC-10 subset."""

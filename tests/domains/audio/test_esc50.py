@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import soundfile
 import torch
 
 from core.errors import ScionError
-from domains.audio import ESC50, esc50, features
+from domains.audio import ESC50, clips, esc50, features
 
 Tree = Callable[..., Path]
 
@@ -27,7 +28,7 @@ def _ready(**options: Any) -> Any:
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(esc50, "reachable", lambda *_: False)
+    monkeypatch.setattr(clips, "reachable", lambda *_: False)
 
 
 @pytest.mark.data
@@ -66,7 +67,7 @@ def test_batches_and_example_agree(tree: Tree, cache: str) -> None:
     assert targets.dtype == torch.int64 and data.classes == ["class_3", "class_17", "class_40"]
     assert set(data.test_set.targets) == {0, 1, 2}  # the table's numbers have holes
     bank, _ = data.test_set[0]
-    torch.testing.assert_close(data.read(esc50.read_table(data.root)[0].file), bank, atol=1e-3, rtol=0)
+    torch.testing.assert_close(data.read(esc50.read_table(data.root)[0][0].file), bank, atol=1e-3, rtol=0)
 
 
 def test_other_splits_and_the_subset(tree: Tree, cache: str) -> None:
@@ -75,8 +76,8 @@ def test_other_splits_and_the_subset(tree: Tree, cache: str) -> None:
     assert data.validation_set is None and data.val_dataloader() == [] and len(data.train_set) == 4 * 8
     assert data.frames == 32 and data.train_set[0][0].shape == (32, 128)
     data = _ready(root=root, cache=cache, fold=2, validation_fold=5, frames=32)
-    table = esc50.read_table(Path(root))
-    assert {table[row].fold for row in data.validation_set.rows} == {5}
+    table, _, _ = esc50.read_table(Path(root))
+    assert {table[row].group for row in data.validation_set.rows} == {5}
     data = _ready(root=root, cache=cache, esc10=True, frames=32)
     assert data.classes == ["class_40"] and len(data.train_set) == 6
 
@@ -91,15 +92,15 @@ def test_flac_and_ogg_trees(tree: Tree, cache: str) -> None:
 def test_filterbanks_are_computed_once_and_keyed(tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root, cache = tree(), tmp_path / "cache"
     calls: list[Path] = []
-    original = esc50._bank
-    monkeypatch.setattr(esc50, "_bank", lambda file, frames: (calls.append(file), original(file, frames))[1])
+    original = clips._bank
+    monkeypatch.setattr(clips, "_bank", lambda file, *rest: (calls.append(file), original(file, *rest))[1])
     first = _ready(root=str(root), cache=str(cache), frames=32)
     again = _ready(root=str(root), cache=str(cache), frames=32, fold=3, specaugment=False)  # another fold, same banks
     assert len(calls) == 30 and isinstance(again.train_set.banks, np.memmap)
     assert np.array_equal(first.train_set.banks, again.train_set.banks)
     _ready(root=str(root), cache=str(cache), frames=48)  # another setting
     assert len(calls) == 60
-    soundfile.write(esc50.read_table(root)[0].file, np.zeros(9000, np.float32), 16_000)  # another file
+    soundfile.write(esc50.read_table(root)[0][0].file, np.zeros(9000, np.float32), 16_000)  # another file
     _ready(root=str(root), cache=str(cache), frames=32)
     assert len(calls) == 90
     assert not list(cache.rglob(".writing-*"))
@@ -107,7 +108,7 @@ def test_filterbanks_are_computed_once_and_keyed(tree: Tree, tmp_path: Path, mon
 
 def test_bad_files_stop_or_are_listed(tree: Tree, cache: str) -> None:
     root = tree()
-    files = [clip.file for clip in esc50.read_table(root)]
+    files = [clip.file for clip in esc50.read_table(root)[0]]
     files[0].write_bytes(b"")
     with pytest.raises(ScionError, match="0 bytes.*skip_bad"):
         _ready(root=str(root), cache=cache, frames=32)
@@ -141,7 +142,7 @@ def test_bad_folders_give_one_line(tree: Tree, tmp_path: Path, cache: str) -> No
         table.write_text(text)
         fails(words)
     table.write_text("\n".join(line for line in good.splitlines() if ",3,class" not in line or line.startswith("1-")))
-    fails("training folds hold none of class_3")
+    fails("training set holds none of class_3")
     table.write_text("\n".join(line for line in good.splitlines() if not line.startswith("5-")))
     fails("data.fold: 5", fold=5)
     for options, words in (({"fold": 6}, "data.fold"), ({"validation_fold": 1}, "is the test fold"),
@@ -199,15 +200,16 @@ def test_download_is_checked(tree: Tree, tmp_path: Path, monkeypatch: pytest.Mon
     inside.parent.mkdir()
     tree(folds=5, targets=tuple(range(3)), takes=1).rename(inside)
     shutil.make_archive(str(tmp_path / "esc"), "zip", inside.parent)
-    monkeypatch.setattr(esc50, "ARCHIVE", (tmp_path / "esc.zip").as_uri())
+    assert ESC50.archive is not None
+    monkeypatch.setattr(ESC50, "archive", replace(ESC50.archive, url=(tmp_path / "esc.zip").as_uri()))
     cache = tmp_path / "cache"
     with pytest.warns(UserWarning, match="MD5"), pytest.raises(ScionError, match="15 clips of 2000"):
-        esc50.download(cache)
-    assert not list(cache.iterdir())  # nothing half-done is left behind
-    monkeypatch.setattr(esc50, "CLIPS", 15)
-    monkeypatch.setattr(esc50, "reachable", lambda *_: True)
+        ESC50(cache=str(cache))._download()
+    assert not list((cache / "audio").iterdir())  # nothing half-done is left behind
+    monkeypatch.setattr(ESC50, "count", 15)
+    monkeypatch.setattr(clips, "reachable", lambda *_: True)
     with pytest.warns(UserWarning, match="MD5"):
         data = _ready(cache=str(cache), frames=32)
     assert data.origin == {"source": "real", "name": "3 classes in ESC-50's layout"}
-    monkeypatch.setattr(esc50, "reachable", lambda *_: False)
+    monkeypatch.setattr(clips, "reachable", lambda *_: False)
     assert _ready(cache=str(cache), frames=32).origin["source"] == "real"  # now it is there
