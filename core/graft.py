@@ -266,14 +266,9 @@ class _Rewrite(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.attend and func is F.scaled_dot_product_attention:
             self.hits += 1
-<<<<<<< HEAD
             return _attend(self.attend, self.x, self.keys_of, *args, **kwargs)
-        met = [e for e in self.effective if any(a is e.frozen for a in (*args, *kwargs.values()))]
-=======
-            return _attend(self.attend, self.x, *args, **kwargs)
         given = [*_flat((*args, *kwargs.values()))]
         met = [e for e in self.effective if any(a is e.frozen for a in given)]
->>>>>>> h-addB
         if not met:
             return func(*args, **kwargs)
         self.hits += 1

@@ -74,7 +74,8 @@ class DiffPruning(PEFTMethod):
         (BERT-base: 547,411)
     Merges: theta_0 + z * w
     Source: Guo et al. 2021, arXiv:2012.07463, section 3, and the authors' code. Single numbers (CLIP's logit scale)
-        stay frozen. Two stages: the command runs both; elsewhere fit, call ``advance()``, and fit again with a new optimizer
+        stay frozen. Two stages: the command runs both; elsewhere fit, call ``advance()``, and fit again with a new
+        optimizer
 
     Args:
         density: share of the parameters to keep, in (0, 1]; 0.005 where nothing else is given.
