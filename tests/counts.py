@@ -187,8 +187,9 @@ def page() -> str:
     lines = []
     for c in SUMMARY:
         written = c.made if c.options is None else shown(c.method, c.options)
-        lines.append(f"| {c.label} | {BACKBONES[c.backbone]} | {c.published:,} | "
-                     f"{f'{c.count:,}' if written else '-'} | {written or f'{c.method} is not here yet'} | {c.why} |")
+        ours = f"{c.count:,}" if written else "-"
+        lines.append(f"| {c.label} | {BACKBONES[c.backbone]} | {c.published:,} | {ours} | "
+                     f"{written or f'{c.method} is not here yet'} | {c.why} |")
     above = {key(c.backbone, c.method, c.options or {}) for c in SUMMARY}
 
     def sheet(backbone: str, method: str) -> str:

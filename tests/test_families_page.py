@@ -182,8 +182,8 @@ def test_adapter_file_and_a_wrapper(acme: Any, tmp_path: Path) -> None:
     assert torch.equal(outputs(fresh, inputs), outputs(model, inputs))
 
 
-@pytest.mark.parametrize("name", ["LoRA", "BitFit", "SSF", "Houlsby", "PrefixTuning", "IA3", "LTSFT", "Pfeiffer",
-                                  "VPT"])
+@pytest.mark.parametrize("name", [
+    "LoRA", "BitFit", "SSF", "Houlsby", "PrefixTuning", "IA3", "LTSFT", "Pfeiffer", "VPT"])
 def test_methods_of_each_kind(acme: Any, name: str) -> None:
     """Each trains what it says it trains, and leaves no trace."""
     model, inputs = encoder(acme), ids()
