@@ -74,8 +74,6 @@ def both(label: str, published: int, method: str, options: Config | None = None,
     return [Count(label, backbone, published, method, options, **rest) for backbone in ("vit", "bert")]
 
 
-STORED = ("the published number is stored at the end, and so it is here (with as many positions); trained are two numbers "
-          "a parameter before that")
 Q_V: Config = {"targets": ("q", "v")}
 QKV: Config = {"targets": ("qkv",)}
 SIX: Config = {"targets": ("q", "k", "v", "o", "mlp.up", "mlp.down")}
@@ -101,11 +99,7 @@ SUMMARY: list[Count] = [
     Count("Convpass h=8", "vit", 327_552, "Convpass", {}),
     Count("Convpass h=8, attention only", "vit", 163_776, "Convpass", {"targets": ("attention",)}),
     *both("RepAdapter h=8 g=2", 239_808, "RepAdapter", {}),
-<<<<<<< HEAD
-    *both("Consolidator g=384", 304_128, "Consolidator", {"groups": 384}),
-=======
     *both("Consolidator g=384", 304_128, "Consolidator", {}),
->>>>>>> h-sheets
     *both("LoRA r=8 q,v", 294_912, "LoRA", {}),
     *both("LoRA r=8 q,k,v,o", 589_824, "LoRA", {"targets": ("q", "k", "v", "o")}),
     *both("LoRA r=8 six linears", 1_327_104, "LoRA", SIX),
@@ -129,13 +123,8 @@ SUMMARY: list[Count] = [
     *both("LoKr r=8 q,v", 26_112, "LoKr", {}),
     Count("LoKr r=8 q,v, fused", "vit", 21_504, "LoKr", QKV),
     *both("(IA)^3 k,v,ffn", 55_296, "IA3", {}),
-<<<<<<< HEAD
-    *both("FacT-TT r=16", 61_440, "FacT", {}),
-    *both("FacT-TK r=32", 86_528, "FacT", {"form": "tk", "rank": 32}),
-=======
     *both("FacT-TT r=16", 61_440, "FacT", {"rank": 16}),
     *both("FacT-TK r=32", 86_528, "FacT", {"rank": 32, "form": "tk"}),
->>>>>>> h-sheets
     Count("prompt p=20, input only", "vit", 15_360, "VPT", {"tokens": 20, "deep": False}),
     Count("prompt p=20, input only", "bert", 15_360, "PromptTuning", {}),
     *both("VPT-deep p=10", 92_160, "VPT", {}),
@@ -146,13 +135,8 @@ SUMMARY: list[Count] = [
     Count("AdapterFusion", "bert", 21_252_096, "Fuse", made="`Fuse([Pfeiffer(), ...])`"),
     Count("MAD-X language (+inv)", "bert", 7_387_776, "LanguageAdapter", {}),
     Count("MAD-X task", "bert", 894_528, "Pfeiffer", {}),
-<<<<<<< HEAD
-    Count("diff pruning, 0.5 % stored", "vit", 428_993, "DiffPruning", {}, ours=171_597_312, why=STORED),
-    Count("diff pruning, 0.5 % stored", "bert", 547_411, "DiffPruning", {}, ours=218_964_480, why=STORED),
-=======
     Count("diff pruning, 0.5 % stored", "vit", 428_993, "DiffPruning", {}, 171_597_312, MASKED),
     Count("diff pruning, 0.5 % stored", "bert", 547_411, "DiffPruning", {}, 218_964_480, MASKED),
->>>>>>> h-sheets
     Count("side-tuning with AlexNet", "vit", 9_547_585, "SideTuning", {"network": "alexnet"}),
 ]
 """The table at the end of specification 49, whole. A method that comes gives its rows their options."""

@@ -12,16 +12,9 @@ from torch.overrides import TorchFunctionMode
 
 from core.errors import ScionError
 from core.peft import method_class
-<<<<<<< HEAD
 from tests.models import batch, make
 from tests.sheets.sites import bert_base
 from tests.toolkit import distance, outputs, randomize
-=======
-from tests.models import WIDTH, batch, make
-from tests.sheets.decoding import LANGUAGE_MODELS, a_cache_changes_nothing, later_tokens_are_not_seen
-from tests.sheets.explicit import gate_attention
-from tests.toolkit import EVERYTHING, distance, outputs, randomize
->>>>>>> h-mysheets
 
 PrefixTuning: Any = method_class("PrefixTuning")
 
@@ -106,19 +99,11 @@ def test_reparametrization() -> None:
     assert torch.equal(outputs(model, inputs), expected) and method.counts()["stored"] == 3 * 2 * 2 * 32
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize(("tokens", "hidden", "count"), [
     (30, 0, 552_960), (128, 0, 2_359_296), (10, 512, 9_857_024), (30, 800, 15_402_272)])
 def test_1_counts(tokens: int, hidden: int, count: int) -> None:
     """p 2 L d, or p d + (d + 1) h + (h + 1) 2 L d; the last two stand inside UniPELT and MAM."""
     assert PrefixTuning(tokens=tokens, reparametrize=hidden).attach(bert_base()).counts()["method"] == count
-=======
-@pytest.mark.parametrize("name", LANGUAGE_MODELS if EVERYTHING else ("gpt2", "gpt_neox", "t5"))
-def test_3_generation(name: str) -> None:
-    """Caches count the model's own tokens, prefixes stand in front of them."""
-    targets = ("attend", "cross.attend") if name == "t5" else ("attend",)
-    a_cache_changes_nothing(name, PrefixTuning(tokens=3, targets=targets))
->>>>>>> h-mysheets
 
 
 def test_2_is_not_the_identity() -> None:
