@@ -76,7 +76,7 @@ class Graft(nn.Module):
     """Merging it gives a bias to a map that has none."""
     whole_batch: bool = False
     """Its ``before`` and ``after`` see all rows of a routed batch, and look to ``batch`` themselves."""
-    momentary: tuple[str, ...] = ("active", "strength", "batch", "route", "variant")
+    momentary: tuple[str, ...] = ("active", "dropped", "strength", "batch", "route", "variant")
     """Attributes that may be others at each forward."""
     packed: tuple[str, ...] = ()
     """Its tensors that files hold in another form; it defines ``pack`` and ``unpack`` then. Checkpoints hold
@@ -87,6 +87,9 @@ class Graft(nn.Module):
         self.site = site
         self.active = True
         """Whether it takes part in the forward."""
+        self.dropped = False
+        """Whether another method has taken it out of the model: it takes no part then, whatever ``active`` says, and
+        is not merged."""
         self.strength = 1.0
         """Its change is multiplied by this (a method that weighs others sets it)."""
         self.batch: Tensor | None = None
@@ -99,6 +102,11 @@ class Graft(nn.Module):
         """The entry in ``route`` that means this graft."""
         self.tap: Tap | None = None
         """Another site that it reads."""
+
+    @property
+    def live(self) -> bool:
+        """Whether it takes part in the forward, after all."""
+        return self.active and not self.dropped
 
     def forward(self, *args: Any, verb: str) -> Any:
         """Calls a verb, or ``merged`` and its like. The core calls them so, and a graft is then itself a module whose
@@ -500,7 +508,7 @@ class Carrier:
 
     def refresh(self) -> None:
         """Give modules the attributes that active grafts need here (and their own back when there are none)."""
-        wanted = [setting for graft in self.grafts if graft.active for setting in graft.site.while_active]
+        wanted = [setting for graft in self.grafts if graft.live for setting in graft.site.while_active]
         own = []
         for module, name, value in self.own:
             if any(module is other and name == attribute for other, attribute, _ in wanted):
@@ -516,13 +524,13 @@ class Carrier:
         self.own = own
 
     def _live(self, verb: str) -> list[Graft]:
-        return [graft for graft in self.grafts if graft.active and verb in graft.verbs]
+        return [graft for graft in self.grafts if graft.live and verb in graft.verbs]
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         if self.open:
             self._purge()
         for graft in self.grafts:
-            if graft.active and type(graft).notice is not Graft.notice:
+            if graft.live and type(graft).notice is not Graft.notice:
                 graft.notice(args, kwargs)
         if self.readers:
             self._tell("input", hidden_in(args, kwargs))
@@ -597,7 +605,7 @@ class Carrier:
     def _tell(self, side: str, value: Tensor) -> None:
         for graft in self.readers:
             absent = graft.by_rows and graft.batch is not None and not len(graft.batch)  # it will not read
-            if graft.active and graft.tap is not None and graft.tap.side == side and not absent:
+            if graft.live and graft.tap is not None and graft.tap.side == side and not absent:
                 graft.tap.value = value
 
     def _run_after(self, after: list[Graft], args: tuple, kwargs: dict[str, Any], output: Any) -> Any:

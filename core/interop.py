@@ -443,7 +443,7 @@ def _check_alone(method: PEFTMethod) -> None:
             other = next(iter(Carrier.of(graft).grafts))  # type: ignore[union-attr]
             raise ScionError(f"{method.name}: {type(other).__name__} changes its tensors, which peft cannot do; export "
                              "the method without it")
-        if graft.strength != 1 or graft.batch is not None or not graft.active:
+        if graft.strength != 1 or graft.batch is not None or not graft.live:
             raise ScionError(f"{method.name}: {graft.site.name} is switched, weighed or routed, which peft cannot "
                              "hold")
 

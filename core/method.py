@@ -538,6 +538,8 @@ class PEFTMethod(Recorded, Callback, ABC):
                 raise ScionError(f"{self.name}: {name} holds values that are not finite: it cannot be merged")
         with torch.no_grad():
             for graft in self.grafts:
+                if graft.dropped:
+                    continue
                 site = graft.site
                 name = site.weight_name
                 self._check_neighbours(graft)

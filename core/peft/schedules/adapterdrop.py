@@ -11,7 +11,8 @@ from torch import Tensor
 
 from core.anatomy import Anatomy, dissect
 from core.data import seed_of
-from core.errors import ScionError
+from core.errors import ScionError, listed
+from core.graft import Graft, refresh
 from core.method import Home, PEFTMethod
 
 
@@ -21,11 +22,12 @@ class AdapterDrop(PEFTMethod):
     Equation: x_l = L_l(x_{l-1}) without its hosts' change for l < n; n = drop, or n uniform in 0 .. maximum, drawn for
         each step
     Trains: nothing of its own; of its hosts' tensors those of the other layers: BERT-base, Pfeiffer, drop 5: 521,808
-    Merges: nothing to merge; what is dropped must not be merged
+    Merges: nothing to merge; its hosts merge without what is dropped
     Source: Rueckle et al. 2021, arXiv:2010.11918, section 3. Layers below the first adapter keep nothing for
         backward, and what is dropped costs nothing. A number is for one place to drop, in training and after it;
-        trained with ``random``, one model serves many: `dropped` says how many. Behind a host: peft: [Pfeiffer,
-        AdapterDrop], or --peft+=AdapterDrop
+        trained with ``random``, one model serves many: `dropped` says how many. Layers are counted in the order in
+        which they run, an encoder's before a decoder's. What hosts share between layers, or have outside them, stays.
+        Behind a host: peft: [Pfeiffer, AdapterDrop], or --peft+=AdapterDrop; a random number is drawn in a Trainer
 
     Args:
         drop: number of layers without adapters, or ``random``.
@@ -33,7 +35,7 @@ class AdapterDrop(PEFTMethod):
         inference: layers without adapters outside training steps, where ``drop`` is random.
     """
 
-    mergeable = False
+    mergeable = True
     trains_backbone = False
     inference_cost = "none; less than its hosts', whose dropped parts do not run"
 
@@ -47,7 +49,7 @@ class AdapterDrop(PEFTMethod):
         self.drop, self.maximum, self.inference = drop, maximum, inference
         self.count = 0
         """Layers without adapters now."""
-        self._flags: dict[Tensor, bool] = {}
+        self._frozen: list[Tensor] = []
 
     def check(self, anatomy: Anatomy) -> None:
         last = len(anatomy.blocks) - 1
@@ -59,10 +61,26 @@ class AdapterDrop(PEFTMethod):
     def _connect(self) -> None:
         super()._connect()
         self.switch(self.at_rest)
+        if not isinstance(self.drop, str):  # for good: they are no part of training
+            self._frozen = [tensor for graft in self._in_layers() if graft.dropped for tensor in graft.parameters()
+                            if tensor.requires_grad]
+            for tensor in self._frozen:
+                tensor.requires_grad_(False)
 
     def _disconnect(self) -> None:
         self.switch(0)
+        for tensor in self._frozen:
+            tensor.requires_grad_(True)
+        self._frozen = []
         super()._disconnect()
+
+    def merge(self) -> None:
+        """Leave the model, which its hosts must have left before: merged, that is, without what is dropped."""
+        standing = {host.name for host in self.hosts() if any(graft.dropped for graft in host.grafts)}
+        if self.attached and standing:
+            raise ScionError(f"{self.name} cannot be merged before another method that it acts on: merge "
+                             f"{listed(sorted(standing))} first")
+        super().merge()
 
     @property
     def at_rest(self) -> int:
@@ -82,19 +100,17 @@ class AdapterDrop(PEFTMethod):
         home: Home = self._need_root().peft  # type: ignore[assignment]
         return [method for method in home.methods.values() if method is not self and method.place < self.place]
 
+    def _in_layers(self) -> list[Graft]:
+        return [graft for host in self.hosts() for graft in host.grafts if graft.site.block is not None]
+
     def switch(self, count: int) -> None:
         """Let the first ``count`` layers be without adapters."""
         self.count = count
-        for tensor, flag in self._flags.items():
-            tensor.requires_grad_(flag)
-        self._flags = {}
-        for host in self.hosts():
-            grafts = host.grafts
-            host._activate([graft.site.block is None or graft.site.block >= count for graft in grafts])
-            for graft in grafts:
-                for tensor in graft.parameters() if not graft.active else ():
-                    self._flags[tensor] = tensor.requires_grad
-                    tensor.requires_grad_(False)
+        for graft in self._in_layers():
+            dropped = graft.site.block is not None and graft.site.block < count
+            if graft.dropped != dropped:
+                graft.dropped = dropped
+                refresh(graft)
 
     @contextlib.contextmanager
     def dropped(self, count: int) -> Iterator[None]:
@@ -116,7 +132,7 @@ class AdapterDrop(PEFTMethod):
     # --------------------------------------------------------------------------------- in training
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        if not any(graft.site.block is not None for host in self.hosts() for graft in host.grafts):
+        if not self._in_layers():
             raise ScionError(f"{self.name} acts on other methods: put it behind one that has adapters in the layers "
                              "(peft: [Pfeiffer, AdapterDrop], or --peft+=AdapterDrop)")
         options = getattr(trainer.strategy, "_ddp_kwargs", {})
@@ -135,6 +151,3 @@ class AdapterDrop(PEFTMethod):
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self.switch(self.at_rest)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_flags": {}}

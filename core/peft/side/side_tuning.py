@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Literal, get_args
 
 import torch
@@ -32,12 +33,28 @@ class Blend(Graft):
         return (share * y.to(self.a.dtype) + (1 - share) * self.side(x, y)).to(y.dtype)
 
 
+class Padding(Graft):
+    """Notices which tokens of a batch are none, where the model is told."""
+
+    def __init__(self, site: Site, stack: str) -> None:
+        super().__init__(site)
+        self.names = list(inspect.signature(type(site.module).forward).parameters)[1:]
+        self.name = f"{stack}_attention_mask" if stack else "attention_mask"
+        self.mask: Tensor | None = None
+
+    def notice(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.mask = {**dict(zip(self.names, args, strict=False)), **kwargs}.get(self.name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "mask": None}
+
+
 class SideMLP(Blend):
     """g = U gelu(D z + b) + c, z the state that enters the first block; its mean over tokens where f is one vector."""
 
-    def __init__(self, site: Site, first: Site, dim: int, hidden: int) -> None:
+    def __init__(self, site: Site, first: Site, dim: int, hidden: int, padding: Padding) -> None:
         super().__init__(site)
-        self.tap = Tap(first)
+        self.tap, self.padding = Tap(first), [padding]
         assert first.around is not None
         self.channels_first = first.around.described.heads is None
         self.down, self.up = nn.Linear(first.width, hidden), nn.Linear(hidden, dim)
@@ -46,11 +63,20 @@ class SideMLP(Blend):
         z = self.read().to(self.down.weight.dtype)
         z = (z.movedim(1, -1) if self.channels_first else z).flatten(1, -2)
         out = self.up(F.gelu(self.down(z)))
-        out = out.mean(1) if y.dim() == 2 else out
+        out = self.mean(out) if y.dim() == 2 else out
         if out.shape != y.shape:
             raise ScionError(f"{self.site.name}: the side network gives {list(out.shape)}, the backbone "
                              f"{list(y.shape)}; say its width with dim=...")
         return out
+
+
+    def mean(self, out: Tensor) -> Tensor:
+        """out [batch, tokens, dim] -> its mean over the tokens that are no padding [batch, dim]."""
+        mask = self.padding[0].mask
+        kept = None if mask is None else mask if self.batch is None else mask[self.batch]
+        if kept is None or kept.shape != out.shape[:2]:
+            return out.mean(1)
+        return (out * kept.to(out)[..., None]).sum(1) / kept.to(out).sum(1, keepdim=True).clamp(min=1)
 
 
 class SideAlexNet(Blend):
@@ -83,7 +109,8 @@ class SideTuning(PEFTMethod):
     Merges: no, the side network stays
     Source: Zhang et al. 2020, arXiv:1912.13503; AlexNet as in the VPT authors' comparison. Nothing is kept for backward
         in the backbone. The paper leaves the side network open: the default here is a bottleneck on what enters the
-        first block, token by token, which any backbone has. The learning rate is a customary one
+        first block, token by token, which any backbone has (of several stacks the last one's); padding is left out of
+        its mean. The learning rate is a customary one
 
     Args:
         network: ``mlp``, or ``alexnet`` (torchvision's) for images.
@@ -113,9 +140,13 @@ class SideTuning(PEFTMethod):
                              "meaning")
         self._first = anatomy.stacks[-1].blocks[0].sites["block"]
         self._width = self.dim or anatomy.blocks[-1].dim
-        return list(anatomy.stem["feature"])
+        self._stack = anatomy.stacks[-1].name
+        return [*([anatomy.inputs] if self.network == "mlp" else []), *anatomy.stem["feature"]]
 
     def build(self, site: Site) -> Graft:
         if self.network == "alexnet":
             return SideAlexNet(site, self._width, self.pretrained)
-        return SideMLP(site, self._first, self._width, self.hidden)
+        if site.role == "inputs":
+            self._padding = Padding(site, self._stack)
+            return self._padding
+        return SideMLP(site, self._first, self._width, self.hidden, self._padding)
