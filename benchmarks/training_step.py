@@ -47,7 +47,8 @@ LIMIT = 1.03
 class Workload:
     """A backbone with random weights, a batch, and the sites that methods stand at, by the names on either side."""
 
-    build: Callable[[], nn.Module]
+    build: Callable[[int | None], nn.Module]
+    """Makes the model, of as many blocks as it is given; None is all."""
     batch: Callable[[int], Any]
     size: int
     """Samples of a batch."""
@@ -64,15 +65,16 @@ class Workload:
     text: bool = False
 
 
-def _vit(name: str = "vit_base_patch16_224", **options: Any) -> nn.Module:
+def _vit(layers: int | None, name: str = "vit_base_patch16_224", **options: Any) -> nn.Module:
     import timm
 
-    return timm.create_model(name, num_classes=0, **options)
+    return timm.create_model(name, num_classes=0, **{**options, **({} if layers is None else {"depth": layers})})
 
 
-def _bert(**options: Any) -> nn.Module:
+def _bert(layers: int | None, **options: Any) -> nn.Module:
     from transformers import BertConfig, BertModel
 
+    options |= {} if layers is None else {"num_hidden_layers": layers}
     config = BertConfig(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **options)
     return BertModel(config, add_pooling_layer=False)
 
@@ -93,14 +95,14 @@ def _text(length: int, vocabulary: int) -> Callable[[int], dict[str, Tensor]]:
 
 def _vit_workload(side: int, size: int, **options: Any) -> Workload:
     return Workload(
-        lambda: _vit(**options), _images(side), size, f"an image of {side} x {side}", lambda output: output,
+        lambda layers: _vit(layers, **options), _images(side), size, f"an image of {side} x {side}", lambda output: output,
         ("qkv",), r".*attn\.qkv", (("qkv",), ("mlp.down",), r".*(attn\.qkv|mlp\.fc2)", r".*mlp\.fc2"),
         r"norm|blocks\.\d+\.norm[12]")
 
 
 def _bert_workload(length: int, size: int, **options: Any) -> Workload:
     return Workload(
-        lambda: _bert(**options), _text(length, options.get("vocab_size", 30_522)), size, f"{length} tokens",
+        lambda layers: _bert(layers, **options), _text(length, options.get("vocab_size", 30_522)), size, f"{length} tokens",
         lambda output: output.last_hidden_state[:, -length:], ("q", "v"), r".*attention\.self\.(query|value)",
         (("k", "v"), ("mlp.down",), r".*(attention\.self\.(key|value)|layer\.\d+\.output\.dense)",
          r".*layer\.\d+\.output\.dense"), r".*LayerNorm", text=True)
@@ -260,11 +262,19 @@ class Row:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-def measure(model: str, name: str, size: int | None = None, repeats: int = 20, warmup: int = 2,
+def random_base(model: str, layers: int | None = None) -> nn.Module:
+    """The model with random weights, the same at each call."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return WORKLOADS[model].build(layers)
+
+
+def measure(model: str, base: nn.Module, name: str, size: int | None = None, repeats: int = 20, warmup: int = 2,
             tick: Callable[[], Any] = lambda: None) -> Row:
     """One method on one model, both sides by turns.
 
     Args:
+        base: what `random_base` gives for the model.
         size: samples of the batch; None is the workload's own.
         repeats: pairs of steps that count.
         warmup: pairs before them that do not.
@@ -279,9 +289,7 @@ def measure(model: str, name: str, size: int | None = None, repeats: int = 20, w
     inputs = workload.batch(size or workload.size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        base = workload.build()
         sides = Side(ours(name, base, workload), inputs, workload), Side(theirs(name, base, workload), inputs, workload)
-        del base
         counts = [side.counts() for side in sides]
         first, second = sides[0].start, sides[1].start
         difference = float((first - second).abs().max() / second.abs().max()) if pair.starts_same else None
@@ -306,7 +314,8 @@ def measure(model: str, name: str, size: int | None = None, repeats: int = 20, w
     ratio, interval = ratio_of_medians(np.array(times))
     a, b = np.median(np.array(times), axis=0)
     return Row(model, name, ratio, interval, {"ours": float(a), "theirs": float(b)}, counts[0], counts[1], difference,
-               {"batch": size or workload.size, "repeats": repeats, "threads": torch.get_num_threads()})
+               {"batch": size or workload.size, "repeats": repeats, "threads": torch.get_num_threads(),
+                "load": round(os.getloadavg()[0], 1)})
 
 
 def ratio_of_medians(times: np.ndarray, resamples: int = 2000) -> tuple[float, tuple[float, float]]:
@@ -397,6 +406,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", choices=list(WORKLOADS), default=["vit_b16", "bert_base"])
     parser.add_argument("--methods", nargs="+", default=None, help="all that peft has on the model, when not given")
+    parser.add_argument("--layers", type=int, default=None, help="blocks of the model, for a quick look; all, when not "
+                        "given")
     parser.add_argument("--batch", type=int, default=None, help="samples; 2 images or 4 texts, when not given")
     parser.add_argument("--repeats", type=int, default=20, help="pairs of steps that count")
     parser.add_argument("--warmup", type=int, default=2, help="pairs before them")
@@ -427,12 +438,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                  if given.methods or WORKLOADS[model].text or PAIRS[name].sites != "prompts"]
         size = given.batch or WORKLOADS[model].size
         command = (f"python -m benchmarks.training_step --model {model} --batch {size} --repeats {given.repeats} "
-                   f"--threads {given.threads}")
+                   f"--threads {given.threads}" + (f" --layers {given.layers}" if given.layers else ""))
+        base = random_base(model, given.layers)
         with tqdm(total=len(names) * (given.warmup + given.repeats), unit="pair", file=sys.stderr) as bar:
             for name in names:
                 bar.set_description(f"{model} {name}")
                 try:
-                    row = measure(model, name, size, given.repeats, given.warmup, bar.update)
+                    row = measure(model, base, name, size, given.repeats, given.warmup, bar.update)
                 except ScionError as error:
                     print(error, file=sys.stderr)
                     return 2
