@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from core import peft as methods
+from core.anatomy import dissect
 from core.artifact import write_atomically
 from core.cost import describe
 from core.errors import ScionError, nearest
@@ -95,15 +96,16 @@ def _text(length: int, vocabulary: int) -> Callable[[int], dict[str, Tensor]]:
 
 def _vit_workload(side: int, size: int, **options: Any) -> Workload:
     return Workload(
-        lambda layers: _vit(layers, **options), _images(side), size, f"an image of {side} x {side}", lambda output: output,
+        lambda layers: _vit(layers, **options), _images(side), size, f"an image of {side} x {side}",
+        lambda output: output,
         ("qkv",), r".*attn\.qkv", (("qkv",), ("mlp.down",), r".*(attn\.qkv|mlp\.fc2)", r".*mlp\.fc2"),
         r"norm|blocks\.\d+\.norm[12]")
 
 
 def _bert_workload(length: int, size: int, **options: Any) -> Workload:
     return Workload(
-        lambda layers: _bert(layers, **options), _text(length, options.get("vocab_size", 30_522)), size, f"{length} tokens",
-        lambda output: output.last_hidden_state[:, -length:], ("q", "v"), r".*attention\.self\.(query|value)",
+        lambda layers: _bert(layers, **options), _text(length, options.get("vocab_size", 30_522)), size,
+        f"{length} tokens", lambda output: output.last_hidden_state[:, -length:], ("q", "v"), r".*attention\.self\.(query|value)",
         (("k", "v"), ("mlp.down",), r".*(attention\.self\.(key|value)|layer\.\d+\.output\.dense)",
          r".*layer\.\d+\.output\.dense"), r".*LayerNorm", text=True)
 
@@ -269,6 +271,11 @@ def random_base(model: str, layers: int | None = None) -> nn.Module:
         return WORKLOADS[model].build(layers)
 
 
+def layers_of(base: nn.Module) -> int:
+    """How many blocks the model has."""
+    return len(dissect(base).blocks)
+
+
 def measure(model: str, base: nn.Module, name: str, size: int | None = None, repeats: int = 20, warmup: int = 2,
             tick: Callable[[], Any] = lambda: None) -> Row:
     """One method on one model, both sides by turns.
@@ -315,7 +322,7 @@ def measure(model: str, base: nn.Module, name: str, size: int | None = None, rep
     a, b = np.median(np.array(times), axis=0)
     return Row(model, name, ratio, interval, {"ours": float(a), "theirs": float(b)}, counts[0], counts[1], difference,
                {"batch": size or workload.size, "repeats": repeats, "threads": torch.get_num_threads(),
-                "load": round(os.getloadavg()[0], 1)})
+                "layers": layers_of(base), "load": round(os.getloadavg()[0], 1)})
 
 
 def ratio_of_medians(times: np.ndarray, resamples: int = 2000) -> tuple[float, tuple[float, float]]:
@@ -360,8 +367,10 @@ def page(rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> str:
         settings = [row["settings"] for row in mine]
         shown = {key: " or ".join(dict.fromkeys(str(s[key]) for s in settings)) for key in settings[0]}
         lines += [f"## {NAMES[model]}", "",
-                  f"A batch of {shown['batch']}, each {WORKLOADS[model].sample}; {shown['repeats']} pairs of steps; "
-                  f"threads: {shown['threads']}. `{about['commands'][model]}`", "",
+                  f"{shown['layers']} blocks; a batch of {shown['batch']}, each {WORKLOADS[model].sample}; "
+                  f"{shown['repeats']} pairs of steps; threads: {shown['threads']}; load average of the machine, this "
+                  f"program included: {min(s['load'] for s in settings)} to {max(s['load'] for s in settings)}. "
+                  f"`{about['commands'][model]}`", "",
                   "| method | time ratio | step here, s | kept MiB here | in peft | ratio | operators here | in peft | "
                   "trained here | in peft | start |", "|---|---|---|---|---|---|---|---|---|---|---|"]
         for row in sorted(mine, key=lambda row: list(PAIRS).index(row["method"])):
