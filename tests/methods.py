@@ -816,6 +816,7 @@ METHODS: dict[str, Row] = {
     "ParallelAdapter": Row(
         {"mlp": Variant({"bottleneck": 4}, learns={"lr": 1e-3}),
          "heads": Variant({"reduction": 8, "scale": "learned", "targets": ("o", "mlp"), "input": "residual"},
+                          refused={"timm_swin": "attention is cut into windows, the residual stream is a map"},
                           learns={"lr": 1e-2}),
          "attention": Variant({"bottleneck": 3, "scale": 2.0, "targets": ("attention",), "init": "normal"},
                               learns={"lr": 1e-2})},

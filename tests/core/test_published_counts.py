@@ -157,6 +157,5 @@ ROWS: list[tuple[Callable[[], nn.Module], str, dict[str, Any], int, int]] = [
 def test_published_count(backbone: Callable[[], nn.Module], name: str, options: dict[str, Any], count: int, norms: int
                          ) -> None:
     with torch.device("meta"):
-        model = backbone()
-    counts = method_class(name)(**options).attach(model).counts()
+        counts = method_class(name)(**options).attach(backbone()).counts()
     assert (counts["method"], counts["norms"]) == (count, norms)
