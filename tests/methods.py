@@ -989,6 +989,7 @@ METHODS: dict[str, Row] = {
     "ParallelAdapter": Row(
         {"mlp": Variant({"bottleneck": 4}, learns={"lr": 1e-3}),
          "heads": Variant({"reduction": 8, "scale": "learned", "targets": ("o", "mlp"), "input": "residual"},
+                          refused={"timm_swin": "attention is cut into windows, the residual stream is a map"},
                           learns={"lr": 1e-2}),
          "attention": Variant({"bottleneck": 3, "scale": 2.0, "targets": ("attention",), "init": "normal"},
                               learns={"lr": 1e-2})},
@@ -1052,7 +1053,8 @@ METHODS: dict[str, Row] = {
         {"mlp": Variant({"tokens": 4, "reparametrize": 8, "bottleneck": 4}, learns={"lr": 1e-2}),
          "plain": Variant({"tokens": 3, "reparametrize": False, "reduction": 8, "scale": "learned",
                            "input": "normed"}, learns={"lr": 1e-2}),
-         "folded": Variant({"tokens": 4, "reparametrize": 8, "bottleneck": 4}, lambda method: method.fold(),
+         "folded": Variant({"tokens": 4, "reparametrize": 8, "bottleneck": 4},
+                           lambda method: method.fold(),  # type: ignore[attr-defined]
                            learns={"lr": 1e-2})},
         trained=_mam,
         cards=(("bert_base", {}, 22_493_984),),
@@ -1130,7 +1132,8 @@ METHODS: dict[str, Row] = {
     "PTuning": Row(
         {"mlp": Variant({"tokens": 4, "hidden": 8}, learns={"tokens": 20}),
          "lstm": Variant({"tokens": 2, "hidden": 8, "encoder": "lstm"}, learns={"tokens": 20}),
-         "folded": Variant({"tokens": 4, "hidden": 8}, lambda method: method.fold(), learns={"tokens": 20})},
+         "folded": Variant({"tokens": 4, "hidden": 8}, lambda method: method.fold(),  # type: ignore[attr-defined]
+                           learns={"tokens": 20})},
         trained=_prompts,
         cards=(("bert_base", {}, 1_787_136), ("bert_base", {"encoder": "lstm"}, 27_174_144)),
         bad=(({"tokens": 0}, "tokens 0"), ({"encoder": "gru"}, "'gru'"), ({"hidden": 0}, "hidden 0")),
