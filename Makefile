@@ -1,4 +1,5 @@
 # make demo: adapt a small audio model in several ways, and print a table.   make test: all checks that a change must pass.
+# make bench: a training step beside Hugging Face peft, written to docs/speed.md; takes an hour or so.
 # Either sets everything up in .venv first; what is there already is used again.
 
 SHELL := /bin/sh
@@ -18,7 +19,7 @@ SEEDS := --over seed_everything=0,1,2
 # One thread a process: pytest runs several of them.
 test test-all: export OMP_NUM_THREADS := 1
 
-.PHONY: demo test test-all lint setup wheel clean
+.PHONY: bench demo test test-all lint setup wheel clean
 .DEFAULT_GOAL := setup
 
 # One run, then a table: a probe, LoRA and full training, on the small pretrained network and on the same one with random
@@ -34,6 +35,11 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	SCION_ALL=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+# BENCH="--model bert_base --methods LoRA --layers 2" is a quick look.
+bench: export OMP_NUM_THREADS := 1
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.training_step $(BENCH)
 
 # Pyright fetches its engine from the net when it runs for the first time, so it is no part of `make test`.
 lint: $(STAMP)

@@ -12,6 +12,9 @@ attachment. ``before`` and ``after`` are plain hooks. ``weight`` and ``attend`` 
 forward: a `TorchFunctionMode`, entered by the last pre-hook and left by the first forward hook, puts the effective
 tensor where the frozen parameter would go, or hands the attention call over. The backbone's class, ``forward``,
 parameters and state-dict keys stay as they are.
+
+A graft may also read another site of its block than its own (`Tap`), or edit all arguments of a call in ``before``
+(``edits_call``), where what it puts in needs a longer mask or other positions.
 """
 
 from __future__ import annotations

@@ -299,7 +299,8 @@ class PEFTMethod(Recorded, Callback, ABC):
         for name, parameter in model.named_parameters(remove_duplicate=False):
             names.setdefault(id(parameter), []).append(name)
         for graft in module.modules():
-            if isinstance(graft, Graft) and graft.site.kind != "module" and graft.verbs != ("before",):
+            if isinstance(graft, Graft) and graft.site.kind != "module" and (
+                    graft.verbs != ("before",) or type(graft).merged is not Graft.merged):
                 tied = [name for name in names[id(graft.site.full_weight)] if name != graft.site.weight_name]
                 if tied and not graft.site.tied:
                     warnings.warn(f"{self.name}: {graft.site.weight_name} is tied to {listed(tied)}, which stays as it "

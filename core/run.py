@@ -532,7 +532,8 @@ def logged(file: Path) -> Iterator[None]:
     chatter.setLevel(logging.WARNING)
     with warnings.catch_warnings():
         for text in (".*does not have many workers.*", ".*LeafSpec.*", ".*isinstance.treespec.*", ".*is not a Tensor.*",
-                     ".*eval mode.*", ".*Checkpoint directory.*", ".*Detected call of .lr_scheduler.*"):
+                     ".*eval mode.*", ".*Total length of .*zero.*", ".*smaller than the logging interval.*",
+                     ".*Checkpoint directory.*", ".*Detected call of .lr_scheduler.*"):
             warnings.filterwarnings("ignore", text)
         try:
             yield

@@ -80,6 +80,7 @@ SIX: Config = {"targets": ("q", "k", "v", "o", "mlp.up", "mlp.down")}
 FOUR: Config = {"targets": ("qkv", "o", "mlp.up", "mlp.down")}
 DEAD = ("whole blocks are counted, of whose 16 entries 6 are free: what is below the diagonal is what is above it, "
         "negative")
+MASKED = "what is left after pruning; before, a change and a score of each weight are trained"
 
 SUMMARY: list[Count] = [
     Count("full", "vit", 85_798_656, "FullFineTuning", {}), Count("full", "bert", 109_482_240, "FullFineTuning", {}),
@@ -97,8 +98,8 @@ SUMMARY: list[Count] = [
     *both("parallel adapter m=384", 7_091_712, "ParallelAdapter", {}),
     Count("Convpass h=8", "vit", 327_552, "Convpass", {}),
     Count("Convpass h=8, attention only", "vit", 163_776, "Convpass", {"targets": ("attention",)}),
-    *both("RepAdapter h=8 g=2", 239_808, "RepAdapter"),
-    *both("Consolidator g=384", 304_128, "Consolidator"),
+    *both("RepAdapter h=8 g=2", 239_808, "RepAdapter", {}),
+    *both("Consolidator g=384", 304_128, "Consolidator", {}),
     *both("LoRA r=8 q,v", 294_912, "LoRA", {}),
     *both("LoRA r=8 q,k,v,o", 589_824, "LoRA", {"targets": ("q", "k", "v", "o")}),
     *both("LoRA r=8 six linears", 1_327_104, "LoRA", SIX),
@@ -122,8 +123,8 @@ SUMMARY: list[Count] = [
     *both("LoKr r=8 q,v", 26_112, "LoKr", {}),
     Count("LoKr r=8 q,v, fused", "vit", 21_504, "LoKr", QKV),
     *both("(IA)^3 k,v,ffn", 55_296, "IA3", {}),
-    *both("FacT-TT r=16", 61_440, "FacT"),
-    *both("FacT-TK r=32", 86_528, "FacT"),
+    *both("FacT-TT r=16", 61_440, "FacT", {"rank": 16}),
+    *both("FacT-TK r=32", 86_528, "FacT", {"rank": 32, "form": "tk"}),
     Count("prompt p=20, input only", "vit", 15_360, "VPT", {"tokens": 20, "deep": False}),
     Count("prompt p=20, input only", "bert", 15_360, "PromptTuning", {}),
     *both("VPT-deep p=10", 92_160, "VPT", {}),
@@ -134,8 +135,8 @@ SUMMARY: list[Count] = [
     Count("AdapterFusion", "bert", 21_252_096, "Fuse", made="`Fuse([Pfeiffer(), ...])`"),
     Count("MAD-X language (+inv)", "bert", 7_387_776, "LanguageAdapter", {}),
     Count("MAD-X task", "bert", 894_528, "Pfeiffer", {}),
-    Count("diff pruning, 0.5 % stored", "vit", 428_993, "DiffPruning"),
-    Count("diff pruning, 0.5 % stored", "bert", 547_411, "DiffPruning"),
+    Count("diff pruning, 0.5 % stored", "vit", 428_993, "DiffPruning", {}, 171_597_312, MASKED),
+    Count("diff pruning, 0.5 % stored", "bert", 547_411, "DiffPruning", {}, 218_964_480, MASKED),
     Count("side-tuning with AlexNet", "vit", 9_547_585, "SideTuning", {"network": "alexnet"}),
 ]
 """The table at the end of specification 49, whole. A method that comes gives its rows their options."""

@@ -989,6 +989,7 @@ METHODS: dict[str, Row] = {
     "ParallelAdapter": Row(
         {"mlp": Variant({"bottleneck": 4}, learns={"lr": 1e-3}),
          "heads": Variant({"reduction": 8, "scale": "learned", "targets": ("o", "mlp"), "input": "residual"},
+                          refused={"timm_swin": "attention is cut into windows, the residual stream is a map"},
                           learns={"lr": 1e-2}),
          "attention": Variant({"bottleneck": 3, "scale": 2.0, "targets": ("attention",), "init": "normal"},
                               learns={"lr": 1e-2})},
@@ -1052,7 +1053,8 @@ METHODS: dict[str, Row] = {
         {"mlp": Variant({"tokens": 4, "reparametrize": 8, "bottleneck": 4}, learns={"lr": 1e-2}),
          "plain": Variant({"tokens": 3, "reparametrize": False, "reduction": 8, "scale": "learned",
                            "input": "normed"}, learns={"lr": 1e-2}),
-         "folded": Variant({"tokens": 4, "reparametrize": 8, "bottleneck": 4}, lambda method: method.fold(),
+         "folded": Variant({"tokens": 4, "reparametrize": 8, "bottleneck": 4},
+                           lambda method: method.fold(),  # type: ignore[attr-defined]
                            learns={"lr": 1e-2})},
         trained=_mam,
         cards=(("bert_base", {}, 22_493_984),),
@@ -1130,7 +1132,8 @@ METHODS: dict[str, Row] = {
     "PTuning": Row(
         {"mlp": Variant({"tokens": 4, "hidden": 8}, learns={"tokens": 20}),
          "lstm": Variant({"tokens": 2, "hidden": 8, "encoder": "lstm"}, learns={"tokens": 20}),
-         "folded": Variant({"tokens": 4, "hidden": 8}, lambda method: method.fold(), learns={"tokens": 20})},
+         "folded": Variant({"tokens": 4, "hidden": 8}, lambda method: method.fold(),  # type: ignore[attr-defined]
+                           learns={"tokens": 20})},
         trained=_prompts,
         cards=(("bert_base", {}, 1_787_136), ("bert_base", {"encoder": "lstm"}, 27_174_144)),
         bad=(({"tokens": 0}, "tokens 0"), ({"encoder": "gru"}, "'gru'"), ({"hidden": 0}, "hidden 0")),
@@ -1170,13 +1173,13 @@ METHODS: dict[str, Row] = {
         artifact={"rank": 1, "targets": ("o",)},
     ),
     "SensitivityTuning": Row(
-        {"both": Variant({"rank": 2, "count": 800}, learns={"lr": 1e-2, "count": 2000}),
-         "entries": Variant({"rank": 16, "density": 0.02, "ratio": 1.0, "vector_ratio": 0.0}, random=False,
-                            learns={"lr": 2e-2})},
+        {"both": Variant({"rank": 2, "count": 800, "batches": 0}, learns={"lr": 1e-2, "count": 2000}),
+         "entries": Variant({"rank": 16, "density": 0.02, "ratio": 1.0, "vector_ratio": 0.0, "batches": 0},
+                            random=False, learns={"lr": 2e-2})},
         trained=_sensitivity,
         bad=(({"density": 0.0}, "density 0"), ({"density": 0.1, "count": 3}, "not both"), ({"count": 0}, "count 0"),
              ({"count": 10**9}, "1000000000"), ({"rank": 0}, "rank 0"), ({"ratio": 0.5}, "ratio 0.5"),
-             ({"batches": 0}, "batches 0"), *NOT_LINEAR),
+             ({"batches": -1}, "batches -1"), *NOT_LINEAR),
         random=True, operators=8, saved=0.96, stored=2.0, decays=True,
         quick=False,
         artifact={"count": 300},
@@ -1194,6 +1197,18 @@ METHODS: dict[str, Row] = {
         random=True, operators=2, saved=0.96, stored=2.0, state=24, decays=True,
         schedule=_positions_follow_formula,
         artifact={"rank": None, "count": 60, "targets": ("o",)},
+    ),
+    "APET": Row(
+        {"all": Variant({"density": 0.02}, learns={"density": 0.4, "lr": 1e-2}),
+         "few": Variant({"count": 300, "targets": ("q", "mlp.down")}, learns={"count": 1500, "lr": 3e-2})},
+        trained=lambda anatomy, method: getattr(method, "count", None) or int(
+            getattr(method, "density", 0.0) * _everything(anatomy, method)),
+        cards=(("vit_b16", {}, 257_395),),
+        bad=(({"density": 0.0}, "density 0"), ({"count": 0}, "count 0"), ({"count": 10**9}, "1000000000 entries"),
+             ({"count": 3, "density": 0.1}, "not both"), *NOT_LINEAR),
+        random=True, operators=2, saved=0.96, stored=2.0,
+        quick=False,
+        artifact={"density": None, "count": 60, "targets": ("mlp.up",)},
     ),
     "PST": Row(
         {"dense": Variant({"rank": 2, "score_rank": 2}, learns={"lr": 1e-3}),

@@ -297,8 +297,9 @@ class AudioData(DataModule):
 
     @property
     def _fallback(self) -> str:
+        hint = f" ({self.obtain})" if self.obtain else ""
         return (f"data.source auto: no data.root, {self._absent}, so this is the built-in mini: ten synthetic sounds, "
-                "not the benchmark")
+                f"not the benchmark{hint}")
 
     def _download(self) -> Path:
         """Fetch the benchmark into the cache; what must hold is that every clip of the table is there."""

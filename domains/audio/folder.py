@@ -90,6 +90,10 @@ class AudioFolder(AudioData):
         self.wanted = classes
         self.validation_share, self.test_share, self.split_seed = validation_share, test_share, split_seed
 
+    @property
+    def _absent(self) -> str:
+        return "there is no folder of sounds"
+
     # ------------------------------------------------------------------------------ which files, which labels
 
     def layout(self, root: Path) -> Path:
@@ -274,7 +278,9 @@ def _pattern(name: str, text: str | None) -> re.Pattern[str] | None:
 
 
 def _subfolders(folder: Path) -> list[Path]:
-    return sorted(child for child in folder.iterdir() if child.is_dir() and child.name[0] not in "._")
+    """Without hidden ones, and what a Mac's zip leaves behind."""
+    return sorted(child for child in folder.iterdir()
+                  if child.is_dir() and child.name[0] != "." and child.name != "__MACOSX")
 
 
 def stratified(rows: list[int], clips: list[Clip], shares: dict[str, float], seed: int) -> Parts:

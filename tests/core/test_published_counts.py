@@ -113,6 +113,7 @@ ROWS: list[tuple[Callable[[], nn.Module], str, dict[str, Any], int, int]] = [
     (llama_7b, "LoFiT", {}, 131_072, 0),
     (bert, "PST", {}, 2_820_096, 0),
     (bert, "DiffPruning", {}, 218_964_480, 0),
+    (vit, "APET", {"count": 294_912}, 294_912, 0),
     (vit_small, "SSF", {}, 102_912, 0),
     (swin_base, "SSF", {}, 267_264, 0),
     (swin_base, "SSF", {"patch_merging": True}, 274_432, 0),
@@ -151,22 +152,18 @@ ROWS: list[tuple[Callable[[], nn.Module], str, dict[str, Any], int, int]] = [
     (ast, "PrefixTuning", {"tokens": 12}, 221_184, 0),
     (bert, "PrefixTuning", {"tokens": 30}, 552_960, 0),
     (bert, "PTuningV2", {"tokens": 128}, 2_359_296, 0),
-    (bert, "PTuningV2", {}, 368_640, 0),
     (vit, "VPT", {}, 92_160, 0),
     (vit, "VPT", {"tokens": 50}, 460_800, 0),
     (vit, "VPT", {"deep": False}, 7_680, 0),
     (ast, "VPT", {"tokens": 25}, 230_400, 0),
     (ast, "VPT", {"tokens": 300, "deep": False}, 230_400, 0),
     (vit_small, "VPT", {}, 46_080, 0),
-    (vit, "VPT", {"tokens": 20}, 184_320, 0),
     (vit, "PromptTuning", {}, 15_360, 0),
     (bert, "PromptTuning", {}, 15_360, 0),
     (gpt2, "PromptTuning", {"tokens": 100}, 76_800, 0),
     (bert, "PTuning", {}, 1_787_136, 0),
     (bert, "PTuning", {"encoder": "lstm"}, 27_174_144, 0),
-    (vit, "PTuning", {}, 1_787_136, 0),
     (vit, "ParallelAdapter", {}, 7_091_712, 0),
-    (bert, "ParallelAdapter", {}, 7_091_712, 0),
     (bert, "ParallelAdapter", {"scale": "learned"}, 7_091_724, 0),
     (vit, "AdaptFormer", {}, 1_189_632, 0),
     (vit, "AdaptFormer", {"bottleneck": 8}, 156_768, 0),
@@ -202,5 +199,10 @@ def counts_on(backbone: Callable[[], nn.Module], name: str, options: dict[str, A
                          ids=[f"{i}-{row[1]}" for i, row in enumerate(ROWS)])
 def test_published_count(backbone: Callable[[], nn.Module], name: str, options: dict[str, Any], count: int, norms: int
                          ) -> None:
+<<<<<<< HEAD
     counts = counts_on(backbone, name, options)
+=======
+    with torch.device("meta"):
+        counts = method_class(name)(**options).attach(backbone()).counts()
+>>>>>>> h-mysheets
     assert (counts["method"], counts["norms"]) == (count, norms)

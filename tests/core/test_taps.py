@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from core.anatomy import dissect
 from core.compose import Fuse, Route, Split
 from core.errors import ScionError
-from core.graft import Carrier, checkpoint_activations
+from core.graft import Carrier, Graft, checkpoint_activations
 from core.peft import method_class
 from tests.models import batch, make
 from tests.toolkit import distance, outputs, randomize
@@ -38,8 +38,8 @@ def _attached(name: str, family: str, **options: Any) -> tuple[nn.Module, Any]:
 
 def _held(model: nn.Module) -> list[Tensor]:
     """What taps hold between two forwards."""
-    return [graft.tap.value for method in model.peft.methods.values()  # type: ignore[union-attr, operator]
-            for graft in method.grafts if graft.tap is not None and graft.tap.value is not None]
+    return [module.tap.value for module in model.modules()
+            if isinstance(module, Graft) and module.tap is not None and module.tap.value is not None]
 
 
 @pytest.mark.parametrize(("name", "family"), [*ON_IMAGES, *ELSEWHERE])
@@ -82,8 +82,8 @@ def test_copies_after_a_failed_forward(name: str, family: str, how: str) -> None
     assert torch.equal(outputs(twin, other), expected) and torch.equal(outputs(model, other), expected)
     assert not _held(model)
     modules = {id(module) for module in twin.modules()}
-    for graft in next(iter(twin.peft.methods.values())).grafts:
-        assert id(graft.tap.site.module) in modules
+    for graft in (module for module in twin.modules() if isinstance(module, Graft)):
+        assert graft.tap is not None and id(graft.tap.site.module) in modules
         assert graft in Carrier.of(graft.tap.site.module).readers  # type: ignore[union-attr]
     with torch.no_grad():
         for tensor in method.trainable().values():
@@ -133,7 +133,7 @@ def test_routed_rows_read_their_own(name: str, family: str) -> None:
             mixed = outputs(model, inputs)
         expected = torch.stack([alone[variant][i] for i, variant in enumerate(rows)])
         assert distance(mixed, expected) < 1e-5
-        assert not [graft for graft in route.grafts if graft.tap.value is not None]
+        assert not _held(model)
 
 
 @pytest.mark.parametrize("kind", [Fuse, Split])

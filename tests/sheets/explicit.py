@@ -88,8 +88,8 @@ def gate_attention(prefixes: Sequence[Tensor], calls: list[Tensor]) -> Any:
         prefix = prefix if prefix.dim() == 5 else prefix[None]
         P_k, P_v = prefix[:, :, 0].transpose(1, 2), prefix[:, :, 1].transpose(1, 2)  # [batch, heads, tokens, width]
         P_k, P_v, k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], 1) for part in (P_k, P_v, k, v))
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        scores, own = q @ k.transpose(2, 3) * scale, q @ P_k.transpose(2, 3) * scale
+        q = q * (q.shape[-1] ** -0.5 if scale is None else scale)
+        scores, own = q @ k.transpose(2, 3), q @ P_k.transpose(2, 3)
         if is_causal and attn_mask is None:
             attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
         if attn_mask is not None:

@@ -24,7 +24,7 @@ def _quick(x: Tensor) -> Tensor:
 
 
 def convolved(graft: Any, x: Tensor, height: int, width: int, special: int) -> Tensor:
-    """1x1 down, QuickGELU, a 3x3 convolution on the grid, and on each special token as an image of one pixel,
+    """1x1 down, QuickGELU, a 3x3 convolution on the grid, and on each special token as an image of one pixel, then
     QuickGELU, 1x1 up, times s."""
     z = _quick(F.linear(x, graft.down.weight, graft.down.bias))
     image = z[:, special:].reshape(len(z), height, width, -1).permute(0, 3, 1, 2)

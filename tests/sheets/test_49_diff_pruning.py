@@ -90,7 +90,7 @@ def test_gradients(structured: bool) -> None:
     name = next(name for name, p in model.named_parameters() if p.dim() == 2)
     graft = MaskedChange(parameter_site(model, name), structured, 0.5, True).double()
     with torch.no_grad():
-        graft.a += torch.randn(graft.a.shape, generator=torch.Generator().manual_seed(0))
+        graft.a.add_(torch.randn(graft.a.shape, generator=torch.Generator().manual_seed(0)))
         graft.w.normal_(generator=torch.Generator().manual_seed(1))
     gradient = torch.randn(graft.w.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     graft.change().backward(gradient)

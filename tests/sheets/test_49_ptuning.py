@@ -13,7 +13,7 @@ from core.artifact import save_adapter
 from core.peft import method_class
 from tests.models import WIDTH, batch, make
 from tests.sheets.decoding import a_cache_changes_nothing, later_tokens_are_not_seen
-from tests.toolkit import distance, outputs, randomize
+from tests.toolkit import EVERYTHING, distance, outputs, randomize
 
 PTuning: Any = method_class("PTuning")
 
@@ -102,7 +102,7 @@ def test_2_fold_leaves_the_prompts(family: str, encoder: str, tmp_path: Any) -> 
     assert torch.equal(outputs(fresh, inputs), folded)
 
 
-@pytest.mark.parametrize("name", ["llama", "t5"])
+@pytest.mark.parametrize("name", ["llama", "t5"] if EVERYTHING else ["llama"])
 def test_3_generation(name: str) -> None:
     a_cache_changes_nothing(name, PTuning(tokens=3, hidden=8))
 

@@ -95,7 +95,8 @@ class ParallelAdapter(PEFTMethod):
         for what, value, allowed in (("input", input, get_args(Input)), ("init", init, ("zero_up", "normal"))):
             if value not in allowed:
                 raise ScionError(f"{name}: {what} {value!r} is not one of {', '.join(allowed)}")
-        self.reduction, self.bottleneck, self.scale, self.targets = reduction, bottleneck, scale, tuple(targets)
+        self.reduction, self.bottleneck, self.targets = reduction, bottleneck, tuple(targets)
+        self.scale: float | Literal["learned"] = scale
         self.input: Input = input
         self.dropout, self.init = dropout, init
         self.identity_at_start = init == "zero_up"

@@ -41,13 +41,12 @@ class SensitivityTuning(PEFTMethod):
         rank: of the low-rank changes, whose scale is 1.
         ratio: a matrix is changed as a whole from this fraction of the numbers that LoRA would train there.
         vector_ratio: a vector is trained as a whole from this fraction of its entries; 0 leaves all vectors frozen.
-        batches: how many batches s is summed over.
+        batches: how many batches s is summed over; 0 leaves s at the weights squared.
         batch_size: examples in each of them, whose mean loss is taken.
         targets: roles to choose from; None is every linear map of the blocks. The vectors are those of the blocks.
     """
 
     mergeable = True
-    prepares = True
     recommended = {"lr": 1e-3, "weight_decay": 1e-4}
 
     def __init__(self, density: float | None = None, count: int | None = None, rank: int = 8, ratio: float = 10.0,
@@ -58,9 +57,9 @@ class SensitivityTuning(PEFTMethod):
             raise ScionError(f"SensitivityTuning: give density ({density}) or count ({count}), not both")
         if density is not None and not 0 < density <= 1:
             raise ScionError(f"SensitivityTuning: density {density} must lie in (0, 1]")
-        if rank < 1 or batches < 1 or batch_size < 1 or (count is not None and count < 1):
-            raise ScionError(f"SensitivityTuning: count {count}, rank {rank}, batches {batches} and batch_size "
-                             f"{batch_size} must be at least 1")
+        if rank < 1 or batches < 0 or batch_size < 1 or (count is not None and count < 1):
+            raise ScionError(f"SensitivityTuning: count {count}, rank {rank} and batch_size {batch_size} must be at "
+                             f"least 1, batches {batches} not negative")
         if ratio < 1 or vector_ratio < 0:
             raise ScionError(f"SensitivityTuning: ratio {ratio} must be at least 1, vector_ratio {vector_ratio} not "
                              "negative")
@@ -162,6 +161,10 @@ class SensitivityTuning(PEFTMethod):
 
     # --------------------------------------------------------------------------------- sensitivity
 
+    @property
+    def prepares(self) -> bool:
+        return self.batches > 0
+
     def prepare(self, batches: Iterable[Any], loss: Callable[[Any], Tensor]) -> None:
         """Select by the gradients of ``loss`` without the method, and begin anew there: ``batches`` are taken together,
         ``batch_size`` at a time, and should hold one example each. What was trained before is gone."""
@@ -197,8 +200,8 @@ class SensitivityTuning(PEFTMethod):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         options = getattr(trainer.strategy, "_ddp_kwargs", {})
-        if not self.prepared and hasattr(pl_module, "methods") and trainer.world_size > 1 and not options.get(
-                "find_unused_parameters"):
+        will = self.prepares and not self.prepared and hasattr(pl_module, "methods")
+        if will and trainer.world_size > 1 and not options.get("find_unused_parameters"):
             raise ScionError(f"{self.name} chooses its tensors when training begins: use --trainer.strategy "
                              "ddp_find_unused_parameters_true, or call prepare before")
         super().on_fit_start(trainer, pl_module)

@@ -55,7 +55,8 @@ class PrefixGraft(Graft):
         heads = self.site.heads
         assert heads is not None
         prefix = self.dropout(self.values()).to(k.dtype).unflatten(1, (2, heads.key, heads.width)).permute(1, 2, 0, 3)
-        prefix = prefix.repeat_interleave(k.shape[1] // heads.key, dim=1)  # grouped queries: k may arrive repeated
+        if k.shape[1] != heads.key:  # grouped queries: k may arrive repeated
+            prefix = prefix.repeat_interleave(k.shape[1] // heads.key, dim=1)
         prefix = self.batched(prefix, x)  # [2, batch, heads, tokens, width]
         prefix = prefix.expand(2, k.shape[0], *prefix.shape[2:])
         if mask is not None:  # every query sees the prefix

@@ -35,9 +35,10 @@ class BoneGraft(Graft):
             up, down = self.factors()
             change = site.low_rank(x.to(self.D.dtype), down, up)
         else:
-            x = F.pad(x.to(self.D.dtype), (0, -x.shape[-1] % rank))
+            x, short, times = x.to(self.D.dtype), -x.shape[-1] % rank, site.out_features // self.D.shape[1]
+            x = F.pad(x, (0, short)) if short else x  # it copies also where there is nothing to add, as `repeat` does
             change = x.unflatten(-1, (-1, rank)).sum(-2) @ self.D
-            change = change.repeat(*[1] * (change.dim() - 1), site.out_features // self.D.shape[1])
+            change = change if times == 1 else change.repeat(*[1] * (change.dim() - 1), times)
         return site.put(y, site.take(y) + change)
 
     def merged(self, weight: Tensor) -> Tensor:

@@ -16,23 +16,35 @@ from core.method import PEFTMethod
 
 
 class FourierGraft(Graft):
-    """W + scale Re(ifft2(F)), where F [out, in] is c at fixed places and zero elsewhere."""
+    """W + scale Re(ifft2(F)), where F [out, in] is c at fixed places and zero elsewhere.
+
+    The real part is the transform of F's even part, of which one half of the columns says all: it costs half as much.
+    """
 
     remade = True
     places: Tensor
+    share: Tensor
 
     def __init__(self, site: Site, frequencies: int, scale: float, places: int, random: bool) -> None:
         super().__init__(site)
         shape = site.out_features, site.in_features
         generator = torch.Generator().manual_seed(places)
-        order = torch.randperm(shape[0] * shape[1], generator=generator)
-        self.register_buffer("places", order[:frequencies], persistent=False)
+        u, v = torch.unravel_index(torch.randperm(shape[0] * shape[1], generator=generator)[:frequencies], shape)
+        far = v > shape[1] // 2  # the opposite frequency stands for it
+        u, v = torch.where(far, -u % shape[0], u), torch.where(far, shape[1] - v, v)
+        alone = (v == 0) | (2 * v == shape[1])  # columns that are their own opposites
+        self.half = shape[0], shape[1] // 2 + 1
+        self.register_buffer("places", u * self.half[1] + v, persistent=False)
+        self.register_buffer("share", torch.where(alone, 1.0, 0.5), persistent=False)
         self.c = nn.Parameter(torch.randn(frequencies) if random else torch.zeros(frequencies))
         self.scale = scale
 
     def weight(self, weight: Tensor) -> Tensor:
-        spectrum = self.c.new_zeros(weight.numel()).index_copy(0, self.places, self.c).view(weight.shape)
-        return weight + (self.scale * torch.fft.ifft2(spectrum).real).to(weight.dtype)
+        parts = self.scale * self.share * self.c
+        spectrum = self.c.new_zeros(self.half[0] * self.half[1]).index_add(0, self.places, parts).view(self.half)
+        # irfft takes the real part of the columns that are alone.
+        change = torch.fft.irfft(torch.fft.ifft(spectrum, dim=0), n=weight.shape[1], dim=1)
+        return change.to(weight.dtype).add_(weight)
 
 
 class FourierFT(PEFTMethod):

@@ -32,11 +32,11 @@ def cayley(q: Tensor) -> Tensor:
 
 def neumann(q: Tensor, terms: int) -> Tensor:
     """I + 2 Q + 2 Q^2 + ... + Q^(terms - 1), near (I + Q) (I - Q)^-1 for small Q."""
-    total = torch.eye(q.shape[-1]).to(q).expand_as(q)
-    power = torch.eye(q.shape[-1]).to(q)
-    for term in range(1, terms):
-        power = power @ q
-        total = total + (power if term == terms - 1 and term > 1 else 2 * power)
+    eye = torch.eye(q.shape[-1]).to(q)
+    total, powers = torch.add(eye, q, alpha=2), [eye, q]
+    for n in range(2, terms):  # each from two of half its exponent, so that backward keeps few of them
+        powers.append(powers[n // 2] @ powers[(n + 1) // 2])
+        total.add_(powers[n], alpha=1 if n == terms - 1 else 2)
     return total
 
 
@@ -49,7 +49,6 @@ def rotate(weight: Tensor, rotations: Tensor) -> Tensor:
 class OFTGraft(Graft):
     """W R^T with R block-diagonal, orthogonal."""
 
-    remade = True
     reads_weight = True
 
     def __init__(self, site: Site, block: int, terms: int) -> None:
@@ -57,10 +56,31 @@ class OFTGraft(Graft):
         self.Q = nn.Parameter(torch.zeros(site.in_features // block, block * (block - 1) // 2))
         self.block, self.terms = block, terms
 
-    def weight(self, weight: Tensor) -> Tensor:
+    def rotations(self) -> Tensor:
+        """R_1, ... [blocks, block, block]"""
         q = skew(self.Q, self.block)
-        rotations = neumann(q, self.terms) if self.terms else cayley(q)
-        return rotate(weight.to(q.dtype), rotations).to(weight.dtype)
+        return neumann(q, self.terms) if self.terms else cayley(q)
+
+    def merged(self, weight: Tensor) -> Tensor:
+        return rotate(weight.to(self.Q.dtype), self.rotations()).to(weight.dtype)
+
+
+class RotatedInput(OFTGraft):
+    """W (R^T x) + b, which is less to compute; for a map that shares its input with no other."""
+
+    def before(self, x: Tensor) -> Tensor:
+        rotations = self.rotations()
+        parts = x.to(rotations.dtype).unflatten(-1, rotations.shape[:2])
+        return torch.einsum("...nj,njk->...nk", parts, rotations).flatten(-2).to(x.dtype)
+
+
+class RotatedWeight(OFTGraft):
+    """(W R^T) x + b, for a part of a fused map, and for a convolution, whose weight reads patches."""
+
+    remade = True
+
+    def weight(self, weight: Tensor) -> Tensor:
+        return self.merged(weight)
 
 
 class OFTForm(PeftForm):
@@ -119,7 +139,8 @@ class OFT(PEFTMethod):
                                  f"{site.name}")
 
     def build(self, site: Site) -> Graft:
-        return OFTGraft(site, self.block, self.terms)
+        graft = RotatedInput if site.rows is None and site.kind != "conv" else RotatedWeight
+        return graft(site, self.block, self.terms)
 
 
 class BOFTGraft(Graft):

@@ -278,7 +278,9 @@ def test_too_few_clips_for_the_shots_are_told(tmp_path: Path, cache: str) -> Non
 
 
 @pytest.mark.usefixtures("small_mini")
-@pytest.mark.parametrize("file", sorted(file.name for file in HOME.glob("*.yaml")))
+@pytest.mark.parametrize("file", [
+    pytest.param(file.name, marks=[pytest.mark.slow] if "speech" in file.name else [])  # the others' twins
+    for file in sorted(HOME.glob("*.yaml"))])
 def test_every_configuration_runs_on_the_mini(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from core.cli import main
 

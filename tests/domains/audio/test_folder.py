@@ -358,6 +358,15 @@ def test_mistakes_in_options_give_one_line(tmp_path: Path, fails: Callable[..., 
         fails(words, root, **options)
 
 
+def test_without_a_folder_the_mini_stands_in_loudly(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="no folder of sounds, so this is the built-in mini.*give the folder of your"):
+        assert AudioFolder(cache=str(tmp_path), separator="|").frames == 112
+    with pytest.raises(ScionError, match="data.source real: there is no folder of sounds; give the folder"):
+        AudioFolder(source="real", cache=str(tmp_path)).setup()
+    data = AudioFolder(source="mini", separator="|")
+    assert data.peek() is not None and not data.multilabel  # a clip of the mini is one thing
+
+
 def test_exit_code_of_a_mistake_is_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = _sounds(tmp_path / "pond", 3, ("bird",))
     assert main(["run", "domains/audio/folder.yaml", "--data.root", str(root), "--run_dir", str(tmp_path / "run")]) == 2
