@@ -43,6 +43,8 @@ class Padding(Graft):
         self.mask: Tensor | None = None
 
     def notice(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self.batch is not None and not len(self.batch):  # no row will ask
+            return
         self.mask = {**dict(zip(self.names, args, strict=False)), **kwargs}.get(self.name)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -63,16 +65,15 @@ class SideMLP(Blend):
         z = self.read().to(self.down.weight.dtype)
         z = (z.movedim(1, -1) if self.channels_first else z).flatten(1, -2)
         out = self.up(F.gelu(self.down(z)))
-        out = self.mean(out) if y.dim() == 2 else out
+        mask, self.padding[0].mask = self.padding[0].mask, None
+        out = self.mean(out, mask) if y.dim() == 2 else out
         if out.shape != y.shape:
             raise ScionError(f"{self.site.name}: the side network gives {list(out.shape)}, the backbone "
                              f"{list(y.shape)}; say its width with dim=...")
         return out
 
-
-    def mean(self, out: Tensor) -> Tensor:
+    def mean(self, out: Tensor, mask: Tensor | None) -> Tensor:
         """out [batch, tokens, dim] -> its mean over the tokens that are no padding [batch, dim]."""
-        mask = self.padding[0].mask
         kept = None if mask is None else mask if self.batch is None else mask[self.batch]
         if kept is None or kept.shape != out.shape[:2]:
             return out.mean(1)
