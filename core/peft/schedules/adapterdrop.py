@@ -76,8 +76,9 @@ class AdapterDrop(PEFTMethod):
 
     def merge(self) -> None:
         """Leave the model, which its hosts must have left before: merged, that is, without what is dropped."""
-        standing = {host.name for host in self.hosts() if any(graft.dropped for graft in host.grafts)}
-        if self.attached and standing:
+        standing = {host.name for host in self.hosts() if any(graft.dropped for graft in host.grafts)
+                    } if self.attached else set()
+        if standing:
             raise ScionError(f"{self.name} cannot be merged before another method that it acts on: merge "
                              f"{listed(sorted(standing))} first")
         super().merge()
