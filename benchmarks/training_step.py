@@ -105,7 +105,8 @@ def _vit_workload(side: int, size: int, **options: Any) -> Workload:
 def _bert_workload(length: int, size: int, **options: Any) -> Workload:
     return Workload(
         lambda layers: _bert(layers, **options), _text(length, options.get("vocab_size", 30_522)), size,
-        f"{length} tokens", lambda output: output.last_hidden_state[:, -length:], ("q", "v"), r".*attention\.self\.(query|value)",
+        f"{length} tokens", lambda output: output.last_hidden_state[:, -length:],
+        ("q", "v"), r".*attention\.self\.(query|value)",
         (("k", "v"), ("mlp.down",), r".*(attention\.self\.(key|value)|layer\.\d+\.output\.dense)",
          r".*layer\.\d+\.output\.dense"), r".*LayerNorm", text=True)
 
