@@ -44,17 +44,6 @@ def rotate(weight: Tensor, rotations: Tensor) -> Tensor:
     return torch.einsum("onk,njk->onj", parts, rotations).flatten(1)
 
 
-def turn(x: Tensor, rotations: Tensor) -> Tensor:
-    """x [..., in] times block-diagonal rotations from the right: R^T x of a vector x."""
-    return torch.einsum("...nj,njk->...nk", x.unflatten(-1, rotations.shape[:2]), rotations).flatten(-2)
-
-
-def has_own_input(site: Site) -> bool:
-    """Whether the site is a linear map whose input can be rotated: no part of a fused one, no convolution, whose weight
-    reads patches."""
-    return site.rows is None and site.kind != "conv"
-
-
 class OFTGraft(Graft):
     """W R^T with R block-diagonal, orthogonal."""
 
@@ -75,14 +64,16 @@ class OFTGraft(Graft):
 
 
 class RotatedInput(OFTGraft):
-    """W (R^T x) + b, which is less to compute."""
+    """W (R^T x) + b, which is less to compute; for a map that shares its input with no other."""
 
     def before(self, x: Tensor) -> Tensor:
-        return turn(x.to(self.Q.dtype), self.rotations()).to(x.dtype)
+        rotations = self.rotations()
+        parts = x.to(rotations.dtype).unflatten(-1, rotations.shape[:2])
+        return torch.einsum("...nj,njk->...nk", parts, rotations).flatten(-2).to(x.dtype)
 
 
 class RotatedWeight(OFTGraft):
-    """(W R^T) x + b"""
+    """(W R^T) x + b, for a part of a fused map, and for a convolution, whose weight reads patches."""
 
     remade = True
 
@@ -125,12 +116,14 @@ class OFT(PEFTMethod):
                                  f"{site.name}")
 
     def build(self, site: Site) -> Graft:
-        return (RotatedInput if has_own_input(site) else RotatedWeight)(site, self.block, self.terms)
+        graft = RotatedInput if site.rows is None and site.kind != "conv" else RotatedWeight
+        return graft(site, self.block, self.terms)
 
 
 class BOFTGraft(Graft):
     """diag(s) W (P_m B_m P_m^T ... P_1 B_1 P_1^T)^T with B_i block-diagonal, orthogonal, and P_i a butterfly's."""
 
+    remade = True
     reads_weight = True
 
     def __init__(self, site: Site, block: int, factors: int) -> None:
@@ -142,43 +135,18 @@ class BOFTGraft(Graft):
         # Factor i joins the halves of blocks that lie 2^i halves apart.
         self.orders = [butterfly(site.in_features, block, i) for i in range(factors)]
 
-    def merged(self, weight: Tensor) -> Tensor:
+    def weight(self, weight: Tensor) -> Tensor:
         changed = weight.to(self.Q.dtype)
-        for rotations, order in zip(cayley(skew(self.Q, self.block)), self.orders, strict=True):
-            order = order.to(changed.device)
+        for level, rotations in enumerate(cayley(skew(self.Q, self.block))):
+            if level == 0:  # the channels' own order
+                changed = rotate(changed, rotations)
+                continue
+            order = self.orders[level].to(changed.device)
             changed = rotate(changed[:, order], rotations)[:, order.argsort()]
         return (self.s[:, None] * changed).to(weight.dtype)
 
     def merged_bias(self, bias: Tensor) -> Tensor:
         return bias
-
-
-class ButterflyInput(BOFTGraft):
-    """s * (W R_1^T ... R_m^T x) + b, which is less to compute."""
-
-    def before(self, x: Tensor) -> Tensor:
-        turned = x.to(self.Q.dtype)
-        for level, rotations in reversed(list(enumerate(cayley(skew(self.Q, self.block))))):
-            order = self.orders[level].to(x.device)
-            if level == 0:  # the channels' own order
-                turned = turn(turned, rotations)
-            else:
-                turned = turn(turned[..., order], rotations)[..., order.argsort()]
-        return turned.to(x.dtype)
-
-    def after(self, x: Tensor, y: Tensor) -> Tensor:
-        if self.site.bias is None:
-            return (self.s * y).to(y.dtype)
-        return torch.addcmul(self.site.bias * (1 - self.s), y, self.s).to(y.dtype)
-
-
-class ButterflyWeight(BOFTGraft):
-    """(diag(s) W R_1^T ... R_m^T) x + b"""
-
-    remade = True
-
-    def weight(self, weight: Tensor) -> Tensor:
-        return self.merged(weight)
 
 
 def butterfly(width: int, block: int, level: int) -> Tensor:
@@ -228,4 +196,4 @@ class BOFT(PEFTMethod):
                                  f"{site.in_features}")
 
     def build(self, site: Site) -> Graft:
-        return (ButterflyInput if has_own_input(site) else ButterflyWeight)(site, self.block, self.factors)
+        return BOFTGraft(site, self.block, self.factors)
