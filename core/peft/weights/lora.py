@@ -58,7 +58,8 @@ class PrincipalGraft(LoRAGraft):
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         x = x.to(self.A.dtype)  # two calls, so that the start cancels to the last bit
         change = self.site.low_rank(x, self.A, self.B, self.scale)
-        return self.site.put(y, self.site.take(y) + (change - self.site.low_rank(x, self.A_0, self.B_0, self.scale)))
+        change.sub_(self.site.low_rank(x, self.A_0, self.B_0, self.scale))
+        return self.site.put(y, self.site.take(y) + change)
 
     def merged(self, weight: Tensor) -> Tensor:
         return weight + (self.scale * (self.B @ self.A - self.B_0 @ self.A_0)).to(weight.dtype)

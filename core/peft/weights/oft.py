@@ -160,8 +160,11 @@ class BOFTGraft(Graft):
 
     def weight(self, weight: Tensor) -> Tensor:
         changed = weight.to(self.Q.dtype)
-        for rotations, order in zip(cayley(skew(self.Q, self.block)), self.orders, strict=True):
-            order = order.to(changed.device)
+        for level, rotations in enumerate(cayley(skew(self.Q, self.block))):
+            if level == 0:  # the channels' own order
+                changed = rotate(changed, rotations)
+                continue
+            order = self.orders[level].to(changed.device)
             changed = rotate(changed[:, order], rotations)[:, order.argsort()]
         return (self.s[:, None] * changed).to(weight.dtype)
 
