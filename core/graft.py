@@ -286,13 +286,15 @@ class _Rewrite(TorchFunctionMode):
         if func is F.linear and len(met) == 1 and met[0].make is not None and args[1] is met[0].frozen:
             return _linear(args[0], kwargs.get("bias", args[2] if len(args) > 2 else None), met[0])
         out = func(*_put(args, met), **_put_named(kwargs, met))
-        place = 1 if func is torch.addmm else 0  # of the batch; transformers' Conv1D flattens it for addmm
+        flattened = func is torch.addmm  # the batch, by transformers' Conv1D
+        place = 1 if flattened else next((i for i, a in enumerate(args) if isinstance(a, Tensor) and all(
+            a is not e.frozen for e in met)), 0)  # a norm may be written as weight * x
         for variant in dict.fromkeys(v for e in met for v in e.routed):  # these samples see tensors of their own
             rows = next(e.routed[variant][0] for e in met if variant in e.routed)
             x = args[place]
             if not isinstance(x, Tensor) or any(x is e.frozen for e in met):
                 raise ScionError("routing by sample needs a call whose first argument is the batch")
-            if place:
+            if flattened:
                 times = x.shape[0] // self.x.shape[0]
                 rows = (rows[:, None] * times + torch.arange(times, device=rows.device)).flatten()
             given = _put(args, met, variant)

@@ -865,7 +865,7 @@ METHODS: dict[str, Row] = {
         trained=_svfit,
         cards=(("bert_base", {}, 18_432),),
         bad=(({"rank": 0}, "rank 0"), ({"rank": 99}, "rank 99"), *NOT_LINEAR),
-        weights=True, operators=7, saved=0.8, stored=90, size=0.02,
+        weights=True, operators=7, saved=0.85, stored=90, size=0.02,
         quick=False,
         artifact={"rank": 1},
     ),
@@ -1046,7 +1046,7 @@ METHODS: dict[str, Row] = {
         trained=_prefix,
         cards=(("bert_base", {"tokens": 128}, 2_359_296),),
         bad=(({"tokens": 0}, "tokens 0"), ({"dropout": 1.0}, "dropout 1"), ({"targets": ("q",)}, "no attention")),
-        random=True, operators=20, saved=0.7, quick=False,
+        random=True, operators=20, saved=0.75, quick=False,
         artifact={"tokens": 1},
     ),
     "MAM": Row(

@@ -188,8 +188,7 @@ def without_values(backbone: Callable[[], nn.Module]) -> nn.Module:
 
 def counts_on(backbone: Callable[[], nn.Module], name: str, options: dict[str, Any]) -> dict[str, int]:
     """What a method counts on a backbone, which is afterwards as it was."""
-    with torch.device("meta"):
-        method = method_class(name)(**options).attach(without_values(backbone))
+    method = method_class(name)(**options).attach(without_values(backbone))
     try:
         return method.counts()
     finally:

@@ -169,8 +169,9 @@ def test_4_fourierft_in_half_precision() -> None:
         assert graft.c.dtype == torch.float32
         zero = torch.zeros(32, 32, dtype=torch.bfloat16)
         change = graft.merged(zero).detach()
+        places = torch.randperm(32 * 32, generator=torch.Generator().manual_seed(777))[:50]
         assert change.dtype == torch.bfloat16
-        assert distance(change, 300 * _waves((32, 32), graft.places, graft.c.detach().double())) < 2 ** -8
+        assert distance(change, 300 * _waves((32, 32), places, graft.c.detach().double())) < 2 ** -8
 
 
 # ------------------------------------------------------------------------------------------------- LoHa

@@ -33,8 +33,8 @@ class FourierGraft(Graft):
         far = v > shape[1] // 2  # the opposite frequency stands for it
         u, v = torch.where(far, -u % shape[0], u), torch.where(far, shape[1] - v, v)
         alone = (v == 0) | (2 * v == shape[1])  # columns that are their own opposites
-        self.shape = shape[0], shape[1] // 2 + 1
-        self.register_buffer("places", u * self.shape[1] + v, persistent=False)
+        self.shape = shape[1] // 2 + 1, shape[0]
+        self.register_buffer("places", v * shape[0] + u, persistent=False)
         self.register_buffer("share", torch.where(alone, 1.0, 0.5), persistent=False)
         self.c = nn.Parameter(torch.randn(frequencies) if random else torch.zeros(frequencies))
         self.scale = scale
@@ -43,7 +43,7 @@ class FourierGraft(Graft):
         parts = self.scale * self.share * self.c
         spectrum = self.c.new_zeros(self.shape[0] * self.shape[1]).index_add(0, self.places, parts).view(self.shape)
         # irfft takes the real part of the columns that are alone.
-        change = torch.fft.irfft(torch.fft.ifft(spectrum, dim=0), n=weight.shape[1], dim=1)
+        change = torch.fft.irfft(torch.fft.ifft(spectrum).t(), n=weight.shape[1], dim=1)
         return change.to(weight.dtype).add_(weight)
 
 
