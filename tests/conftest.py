@@ -13,7 +13,7 @@ torch.set_num_threads(1)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "invariant(number, text, rotate, where): a row of the matrix, see tests.toolkit")
+    config.addinivalue_line("markers", "invariant(number, text, where): a row of the matrix, see tests.toolkit")
     config.stash[ABSENT] = {}
 
 
@@ -28,7 +28,7 @@ def cells_of(marker: pytest.Mark, test: str) -> tuple[list[Any], Counter[str]]:
 
     where = marker.kwargs["where"] or (lambda cell: True)
     number = marker.args[0]
-    everything = cells(EVERYTHING, number, rotate=marker.kwargs["rotate"])
+    everything = cells(EVERYTHING, number)
     found = [cell for cell in everything if where(cell) and test not in cell.row.absent]
     return found, Counter(cell.method for cell in everything if cell not in found)
 

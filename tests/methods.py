@@ -31,7 +31,7 @@ class Variant:
     ready: Callable[[PEFTMethod], None] | None = None
     """Brings an attached method into a later stage."""
     everywhere: bool = False
-    """Run on every family in the structural tier, as the first variant is; else on one family, in rotation."""
+    """Met by the quick tier, as the first variant is; the others are left to the long one."""
     trains: bool = True
     """Whether it trains anything inside a backbone without a head."""
     random: bool | None = None
@@ -75,8 +75,6 @@ class Row:
     """Operators that one graft may add to a forward."""
     saved: float = 1.0
     """Bytes that the first variant keeps for backward, at most, as a share of full fine-tuning's on the same model."""
-    quick: bool = True
-    """Whether the quick tier meets all its variants, on a share of the families; else the first on one family."""
     size: float = 0.05
     """Spread of the random values with which merging is compared; less where many of them add up in one weight."""
     decays: bool | None = None
@@ -742,7 +740,6 @@ METHODS: dict[str, Row] = {
         trained=_lora,
         bad=(({"rank": 0}, "rank 0"), ({"dropout": 1.5}, "dropout 1.5"), *NOT_LINEAR),
         random=True, weights=True, operators=8, saved=0.76,
-        quick=False,
         artifact={"rank": 1},
     ),
     "LoRAPlus": Row(
@@ -750,7 +747,6 @@ METHODS: dict[str, Row] = {
         trained=_lora,
         bad=(({"rank": 0}, "rank 0"), ({"lr_ratio": 0.0}, "lr_ratio 0"), *NOT_LINEAR),
         random=True, weights=True, operators=8, saved=0.76,
-        quick=False,
         artifact={"rank": 1},
     ),
     "PiSSA": Row(
@@ -758,7 +754,6 @@ METHODS: dict[str, Row] = {
         trained=_lora,
         bad=(({"rank": 0}, "rank 0"), ({"rank": 99}, "rank 99"), ({"start": "best"}, "'best'"), *NOT_LINEAR),
         weights=True, commutes=True, operators=14, saved=0.8, stored=2.0,
-        quick=False,
         artifact={"rank": 1},
     ),
     "VeRA": Row(
@@ -767,7 +762,6 @@ METHODS: dict[str, Row] = {
         cards=(("bert_base", {}, 24_576),),
         bad=(({"rank": 0}, "rank 0"), ({"start": 0.0}, "start 0"), *NOT_LINEAR),
         weights=True, operators=12, saved=0.9,
-        quick=False,
         artifact={"rank": 2},
     ),
     "FourierFT": Row(
@@ -778,7 +772,6 @@ METHODS: dict[str, Row] = {
         bad=(({"frequencies": 0}, "frequencies 0"), ({"scale": 0}, "scale 0"), ({"init": "one"}, "'one'"),
              ({"frequencies": 10**6}, "fewer"), *NOT_LINEAR),
         weights=True, operators=14, saved=0.8,
-        quick=False,
         artifact={"frequencies": 2},
     ),
     "LoHa": Row(
@@ -787,7 +780,6 @@ METHODS: dict[str, Row] = {
         cards=(("bert_base", {}, 589_824),),
         bad=(({"rank": 0}, "rank 0"), *NOT_LINEAR),
         random=True, weights=True, operators=8, saved=0.8,
-        quick=False,
         artifact={"rank": 1},
     ),
     "LoKr": Row(
@@ -796,7 +788,6 @@ METHODS: dict[str, Row] = {
         cards=(("bert_base", {}, 26_112),),
         bad=(({"rank": 0}, "rank 0"), ({"factor": 0}, "factor 0"), *NOT_LINEAR),
         random=True, weights=True, operators=12, saved=0.8,
-        quick=False,
         artifact={"rank": 1},
     ),
     "OFT": Row(
@@ -805,7 +796,6 @@ METHODS: dict[str, Row] = {
         cards=(("bert_base", {}, 285_696),),
         bad=(({"block": 1}, "block 1"), ({"terms": 1}, "terms 1"), ({"block": 13}, "block 13"), *NOT_LINEAR),
         weights=True, commutes=None, operators=26, saved=0.8,
-        quick=False,
         artifact={"block": 2},
     ),
     "BOFT": Row(
@@ -814,7 +804,6 @@ METHODS: dict[str, Row] = {
         cards=(("bert_base", {}, 46_080),),
         bad=(({"block": 3}, "block 3"), ({"factors": 0}, "factors 0"), ({"block": 26}, "block 26"), *NOT_LINEAR),
         weights=True, commutes=False, operators=26, saved=0.8,
-        quick=False,
         artifact={"block": 2},
     ),
     "Bone": Row(
@@ -824,7 +813,6 @@ METHODS: dict[str, Row] = {
         bad=(({"rank": 0}, "rank 0"), ({"rank": 10**6}, "inputs"), ({"rank": 2, "columns": 7}, "columns 7"),
              *NOT_LINEAR),
         weights=True, operators=8, saved=0.9, size=0.01,
-        quick=False,
         artifact={"rank": 1},
     ),
     "Bat": Row(
@@ -833,7 +821,6 @@ METHODS: dict[str, Row] = {
         cards=(("vit_b16", {}, 5_308_416), ("vit_b16", {"group": "inputs"}, 4_128_768)),
         bad=(({"rank": 0}, "rank 0"), ({"rank": 7}, "rank 7"), ({"group": "rows"}, "'rows'"), *NOT_LINEAR),
         weights=True, commutes=False, operators=14, saved=1.0,
-        quick=False,
         artifact={"rank": 1},
     ),
     "Consolidator": Row(
@@ -845,7 +832,6 @@ METHODS: dict[str, Row] = {
         bad=(({"groups": 0}, "groups 0"), ({"groups": 7}, "groups 7 does not divide"), ({"dropout": 1.0}, "dropout 1"),
              ({"init": "one"}, "'one'"), *NOT_LINEAR),
         random=True, weights=True, operators=8, saved=1.25,
-        quick=False,
         artifact={"groups": 8, "targets": ("o",)},
     ),
     "FacT": Row(
@@ -857,7 +843,6 @@ METHODS: dict[str, Row] = {
         bad=(({"rank": 0}, "rank 0"), ({"scale": 0}, "scale 0"), ({"form": "tucker"}, "'tucker'"),
              ({"dropout": 1.0}, "dropout 1"), *NOT_LINEAR),
         random=True, weights=True, operators=14, saved=1.15,
-        quick=False,
         artifact={"rank": 1},
     ),
     "SVFit": Row(
@@ -866,7 +851,6 @@ METHODS: dict[str, Row] = {
         cards=(("bert_base", {}, 18_432),),
         bad=(({"rank": 0}, "rank 0"), ({"rank": 99}, "rank 99"), *NOT_LINEAR),
         weights=True, operators=7, saved=0.85, stored=90, size=0.02,
-        quick=False,
         artifact={"rank": 1},
     ),
     "IA3": Row(
@@ -875,7 +859,6 @@ METHODS: dict[str, Row] = {
         cards=(("vit_b16", {}, 55_296), ("bert_base", {}, 55_296)),
         bad=(({"outputs": (), "inputs": ()}, "neither"), ({"inputs": ("q",), "outputs": ("q",)}, "q")),
         operators=4, saved=1.1, without_attention={"outputs": ("mlp.up",)},
-        quick=False,
         artifact={"inputs": ()},
     ),
     "SSF": Row(
@@ -886,7 +869,6 @@ METHODS: dict[str, Row] = {
         bad=(({"init": "zero"}, "'zero'"), ({"targets": ("block",)}, "no weight of its own"),
              ({"targets": ("nrom1",)}, "'norm1'")),
         random=True, commutes=None, operators=3, saved=1.4, absent=("test_no_graph_below_the_first_graft",), size=0.01,
-        quick=False,
         artifact={"targets": ("o",)},
     ),
     "LayerNormTuning": Row(
@@ -895,7 +877,6 @@ METHODS: dict[str, Row] = {
         cards=(("vit_b16", {}, 38_400), ("bert_base", {}, 38_400)),
         bad=(({"targets": ("mlp.up",)}, "no norm"), ({"targets": ("nrom1",)}, "'norm1'")),
         saved=0.9, absent=("test_no_graph_below_the_first_graft",),
-        quick=False,
         artifact={"targets": ("norm2",)},
     ),
     "BitFit": Row(
@@ -917,7 +898,6 @@ METHODS: dict[str, Row] = {
              ({"count": 10, "density": 0.5}, "not both"), ({"l0": -1.0}, "l0 -1"), ({"mask_lr": 0.0}, "mask_lr 0"),
              ({"exclude": ("pol",)}, "'pol'")),
         operators=12, saved=2.5, stored=2.0, decays=False,
-        quick=False,
         artifact={"layers": (0,), "exclude": WIDE["targets"]},
     ),
     "DoRA": Row(
@@ -952,7 +932,6 @@ METHODS: dict[str, Row] = {
         trained=_full,
         bad=(({"interval": 0}, "interval 0"), ({"whole": ("nrom1",)}, "'norm1'")),
         random=True,
-        quick=False,
         schedule=_halves_follow_formula,
         artifact={"layers": (0,)},
     ),
@@ -998,7 +977,7 @@ METHODS: dict[str, Row] = {
         bad=(({"bottleneck": 0}, "bottleneck 0"), ({"reduction": 0}, "reduction 0"), ({"scale": "big"}, "'big'"),
              ({"dropout": 1.0}, "dropout 1"), ({"input": "norm"}, "'norm'"), ({"init": "zero"}, "'zero'"),
              ({"targets": ("q",)}, "no output of a sublayer")),
-        random=True, operators=6, saved=0.7, quick=False, without_attention={"targets": ("mlp",)},
+        random=True, operators=6, saved=0.7, without_attention={"targets": ("mlp",)},
         artifact={"bottleneck": 1},
     ),
     "AdaptFormer": Row(
@@ -1006,7 +985,7 @@ METHODS: dict[str, Row] = {
         trained=_parallel,
         cards=(("vit_b16", {}, 1_189_632), ("vit_b16", {"bottleneck": 8}, 156_768)),
         bad=(({"bottleneck": 0}, "bottleneck 0"), ({"scale": 0.0}, "scale 0")),
-        random=True, operators=6, saved=0.7, quick=False,
+        random=True, operators=6, saved=0.7,
         artifact={"bottleneck": 1},
     ),
     "Convpass": Row(
@@ -1016,7 +995,7 @@ METHODS: dict[str, Row] = {
         cards=(("vit_b16", {}, 327_552), ("vit_b16", {"targets": ("attention",)}, 163_776)),
         bad=(({"bottleneck": 0}, "bottleneck 0"), ({"scale": 0}, "scale 0"), ({"dropout": 1.0}, "dropout 1"),
              ({"targets": ("q",)}, "no sublayer")),
-        random=True, operators=24, saved=0.9, quick=False, without_attention={"targets": ("mlp",)},
+        random=True, operators=24, saved=0.9, without_attention={"targets": ("mlp",)},
         artifact={"bottleneck": 1},
     ),
     "ConformerAdapter": Row(
@@ -1026,7 +1005,7 @@ METHODS: dict[str, Row] = {
         trained=_conformer,
         cards=(("vit_b16", {}, 252_288),),
         bad=(({"bottleneck": 0}, "bottleneck 0"), ({"kernel": 4}, "kernel 4"), ({"targets": ("q",)}, "no sublayer")),
-        random=True, operators=24, saved=0.9, stored=1.3, running=True, quick=False,
+        random=True, operators=24, saved=0.9, stored=1.3, running=True,
         absent=("test_accumulation", "test_two_processes"), without_attention={"targets": ("mlp",)},
         artifact={"bottleneck": 1, "kernel": 3},
     ),
@@ -1038,7 +1017,7 @@ METHODS: dict[str, Row] = {
         cards=(("vit_b16", {}, 903_672),),
         bad=(({"bottleneck": 0}, "bottleneck 0"), ({"kind": "hard"}, "'hard'"), ({"adapters": 0}, "adapters 0"),
              ({"targets": ("q",)}, "no sublayer")),
-        random=True, operators=24, saved=0.9, quick=False, without_attention={"targets": ("mlp",)},
+        random=True, operators=24, saved=0.9, without_attention={"targets": ("mlp",)},
         artifact={"adapters": 1, "bottleneck": 1},
     ),
     "PTuningV2": Row(
@@ -1046,7 +1025,7 @@ METHODS: dict[str, Row] = {
         trained=_prefix,
         cards=(("bert_base", {"tokens": 128}, 2_359_296),),
         bad=(({"tokens": 0}, "tokens 0"), ({"dropout": 1.0}, "dropout 1"), ({"targets": ("q",)}, "no attention")),
-        random=True, operators=20, saved=0.75, quick=False,
+        random=True, operators=20, saved=0.75,
         artifact={"tokens": 1},
     ),
     "MAM": Row(
@@ -1059,7 +1038,7 @@ METHODS: dict[str, Row] = {
         trained=_mam,
         cards=(("bert_base", {}, 22_493_984),),
         bad=(({"tokens": 0}, "tokens 0"), ({"bottleneck": 0}, "bottleneck 0"), ({"scale": 0}, "scale 0")),
-        random=True, commutes=None, operators=30, saved=0.9, quick=False,
+        random=True, commutes=None, operators=30, saved=0.9,
         artifact={"tokens": 1, "reparametrize": False, "bottleneck": 1},
     ),
     "UniPELT": Row(
@@ -1068,7 +1047,7 @@ METHODS: dict[str, Row] = {
         trained=_unipelt,
         cards=(("bert_base", {}, 11_083_376),),
         bad=(({"tokens": 0}, "tokens 0"), ({"rank": 0}, "rank 0"), ({"reduction": 0}, "reduction 0")),
-        random=True, commutes=False, operators=40, saved=0.95, quick=False,
+        random=True, commutes=False, operators=40, saved=0.95,
         artifact={"tokens": 1, "reparametrize": False, "rank": 1},
     ),
     "Compacter": Row(
@@ -1079,7 +1058,7 @@ METHODS: dict[str, Row] = {
         cards=(("bert_base", {}, 57_088),),
         bad=(({"bottleneck": 0}, "bottleneck 0"), ({"n": 0}, "n 0"), ({"n": 5}, "must divide"), ({"rank": 0}, "rank 0"),
              ({"targets": ("q",)}, "no hidden state")),
-        random=True, commutes=False, operators=20, saved=0.8, quick=False, without_attention={"targets": ("mlp",)},
+        random=True, commutes=False, operators=20, saved=0.8, without_attention={"targets": ("mlp",)},
         artifact={"bottleneck": 4},
     ),
     "CompacterPlusPlus": Row(
@@ -1087,7 +1066,7 @@ METHODS: dict[str, Row] = {
         trained=_compacter,
         cards=(("bert_base", {}, 28_576),),
         bad=(({"bottleneck": 0}, "bottleneck 0"), ({"n": 5}, "must divide")),
-        random=True, commutes=False, operators=20, saved=0.8, quick=False,
+        random=True, commutes=False, operators=20, saved=0.8,
         artifact={"bottleneck": 4},
     ),
     "SideTuning": Row(
@@ -1096,7 +1075,7 @@ METHODS: dict[str, Row] = {
         cards=(("vit_b16", {"network": "alexnet"}, 9_547_585),),
         bad=(({"hidden": 0}, "hidden 0"), ({"network": "vgg"}, "'vgg'"), ({"pretrained": True}, "alexnet"),
              ({"layers": (0,)}, "layers")),
-        random=True, commutes=False, operators=24, saved=0.3, quick=False,
+        random=True, commutes=False, operators=24, saved=0.3,
         absent=("test_no_graph_below_the_first_graft",),
         artifact={"hidden": 1},
     ),
@@ -1105,7 +1084,7 @@ METHODS: dict[str, Row] = {
         trained=lambda anatomy, method: 0,
         bad=(({"drop": 0}, "drop 0"), ({"drop": "some"}, "'some'"), ({"drop": 99}, "drop 99"),
              ({"drop": "random", "maximum": 99}, "maximum 99"), ({"inference": -1}, "inference -1")),
-        saved=0.0, quick=False,
+        saved=0.0,
         absent=("test_nothing_to_train", "test_checkpoint", "test_resume", "test_reproducible",
                 "test_no_graph_below_the_first_graft"),
     ),
@@ -1116,7 +1095,7 @@ METHODS: dict[str, Row] = {
         trained=_prompts,
         cards=(("vit_b16", {}, 92_160), ("vit_b16", {"deep": False}, 7_680)),
         bad=(({"tokens": 0}, "tokens 0"), ({"dropout": 1.0}, "dropout 1"), ({"deep": False, "dropout": 0.1}, "deep")),
-        random=True, commutes=None, operators=40, saved=0.9, quick=False,
+        random=True, commutes=None, operators=40, saved=0.9,
         artifact={"tokens": 1},
     ),
     "PromptTuning": Row(
@@ -1125,7 +1104,7 @@ METHODS: dict[str, Row] = {
         trained=_prompts,
         cards=(("vit_b16", {}, 15_360), ("bert_base", {}, 15_360)),
         bad=(({"tokens": 0}, "tokens 0"), ({"init": "zero"}, "'zero'"), ({"layers": (0,)}, "layers")),
-        random=True, commutes=None, operators=12, saved=1.2, quick=False,
+        random=True, commutes=None, operators=12, saved=1.2,
         absent=("test_irregular_mix", "test_no_graph_below_the_first_graft"),  # its grafts act together; no layers
         artifact={"tokens": 1},
     ),
@@ -1137,7 +1116,7 @@ METHODS: dict[str, Row] = {
         trained=_prompts,
         cards=(("bert_base", {}, 1_787_136), ("bert_base", {"encoder": "lstm"}, 27_174_144)),
         bad=(({"tokens": 0}, "tokens 0"), ({"encoder": "gru"}, "'gru'"), ({"hidden": 0}, "hidden 0")),
-        random=True, commutes=None, operators=30, saved=1.2, quick=False,
+        random=True, commutes=None, operators=30, saved=1.2,
         absent=("test_irregular_mix", "test_no_graph_below_the_first_graft"),
         artifact={"tokens": 1, "hidden": 2},
     ),
@@ -1158,7 +1137,6 @@ METHODS: dict[str, Row] = {
         bad=(({"heads": 0}, "heads 0"), ({"heads": 999}, "heads 999"), ({"l1": -1.0}, "l1 -1"),
              ({"spread": -1.0}, "spread -1"), ({"targets": ("mlp.down",)}, "does not read heads")),
         random=True, operators=6, saved=0.9, stored=2.0,
-        quick=False,
     ),
     "LIFT": Row(
         {"all": Variant({"rank": 2}, learns={"rank": 16, "lr": 1e-2}),
@@ -1181,7 +1159,6 @@ METHODS: dict[str, Row] = {
              ({"count": 10**9}, "1000000000"), ({"rank": 0}, "rank 0"), ({"ratio": 0.5}, "ratio 0.5"),
              ({"batches": -1}, "batches -1"), *NOT_LINEAR),
         random=True, operators=8, saved=0.96, stored=2.0, decays=True,
-        quick=False,
         artifact={"count": 300},
     ),
     "SpIEL": Row(
@@ -1207,7 +1184,6 @@ METHODS: dict[str, Row] = {
         bad=(({"density": 0.0}, "density 0"), ({"count": 0}, "count 0"), ({"count": 10**9}, "1000000000 entries"),
              ({"count": 3, "density": 0.1}, "not both"), *NOT_LINEAR),
         random=True, operators=2, saved=0.96, stored=2.0,
-        quick=False,
         artifact={"density": None, "count": 60, "targets": ("mlp.up",)},
     ),
     "PST": Row(
@@ -1220,7 +1196,6 @@ METHODS: dict[str, Row] = {
              ({"initial": 0.95}, "initial 0.95"), ({"warmup": 0.8}, "warmup 0.8"), ({"spread": 0.0}, "spread 0"),
              *NOT_LINEAR),
         random=True, weights=True, commutes=None, operators=34, saved=0.96,
-        quick=False,
         absent=("test_gradcheck",),  # as RAMT
         schedule=_sparsity_follows_formula,
         artifact={"rank": 1, "score_rank": 1},
@@ -1342,7 +1317,6 @@ METHODS: dict[str, Row] = {
              ({"dropout": 1.0}, "dropout 1"), ({"bottleneck": 10, "groups": 5}, "groups 5 does not divide"),
              ({"targets": ("mlp.up",)}, "no sublayer")),
         random=True, commutes=False, operators=10, saved=0.95, without_attention={"targets": ("mlp",)},
-        quick=False,
         artifact={"bottleneck": 2, "targets": ("mlp",)},
     ),
     "PortLLM": Row(
@@ -1491,32 +1465,25 @@ class Cell:
         return self.cls.moves_base if declared is None else declared
 
 
-SHARE = 3
-"""In the quick tier an invariant meets every third family with each method; which ones, turns with its number."""
-SHARE_OF_ALL = 1 if os.environ.get("SCION_ALL") == "whole" else 4
-"""In the long tier it meets every fourth of all families with each variant, turning likewise; or all of them."""
+SHARE_OF_ALL = 1 if os.environ.get("SCION_ALL") == "whole" else 6
+"""In the long tier each variant meets every sixth of all families, which ones turning likewise; or all of them."""
 
 
-def cells(everything: bool, number: int = 0, rotate: bool = False) -> list[Cell]:
-    """The cells of invariant ``number``.
+def cells(everything: bool, number: int = 0) -> list[Cell]:
+    """The cells of invariant ``number``: each method on one family, which turns with the number.
 
     Args:
         everything: all variants, on a share of all families.
         number: shifts the rotation, so that one method does not meet the same family in every invariant.
-        rotate: one family a variant instead of a share of them.
     """
     families = list(FAMILIES)
     found = []
     for m, (method, row) in enumerate(METHODS.items()):
         for v, (name, variant) in enumerate(row.variants.items()):
-            if not (everything or row.quick or v == 0):
-                continue
-            first = v == 0 or variant.everywhere
-            if everything or (first and row.quick and not rotate):
-                share = (list(EVERY_FAMILY)[(m + v + number) % SHARE_OF_ALL::SHARE_OF_ALL] if everything
-                         else families[(m + number) % SHARE::SHARE])
+            if everything:
+                share = list(EVERY_FAMILY)[(m + v + number) % SHARE_OF_ALL::SHARE_OF_ALL]
                 found += [Cell(method, name, family) for family in share]
-            elif first or not rotate:
+            elif v == 0 or variant.everywhere:
                 turn = families[(m + v + number) % len(families):] + families[:(m + v + number) % len(families)]
                 found.append(next(cell for f in turn if not (cell := Cell(method, name, f)).refused))
     return found

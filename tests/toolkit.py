@@ -29,16 +29,15 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, to
 CLASSES = 4
 
 
-def invariant(number: int, text: str, rotate: bool = False, where: Callable[[Cell], bool] | None = None) -> Any:
+def invariant(number: int, text: str, where: Callable[[Cell], bool] | None = None) -> Any:
     """Mark a test that takes ``cell`` as a row of the matrix.
 
     Args:
         number: of the invariant.
         text: what it says, for the table.
-        rotate: run on one family a method, in rotation, unless SCION_ALL is set.
         where: the cells to which it applies.
     """
-    return pytest.mark.invariant(number, text, rotate=rotate, where=where)
+    return pytest.mark.invariant(number, text, where=where)
 
 
 # ------------------------------------------------------------------------------------------------- values

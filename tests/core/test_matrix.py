@@ -73,7 +73,7 @@ def test_no_row_is_empty() -> None:
 
 def test_rotation_reaches_every_family() -> None:
     for (number, name), mark in rows().items():
-        if mark.kwargs["rotate"] and mark.kwargs["where"] is None:
+        if mark.kwargs["where"] is None:
             every = EVERY_FAMILY if EVERYTHING else FAMILIES
             assert {cell.family for cell in cells_of(mark, name)[0]} == set(every), f"{number} {name}"
 

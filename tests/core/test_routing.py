@@ -66,7 +66,7 @@ def test_what_the_rows_share_cannot_be_routed(cell: Cell) -> None:
         assert len(route.methods) == 3 and route.trainable()
 
 
-@invariant(28, "row i equals a run with its own adapter", rotate=True,
+@invariant(28, "row i equals a run with its own adapter",
            where=lambda cell: routable(cell) and cell.trains)
 def test_gradients_of_routed_rows(cell: Cell) -> None:
     """Each variant learns from its rows alone: as if it had seen these in a batch of their own."""
@@ -90,7 +90,7 @@ def test_gradients_of_routed_rows(cell: Cell) -> None:
             assert tensor.grad is not None and torch.allclose(mixed[name], tensor.grad, rtol=1e-8, atol=1e-10), name
 
 
-@invariant(28, "row i equals a run with its own adapter", rotate=True,
+@invariant(28, "row i equals a run with its own adapter",
            where=lambda cell: routable(cell) and cell.trains)
 def test_route_is_saved(cell: Cell, tmp_path: Path) -> None:
     model, inputs = make(cell.family), batch(cell.family, 4)

@@ -163,7 +163,7 @@ def test_damaged_tensors(cell: Cell, tmp_path: Path) -> None:
         assert _refuses(tmp_path, make(cell.family), *words)
 
 
-@invariant(40, "missing, extra, misshapen tensors refuse", rotate=True)
+@invariant(40, "missing, extra, misshapen tensors refuse")
 def test_damaged_files(cell: Cell, tmp_path: Path) -> None:
     _saved(cell, tmp_path)
     tensors, record = (tmp_path / TENSORS).read_bytes(), (tmp_path / RECORD).read_text()
@@ -189,7 +189,7 @@ def test_damaged_files(cell: Cell, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("weights_only", [False, True], ids=["whole", "weights only"])
-@invariant(41, "checkpoints hold deltas only, and load alone", rotate=True)
+@invariant(41, "checkpoints hold deltas only, and load alone")
 def test_checkpoint(cell: Cell, weights_only: bool, tmp_path: Path) -> None:
     module = Plain(make(cell.family))
     method = cell.attach(module.backbone)
@@ -212,7 +212,7 @@ def test_checkpoint(cell: Cell, weights_only: bool, tmp_path: Path) -> None:
     assert _refuses(file, make(cell.family, seed=1), "another base")
 
 
-@invariant(42, "k + k steps equal 2k steps", rotate=True)
+@invariant(42, "k + k steps equal 2k steps")
 def test_resume(cell: Cell, tmp_path: Path) -> None:
     """Weights, optimizer, schedule, losses, random states; broken off within an epoch, and resumed by fresh objects."""
 
@@ -281,7 +281,7 @@ def test_state_dict(cell: Cell) -> None:
         twin.load_state_dict(state, strict=True)
 
 
-@invariant(43, "deepcopy, pickle, state dict, compiled keys", rotate=True)
+@invariant(43, "deepcopy, pickle, state dict, compiled keys")
 def test_compiled_keys(cell: Cell, tmp_path: Path) -> None:
     """A method on a compiled module has the names that it has on the plain one; files of either load onto either."""
     inputs = batch(cell.family)

@@ -101,7 +101,7 @@ def test_removal(cell: Cell) -> None:
     assert again.attached and set(again.trainable()) == {n for n, p in model.named_parameters() if p.requires_grad}
 
 
-@invariant(25, "removal leaves no trace", rotate=True)
+@invariant(25, "removal leaves no trace")
 def test_removal_restores_flags(cell: Cell) -> None:
     """A model that came with a frozen tensor and one module in eval mode goes with them."""
     model = make(cell.family).train()

@@ -42,7 +42,7 @@ def _close(one: dict[str, Tensor], two: dict[str, Tensor], tolerance: float) -> 
     return all((one[name] - two[name]).abs().max().item() <= tolerance * scale for name in two)
 
 
-@invariant(13, "each trained tensor gets a gradient, no frozen one", rotate=True)
+@invariant(13, "each trained tensor gets a gradient, no frozen one")
 def test_gradients(cell: Cell) -> None:
     model = make(cell.family)
     method = cell.attach(model)
@@ -66,7 +66,7 @@ def test_gradients(cell: Cell) -> None:
     assert not waiting
 
 
-@invariant(14, "gradcheck in float64", rotate=True, where=lambda cell: cell.trains)
+@invariant(14, "gradcheck in float64", where=lambda cell: cell.trains)
 def test_gradcheck(cell: Cell) -> None:
     model, inputs = make(cell.family, dtype=torch.float64), batch(cell.family, 2, dtype=torch.float64)
     method = cell.attach(model, **({"dropout": 0.0} if "dropout" in cell.new().config else {}))
@@ -80,7 +80,7 @@ def test_gradcheck(cell: Cell) -> None:
     assert gradcheck(function, tensors, eps=1e-6, atol=1e-6, rtol=1e-6, fast_mode=True)
 
 
-@invariant(15, "only declared tensors move", rotate=True)
+@invariant(15, "only declared tensors move")
 def test_only_declared_move(cell: Cell) -> None:
     model = make(cell.family)
     method = cell.attach(model)
@@ -95,7 +95,7 @@ def test_only_declared_move(cell: Cell) -> None:
     assert same(start, {name: value.to(base[name]) for name, value in method.start.items()})
 
 
-@invariant(16, "halves a 2-batch loss in 30 recommended steps", rotate=True, where=lambda cell: cell.trains)
+@invariant(16, "halves a 2-batch loss in 30 recommended steps", where=lambda cell: cell.trains)
 def test_learns(cell: Cell) -> None:
     """A frozen random head of unit variance, 2 batches of 2 with random labels, the method's own learning rate."""
     model = make(cell.family)
@@ -133,7 +133,7 @@ def test_parameter_groups(cell: Cell) -> None:
             group.get("weight_decay") != 0.0) for tensor in group["params"])
 
 
-@invariant(18, "activation checkpointing changes nothing", rotate=True, where=lambda cell: cell.trains)
+@invariant(18, "activation checkpointing changes nothing", where=lambda cell: cell.trains)
 def test_checkpointing(cell: Cell) -> None:
     """For one forward, and for two before one backward; dropout draws the same in the recomputation."""
     model = make(cell.family)
@@ -155,7 +155,7 @@ def test_checkpointing(cell: Cell) -> None:
     assert _close(found[2], found[0], 1e-6) and _close(found[3], found[1], 1e-6)
 
 
-@invariant(19, "two half batches equal one", rotate=True, where=lambda cell: cell.trains)
+@invariant(19, "two half batches equal one", where=lambda cell: cell.trains)
 def test_accumulation(cell: Cell) -> None:
     model = make(cell.family)
     method = cell.attach(model, backbone_mode="eval", **cell.quiet)
@@ -170,7 +170,7 @@ def test_accumulation(cell: Cell) -> None:
     assert _close(_gradients(model, method.trainable()), whole, 1e-5)
 
 
-@invariant(20, "one seed, one checkpoint", rotate=True)
+@invariant(20, "one seed, one checkpoint")
 def test_reproducible(cell: Cell, tmp_path: Any) -> None:
     found = []
     for run in range(2):
@@ -186,7 +186,7 @@ def test_reproducible(cell: Cell, tmp_path: Any) -> None:
     assert first == second
 
 
-@invariant(21, "schedules follow their formula", rotate=True, where=lambda cell: cell.row.schedule is not None)
+@invariant(21, "schedules follow their formula", where=lambda cell: cell.row.schedule is not None)
 def test_schedule(cell: Cell) -> None:
     assert cell.row.schedule is not None
     cell.row.schedule()
@@ -205,7 +205,7 @@ def test_eval_is_quiet(cell: Cell) -> None:
     assert noisy == (trunk or bool(method.config.get("dropout")) or cell.row.variants[cell.variant].noise)
 
 
-@invariant(22, "no noise in eval mode", rotate=True)
+@invariant(22, "no noise in eval mode")
 def test_frozen_parts_stay_in_eval(cell: Cell) -> None:
     """The backbone's modules, after ``train()`` on anything around them; ``backbone_mode="train"`` opts out."""
     for mode in ("eval", "train"):

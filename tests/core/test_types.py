@@ -130,7 +130,7 @@ def test_to(cell: Cell) -> None:
     assert all(tensor.is_meta for tensor in method.tensors().values()) and set(method.trainable()) == trained
 
 
-@invariant(47, "torch.compile, whole graph, gives eager's output", rotate=True)
+@invariant(47, "torch.compile, whole graph, gives eager's output")
 def test_compile(cell: Cell) -> None:
     """The first block, forward and backward; the whole model under SCION_ALL, and where what the method trains shows
     only behind the blocks."""
