@@ -10,6 +10,9 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+# The first backward decides for the process whether autograd has threads of its own, which no forked child can use
+# (tests/core/test_killed.py): here it has none. A compiler's imitation of a GPU that came before it would start some.
+torch.ones((), requires_grad=True).backward()
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -125,4 +125,12 @@ def _unpack(file: Path, target: Path) -> None:
             packed.extractall(target)  # checks each file's CRC
     else:
         with tarfile.open(file, "r:*") as packed:
-            packed.extractall(target, filter="data")  # nothing outside the folder, no devices, no links out of it
+            if hasattr(tarfile, "data_filter"):  # nothing outside the folder, no devices, no links out of it
+                packed.extractall(target, filter="data")
+                return
+            inside = target.resolve()  # Python before 3.11.4
+            for member in packed.getmembers():
+                path = (target / member.name).resolve()
+                if not (member.isfile() or member.isdir()) or not path.is_relative_to(inside):
+                    raise ScionError(f"{file}: holds {member.name}, which is no plain file within the archive's folder")
+            packed.extractall(target)

@@ -148,6 +148,7 @@ class DiffPruning(PEFTMethod):
             graft.values.copy_(changes[graft.site.name][kept[graft.site.name]])
 
     def _fix(self, kept: dict[str, Tensor]) -> None:
+        self.identity_at_start = False  # of this stage
         for graft in self.grafts:
             grafts.disconnect(graft)
             delattr(self.module, key_of(graft.site.name))
