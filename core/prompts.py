@@ -49,7 +49,7 @@ class PromptGraft(Graft):
         super().__init__(site)
         self.tokens = tokens
         self.prompt = None if prompt is None else torch.nn.Parameter(prompt)
-        self.made = [values]  # in a list: the method registers what makes them
+        self.made: list[Values | None] = [values]  # in a list: the method registers what makes them
 
     def values(self) -> Tensor:
         """The prompts [tokens, dim]."""

@@ -10,7 +10,6 @@ import os
 import random
 import shutil
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -92,11 +91,14 @@ def point_of(tmp_path_factory: pytest.TempPathFactory):
     home = tmp_path_factory.mktemp("parts")
     (home / "killed_parts.py").write_text(PARTS)
     (home / "killed.yaml").write_text(CONFIG)
-    sys.path.insert(0, str(home))
+    from core import report
     from core.config import points
 
-    yield lambda *overrides: points(str(home / "killed.yaml"), list(overrides))[0]
-    sys.path.remove(str(home))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(home)
+        # drawing takes longer than training here
+        patch.setattr(report, "_save", lambda *figure_and_path, **options: None)
+        yield lambda *overrides: points(str(home / "killed.yaml"), list(overrides))[0]
 
 
 def child(point, folder: Path, stop_after: int | None = None) -> int:

@@ -138,6 +138,7 @@ class PrefixTuning(PEFTMethod):
     identity_at_start = False
     needs = ("attend",)
     inference_cost = "every attention reads `tokens` more keys and values"
+    targets: tuple[str, ...]
     recommended = {"lr": 1e-2, "weight_decay": 0.1}
     peft = PrefixForm("PREFIX_TUNING", tensors={"prefix": "prefix"}, training=(
         "num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules",
