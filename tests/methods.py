@@ -10,18 +10,21 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
 
 from core import peft
-from core.anatomy import Anatomy
+from core.anatomy import Anatomy, dissect
 from core.method import PEFTMethod, key_of
-from tests.models import EVERY_FAMILY, FAMILIES, WIDTH
+from tests.models import EVERY_FAMILY, FAMILIES, WIDTH, make
 
 Config = dict[str, Any]
 
+CAUSAL = ("llama", "t5", "clip", "clip_text", "gpt2", "gpt_neox", "codegen", "mistral", "qwen2", "gemma", "starcoder2")
+"""Families in which, at least in one stack, a token sees only those before it."""
 
 @dataclass(frozen=True)
 class Variant:
@@ -122,8 +125,8 @@ def _sensitivity(anatomy: Anatomy, method: Any) -> int:
 
 
 def _diff(anatomy: Anatomy, method: Any) -> int:
-    tensors = len(list(anatomy.root.parameters())) if method.structured else 0
-    numbers = sum(p.numel() for p in anatomy.root.parameters() if p.dim())
+    sizes = [p.numel() for p in anatomy.root.parameters() if p.dim()]
+    tensors, numbers = len(sizes) if method.structured else 0, sum(sizes)
     return 2 * numbers + tensors if method.stage == "masks" else method.keep
 
 
@@ -825,7 +828,7 @@ METHODS: dict[str, Row] = {
     ),
     "Consolidator": Row(
         {"all": Variant(learns={"groups": 2, "lr": 1e-2}),
-         "zeros": Variant({"groups": 4, "init": "zeros", "dropout": 0.5, "targets": ("q", "v")}, random=False,
+         "zeros": Variant({"groups": 4, "init": "zeros", "dropout": 0.2, "targets": ("q", "v")}, random=False,
                           learns={"groups": 2, "lr": 3e-2})},
         trained=_consolidator,
         cards=(("vit_b16", {}, 304_128), ("bert_base", {}, 304_128)),
@@ -880,8 +883,10 @@ METHODS: dict[str, Row] = {
         artifact={"targets": ("norm2",)},
     ),
     "BitFit": Row(
-        {"all": Variant(), "mlp": Variant({"targets": ("mlp.up", "mlp.down"), "layers": (-1,)},
-                                          learns={"lr": 3e-2})},
+        {"all": Variant(),
+         "mlp": Variant({"targets": ("mlp.up", "mlp.down"), "layers": (-1,)}, learns={"lr": 3e-2},
+                        refused={"timm_eva": "gate and up are one projection with one bias",
+                                 "qwen2": "its MLP has no biases"})},
         trained=_biases,
         cards=(("vit_b16", {}, 102_912), ("bert_base", {}, 102_912)),
         bad=(({"targets": ("q", "qq")}, "'qq'"), ({"exclude": ("nrom",)}, "'norm'")),
@@ -1012,7 +1017,7 @@ METHODS: dict[str, Row] = {
     "MixtureOfAdapters": Row(
         {"dense": Variant({"kind": "dense", "adapters": 3, "bottleneck": 2}),
          "soft": Variant({"adapters": 2, "bottleneck": 2, "slots": 2, "targets": ("attention", "mlp")},
-                         refused=dict.fromkeys(("llama", "t5"), "a soft mixture would see tokens to come"))},
+                         refused=dict.fromkeys(CAUSAL, "a soft mixture would see tokens to come"))},
         trained=_moa,
         cards=(("vit_b16", {}, 903_672),),
         bad=(({"bottleneck": 0}, "bottleneck 0"), ({"kind": "hard"}, "'hard'"), ({"adapters": 0}, "adapters 0"),
@@ -1369,8 +1374,7 @@ REFUSED: dict[tuple[str, str], str] = {
         "PrefixTuning", "VQT", "MTLoRA", "LadderSideTuning", "VPT", "PromptTuning", "PTuning",
         "PTuningV2", "MAM", "UniPELT", "LoFiT")},
     **{("UniPELT", family): "its gates are means over the sequence, and a causal model may not see what is to come"
-       for family in ("llama", "t5", "clip", "clip_text", "gpt2", "gpt_neox", "codegen", "mistral", "qwen2", "gemma",
-                      "starcoder2")},
+       for family in CAUSAL},
     **{(method, "timm_swin"): "its states are a map, in which there is no place for further tokens" for method in (
         "PromptTuning", "PTuning")},
     **{("Convpass", family): f"the tokens of {name} are no grid" for family, name in (
@@ -1389,6 +1393,12 @@ REFUSED: dict[tuple[str, str], str] = {
     ("MTLoRA", "timm_eva"): "gate and MLP are one fused map, whose rows the tasks' streams cannot share",
 }
 """Cells that cannot exist, each with the mathematical reason: at most a tenth of all."""
+
+
+@cache
+def roles(family: str) -> tuple[str, ...]:
+    """The roles of a family's parts."""
+    return tuple(dissect(make(family)).roles)
 
 
 @dataclass(frozen=True)
@@ -1431,10 +1441,15 @@ class Cell:
 
     @property
     def elsewhere(self) -> Config:
-        """Arguments that the family asks for."""
-        if EVERY_FAMILY[self.family].attention:
-            return {}
-        return {**({"targets": ("mlp.up", "mlp.down")} if self.row.weights else {}), **self.row.without_attention}
+        """Arguments that the family asks for: of the variant's norms those that it has, of its targets, where there is
+        no attention, those of the MLP."""
+        config, attention = self.row.variants[self.variant].config, EVERY_FAMILY[self.family].attention
+        chosen = {name: tuple(role for role in config[name] if role in roles(self.family))
+                  for name in ("norms", *(() if attention else ("targets",))) if name in config}
+        if attention:
+            return chosen
+        return {**chosen, **({"targets": ("mlp.up", "mlp.down")} if self.row.weights else {}),
+                **self.row.without_attention}
 
     @property
     def random(self) -> bool:

@@ -43,10 +43,12 @@ class BitFit(PEFTMethod):
         else:
             sites = anatomy.sites(self.roles, self.layers, self.name)
             for site in sites:
-                if site.rows is not None:
-                    raise ScionError(f"{self.name}: {site.name} shares its bias with others in a fused projection; "
-                                     "take 'qkv'")
+                parts = [part.role for part in anatomy.all_sites() if part.path == site.path and part.rows is not None]
+                if site.rows is not None and not set(parts) <= set(self.roles):
+                    raise ScionError(f"{self.name}: {site.name} shares one bias with the other parts of a fused "
+                                     f"projection; take them all: {', '.join(parts)}")
             names = [f"{site.path}.bias" for site in sites if getattr(site.module, "bias", None) is not None]
+            names = list(dict.fromkeys(names))
         names = [name for name in names if name.rpartition(".")[0] not in left_out]
         if not names:
             raise ScionError(f"{self.name}: {anatomy.family} has no bias at {self.roles or 'any of its modules'}")
