@@ -130,6 +130,15 @@ def _diff(anatomy: Anatomy, method: Any) -> int:
     return 2 * numbers + tensors if method.stage == "masks" else method.keep
 
 
+def _tensor_apet(anatomy: Anatomy, method: Any) -> int:
+    """Of the backbone at most half of the budget; of what is added less than one unit more than the other half."""
+    sizes = {site.name: sum(method.sizes(site)) for site in anatomy.sites(method.targets)}
+    added, moved = sum(sizes[name] for name in method.added), sum(t.numel() for t in method.start.values())
+    half = method.budget(anatomy) // 2
+    assert moved <= half and added < half + max(sizes.values()) and len(method.grafts) == len(method.added)
+    return added + moved
+
+
 def _pst(anatomy: Anatomy, method: Any) -> int:
     return sum((method.rank + method.score_rank + 1) * (i + o) for i, o in _all_linear(anatomy, method))
 
@@ -1190,6 +1199,18 @@ METHODS: dict[str, Row] = {
              ({"count": 3, "density": 0.1}, "not both"), *NOT_LINEAR),
         random=True, operators=2, saved=0.96, stored=2.0,
         artifact={"density": None, "count": 60, "targets": ("mlp.up",)},
+    ),
+    "TensorAPET": Row(
+        {"drawn": Variant({"count": 6000, "rank": 2, "bottleneck": 4}, learns={"count": 30000, "lr": 3e-3}),
+         "modules": Variant({"count": 3000, "rank": 2, "bottleneck": 4, "seed": 3, "exclude": ("norm",)},
+                            learns={"count": 20000, "lr": 3e-3})},
+        trained=_tensor_apet,
+        cards=(("vit_b16", {}, 259_632),),
+        bad=(({"density": 0.0}, "density 0"), ({"count": 0}, "count 0"), ({"count": 1}, "budget of 1"),
+             ({"count": 3, "density": 0.1}, "not both"), ({"rank": 0}, "rank 0"), ({"bottleneck": 0}, "bottleneck 0"),
+             ({"targets": ("feature",)}, "neither a linear map")),
+        random=True, operators=8, saved=0.98, commutes=False, without_attention={"targets": ("mlp.up", "mlp")},
+        artifact={"count": 120, "targets": ("mlp",), "bottleneck": 1},
     ),
     "PST": Row(
         {"dense": Variant({"rank": 2, "score_rank": 2}, learns={"lr": 1e-3}),

@@ -1,4 +1,4 @@
-"""Sheet 17, APET: those of its checks that are about single entries, by their numbers there."""
+"""Sheet 17, APET: its checks, by their numbers there."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import torch
 
 from core.anatomy import dissect
 from core.peft import method_class
-from core.peft.selection.apet import distinct
+from core.peft.selection.apet import distinct, draw
 from tests.models import batch, make
 from tests.toolkit import distance, outputs, randomize, same, snapshot, train
 
 APET: Any = method_class("APET")
+TensorAPET: Any = method_class("TensorAPET")
 
 
 def test_2_exact_budget() -> None:
@@ -82,3 +83,36 @@ def test_9_uniform(count: int) -> None:
     expected = sizes / 100
     error = (expected * (1 - expected) / (2000 * count)).sqrt()
     assert bool(((found / (2000 * count) - expected).abs() < torch.maximum(0.05 * expected, 4 * error)).all())
+
+
+def test_1_budgets() -> None:
+    """LoRA of rank 8 on q and v, and bottlenecks of 24, of BLOOM-7b1's 30 blocks: the sizes that units are drawn by."""
+    from types import SimpleNamespace
+
+    linear: Any = SimpleNamespace(kind="linear", in_features=4096, out_features=4096)
+    hidden: Any = SimpleNamespace(kind="module", width=4096)
+    assert 30 * 2 * sum(TensorAPET().sizes(linear)) == 3_932_160
+    assert 30 * 2 * sum(TensorAPET().sizes(hidden)) == 12_043_680
+
+
+def test_7_tensor_mode() -> None:
+    """Of the backbone's tensors at most N / 2, of added ones less than a unit more, and units stay whole."""
+    for seed in range(1, 6):
+        model = make("bert")
+        method = TensorAPET(count=6000, seed=seed, rank=2, bottleneck=4).attach(model)
+        moved = sum(p.numel() for p in method.start.values())
+        sizes = [sum(p.numel() for p in graft.parameters()) for graft in method.grafts]
+        assert moved <= 3000 and sum(sizes) < 3000 + max(sizes) and method.counts()["method"] == moved + sum(sizes)
+        for graft in method.grafts:
+            kinds = {"A", "B"} if graft.site.kind != "module" else {"down.weight", "down.bias", "up.weight", "up.bias"}
+            assert {name for name, p in graft.named_parameters() if p.requires_grad} == kinds
+    assert {tuple(TensorAPET(count=6000, seed=seed, rank=2).attach(make("bert")).start) for seed in (1, 1)} != {
+        tuple(TensorAPET(count=6000, seed=2, rank=2).attach(make("bert")).start)}
+
+
+def test_8_draw() -> None:
+    """The example of the specification, by Python's random numbers seeded with N times the seed."""
+    units = [(f"l{i}.{role}", (8, 8)) for i in range(4) for role in "qv"]
+    tensors = [(f"l{i}.{kind}", size) for kind, size in (("w", 16), ("b", 4), ("ln", 3)) for i in range(4)]
+    added, moved = draw(units, tensors, 40, 1)
+    assert added == ["l1.q"] and sorted(moved) == ["l2.b", "l3.w"]

@@ -1,7 +1,8 @@
-"""APET: arbitrary few parameters, at positions drawn at random (Su et al. 2023, arXiv:2306.02320)."""
+"""APET: arbitrary few parameters, drawn at random, one by one or by tensors (Su et al. 2023, arXiv:2306.02320)."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,9 @@ from core.data import seed_of
 from core.errors import ScionError
 from core.graft import Graft
 from core.method import PEFTMethod
+from core.peft.activations.houlsby import BottleneckGraft
+from core.peft.selection.full import all_parameters
+from core.peft.weights.lora import LoRAGraft
 from core.sparse import SparseGraft
 
 
@@ -49,21 +53,26 @@ class APET(PEFTMethod):
     def __init__(self, density: float | None = None, count: int | None = None, targets: Sequence[str] | None = None,
                  **common: Any) -> None:
         super().__init__(**common)
+        mine = type(self).__name__
         if density is not None and count is not None:
-            raise ScionError(f"APET: give density ({density}) or count ({count}), not both")
+            raise ScionError(f"{mine}: give density ({density}) or count ({count}), not both")
         if (density is not None and not 0 < density <= 1) or (count is not None and count < 1):
-            raise ScionError(f"APET: density {density} must lie in (0, 1], count {count} be at least 1")
+            raise ScionError(f"{mine}: density {density} must lie in (0, 1], count {count} be at least 1")
         self.density, self.count = 0.003 if density is None and count is None else density, count
         self.targets = None if targets is None else tuple(targets)
         self.positions: dict[str, Tensor] = {}
+
+    def budget(self, anatomy: Anatomy) -> int:
+        """How many numbers are to be trained."""
+        everything = sum(p.numel() for name, p in anatomy.root.named_parameters() if not name.startswith("peft."))
+        return self.count or int((self.density or 0) * everything)
 
     def check(self, anatomy: Anatomy) -> None:
         self.positions = {}
         self.need_linear(anatomy)
         sites = super().sites(anatomy)
         sizes = [site.in_features * site.out_features for site in sites]
-        everything = sum(p.numel() for name, p in anatomy.root.named_parameters() if not name.startswith("peft."))
-        count = self.count or int((self.density or 0) * everything)
+        count = self.budget(anatomy)
         if not 0 < count <= sum(sizes):
             raise ScionError(f"{self.name}: {count} entries are not between 1 and the {sum(sizes)} of the targets")
         generator = torch.Generator().manual_seed(seed_of(self.seed, self.name, "positions"))
@@ -85,3 +94,95 @@ class APET(PEFTMethod):
 
     def restructure(self, structure: dict[str, Any]) -> None:
         self.check_shapes(structure.get("shapes", {}))
+
+
+def draw(units: Sequence[tuple[str, Sequence[int]]], tensors: Sequence[tuple[str, int]], budget: int,
+         seed: int) -> tuple[list[str], list[str]]:
+    """The names of the added units (each with its tensors' sizes) and of the base's tensors (with their size) that are
+    trained. Half of the budget is for either; a unit is taken if its first tensor fits into what is left, and is paid
+    for as a whole."""
+    chance = random.Random(budget * seed)
+    units, tensors = list(units), list(tensors)
+    chance.shuffle(units)
+    chance.shuffle(tensors)
+    added, moved = [], []
+    left = budget // 2
+    for name, sizes in units:
+        if sizes[0] <= left:
+            added.append(name)
+            left -= sum(sizes)
+    left = budget // 2
+    for name, size in tensors:
+        if size <= left:
+            moved.append(name)
+            left -= size
+    return added, moved
+
+
+class TensorAPET(APET):
+    """Trains whole tensors that are drawn at random: the backbone's own, and modules added at random places.
+
+    Equation: theta_S <- theta_S - lr g(theta_S) with S drawn from the backbone's tensors, and LoRA, y + (16 / r) B A x,
+        or a bottleneck, h + U gelu(D h + b_D) + b_U, at places drawn from the targets
+    Trains: about N numbers: at most N / 2 of the backbone's, and modules of N / 2, of which the last may exceed it by
+        less than its size; ViT-B/16 at 0.3 %: 259,632
+    Merges: no, the bottlenecks are not linear
+    Source: Su et al. 2023, arXiv:2306.02320, as released: LoRA of rank 8, bottlenecks of 24, a draw seeded by N times
+        the seed. Its bottlenecks begin near the identity, ours (U = 0) with it; learning rate of its raw budgets
+
+    Args:
+        density: share of the model's parameters to train, in (0, 1]; 0.003 where nothing else is given.
+        count: alternative: how many to train.
+        targets: linear maps that may get LoRA, and sublayers that may get a bottleneck.
+        rank: of LoRA, at least 1.
+        bottleneck: width of the bottleneck, at least 1.
+        exclude: roles whose own tensors stay frozen (``("norm",)``).
+    """
+
+    mergeable = False
+    moves_base = True
+    inference_cost = "LoRA and bottlenecks at the places drawn"
+
+    def __init__(self, density: float | None = None, count: int | None = None,
+                 targets: Sequence[str] = ("q", "v", "attention", "mlp"), rank: int = 8, bottleneck: int = 24,
+                 exclude: Sequence[str] = (), **common: Any) -> None:
+        super().__init__(density, count, targets, **common)
+        if rank < 1 or bottleneck < 1:
+            raise ScionError(f"TensorAPET: rank {rank} and bottleneck {bottleneck} must be at least 1")
+        self.rank, self.bottleneck, self.exclude = rank, bottleneck, tuple(exclude)
+        self.added: list[str] = []
+        self.drawn: list[str] = []
+
+    def sizes(self, site: Site) -> tuple[int, ...]:
+        """Numbers in the tensors of the module that may be added at ``site``."""
+        if site.kind == "module":
+            return self.bottleneck * site.width, self.bottleneck, site.width * self.bottleneck, site.width
+        return self.rank * site.in_features, site.out_features * self.rank
+
+    def check(self, anatomy: Anatomy) -> None:
+        places = PEFTMethod.sites(self, anatomy)
+        for site in places:
+            if site.kind == "module" and site.role not in ("attention", "mlp", "block"):
+                raise ScionError(f"{self.name}: {site.name} is neither a linear map nor a hidden state of a block")
+        parameters = dict(anatomy.root.named_parameters())
+        names = all_parameters(anatomy, self.layers, self.exclude, self.name)
+        budget = self.budget(anatomy)
+        self.added, self.drawn = draw([(site.name, self.sizes(site)) for site in places],
+                                      [(name, parameters[name].numel()) for name in names], budget, self.seed)
+        if not self.added and not self.drawn:
+            raise ScionError(f"{self.name}: no tensor fits into half of a budget of {budget}")
+
+    def moved(self, anatomy: Anatomy) -> list[str]:
+        return self.drawn
+
+    def sites(self, anatomy: Anatomy) -> list[Site]:
+        return [site for site in PEFTMethod.sites(self, anatomy) if site.name in self.added]
+
+    def build(self, site: Site) -> Graft:
+        if site.kind == "module":
+            return BottleneckGraft(site, self.bottleneck, "zero_up")
+        return LoRAGraft(site, self.rank, 16 / self.rank, 0.0)
+
+    def shapes(self) -> dict[str, list[int]]:
+        return {name: list(tensor.shape) for name, tensor in self._need_root().named_parameters()
+                if tensor.dim() > 1 and not name.startswith("peft.")}  # what was drawn depends on them all
