@@ -23,7 +23,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -72,6 +72,8 @@ class Graft(nn.Module):
     remade: bool = False
     """The effective weight of a linear map is made again in backward instead of being kept for it: worth it where
     making it costs little beside the map itself, and is not random."""
+    entries: bool = False
+    """Its tensors stand for chosen entries of the backbone's, any of which may have a zero gradient by its place."""
     adds_bias: bool = False
     """Merging it gives a bias to a map that has none."""
     whole_batch: bool = False
@@ -272,6 +274,10 @@ class _Rewrite(TorchFunctionMode):
         super().__init__()
         self.effective, self.attend, self.x, self.keys_of = effective, attend, x, keys_of
         self.hits = 0
+
+    def afresh(self) -> _Rewrite:
+        """One for the same forward once more."""
+        return _Rewrite([replace(entry) for entry in self.effective], self.attend, self.x, self.keys_of)
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -789,9 +795,12 @@ class _Checkpointed:
 
 class _Moment:
     """The state of a block's grafts at a forward; entered again when the block is recomputed, since by then they may
-    be switched, routed or split otherwise."""
+    be switched, routed or split otherwise. What the block's own hooks rewrite in it is rewritten again."""
 
     def __init__(self, block: nn.Module) -> None:
+        own = Carrier.of(block)
+        self.rewrites = [rewrite.afresh() for rewrite in own.open[-1:]] if own is not None else []
+        self.again: list[_Rewrite] = []
         carriers = [carrier for module in block.modules() if (carrier := Carrier.of(module))]
         self.grafts = [graft for carrier in carriers for graft in carrier.grafts]
         self.states = self._read()
@@ -810,8 +819,13 @@ class _Moment:
         self.meanwhile = self._read()
         self._write(self.states)
         self._count_batches(False)
+        self.again = [rewrite.afresh() for rewrite in self.rewrites]
+        for rewrite in self.again:
+            rewrite.__enter__()
 
     def __exit__(self, *error: object) -> None:
+        for rewrite in reversed(self.again):
+            rewrite.__exit__(None, None, None)
         self._write(self.meanwhile)
         self._count_batches(True)
 

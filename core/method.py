@@ -166,6 +166,12 @@ class PEFTMethod(Recorded, Callback, ABC):
         """Names of trained tensors that may go without a gradient."""
         return set()
 
+    def resting(self) -> set[str]:
+        """Names of trained tensors whose gradient may be zero by their place (a key's bias, an embedding's row that no
+        sample looks up): the base's own, and chosen entries of them."""
+        sparse = {id(p) for graft in self.grafts if graft.entries for p in graft.parameters()}
+        return {*self.start, *(name for name, tensor in self.trainable().items() if id(tensor) in sparse)}
+
     def param_groups(self) -> list[dict[str, Any]]:
         """Groups for the optimizer; tensors with fewer than two axes are not decayed. Keys beside ``params`` override
         the run's optimizer settings; ``lr_factor`` multiplies its learning rate."""
@@ -804,8 +810,9 @@ class PEFTMethod(Recorded, Callback, ABC):
         if not self._waiting:
             return
         self._backwards += 1
+        resting = self.resting()
         self._waiting = {name: t for name, t in self._waiting.items()
-                         if t.grad is None or (name not in self.start and not bool(t.grad.any()))}
+                         if t.grad is None or (name not in resting and not bool(t.grad.any()))}
         if self._waiting and self._backwards >= GRADIENT_STEPS * trainer.accumulate_grad_batches:
             names = listed(self._waiting, 4)
             raise ScionError(f"{self.name}: no gradient reaches {names}: the module that holds it is never called, or "

@@ -23,6 +23,7 @@ class SparseGraft(Graft):
     """
 
     remade = True
+    entries = True
     index: Tensor
 
     def __init__(self, site: Site, index: Tensor) -> None:

@@ -778,7 +778,8 @@ METHODS: dict[str, Row] = {
     ),
     "FourierFT": Row(
         {"q, v": Variant({"frequencies": 20, "scale": 30.0}, learns={"frequencies": 200, "lr": 3e-2}),
-         "all": Variant({"frequencies": 9, "scale": 20.0, "init": "normal", **WIDE}, random=True)},
+         "all": Variant({"frequencies": 9, "scale": 20.0, "init": "normal", **WIDE}, random=True,
+                        learns={"lr": 5e-2})},
         trained=_fourier,
         cards=(("bert_base", {}, 24_000),),
         bad=(({"frequencies": 0}, "frequencies 0"), ({"scale": 0}, "scale 0"), ({"init": "one"}, "'one'"),
@@ -795,7 +796,8 @@ METHODS: dict[str, Row] = {
         artifact={"rank": 1},
     ),
     "LoKr": Row(
-        {"q, v": Variant(RANK, learns={"lr": 1e-2}), "all": Variant({"rank": 1, "factor": 2, **WIDE})},
+        {"q, v": Variant(RANK, learns={"lr": 1e-2}),
+         "all": Variant({"rank": 1, "factor": 2, **WIDE}, learns={"lr": 3e-3})},
         trained=_lokr,
         cards=(("bert_base", {}, 26_112),),
         bad=(({"rank": 0}, "rank 0"), ({"factor": 0}, "factor 0"), *NOT_LINEAR),
@@ -803,7 +805,8 @@ METHODS: dict[str, Row] = {
         artifact={"rank": 1},
     ),
     "OFT": Row(
-        {"q, v": Variant({"block": 4}, learns={"lr": 2e-2}), "all": Variant({"block": 2, "terms": 0, **WIDE})},
+        {"q, v": Variant({"block": 4}, learns={"lr": 2e-2}),
+         "all": Variant({"block": 2, "terms": 0, **WIDE}, learns={"lr": 3e-3})},
         trained=_oft,
         cards=(("bert_base", {}, 285_696),),
         bad=(({"block": 1}, "block 1"), ({"terms": 1}, "terms 1"), ({"block": 13}, "block 13"), *NOT_LINEAR),
@@ -819,7 +822,8 @@ METHODS: dict[str, Row] = {
         artifact={"block": 2},
     ),
     "Bone": Row(
-        {"all": Variant({"rank": 4}), "mini": Variant({"rank": 5, "columns": 8, "targets": ("q", "v")})},
+        {"all": Variant({"rank": 4}),
+         "mini": Variant({"rank": 5, "columns": 8, "targets": ("q", "v")}, learns={"lr": 3e-3})},
         trained=_bone,
         cards=(("vit_b16", {}, 5_308_416),),
         bad=(({"rank": 0}, "rank 0"), ({"rank": 10**6}, "inputs"), ({"rank": 2, "columns": 7}, "columns 7"),
@@ -858,7 +862,7 @@ METHODS: dict[str, Row] = {
         artifact={"rank": 1},
     ),
     "SVFit": Row(
-        {"q, v": Variant(), "all": Variant({"rank": 3, **WIDE})},
+        {"q, v": Variant(), "all": Variant({"rank": 3, **WIDE}, learns={"lr": 3e-2})},
         trained=_svfit,
         cards=(("bert_base", {}, 18_432),),
         bad=(({"rank": 0}, "rank 0"), ({"rank": 99}, "rank 99"), *NOT_LINEAR),
@@ -866,7 +870,8 @@ METHODS: dict[str, Row] = {
         artifact={"rank": 1},
     ),
     "IA3": Row(
-        {"k, v, mlp": Variant(learns={"lr": 3e-2}), "outputs": Variant({"outputs": ("q", "mlp.up"), "inputs": ()})},
+        {"k, v, mlp": Variant(learns={"lr": 3e-2}),
+         "outputs": Variant({"outputs": ("q", "mlp.up"), "inputs": ()}, learns={"lr": 2e-2})},
         trained=_ia3,
         cards=(("vit_b16", {}, 55_296), ("bert_base", {}, 55_296)),
         bad=(({"outputs": (), "inputs": ()}, "neither"), ({"inputs": ("q",), "outputs": ("q",)}, "q")),
@@ -884,7 +889,7 @@ METHODS: dict[str, Row] = {
         artifact={"targets": ("o",)},
     ),
     "LayerNormTuning": Row(
-        {"all": Variant(learns={"lr": 1e-2}), "few": Variant({"targets": ("norm",)})},
+        {"all": Variant(learns={"lr": 1e-2}), "few": Variant({"targets": ("norm",)}, learns={"lr": 2e-2})},
         trained=_layernorms,
         cards=(("vit_b16", {}, 38_400), ("bert_base", {}, 38_400)),
         bad=(({"targets": ("mlp.up",)}, "no norm"), ({"targets": ("nrom1",)}, "'norm1'")),
@@ -1035,7 +1040,7 @@ METHODS: dict[str, Row] = {
         artifact={"adapters": 1, "bottleneck": 1},
     ),
     "PTuningV2": Row(
-        {"plain": Variant({"tokens": 4, "dropout": 0.0}, learns={"tokens": 20})},
+        {"plain": Variant({"tokens": 4, "dropout": 0.0}, learns={"tokens": 20, "lr": 1e-2})},
         trained=_prefix,
         cards=(("bert_base", {"tokens": 128}, 2_359_296),),
         bad=(({"tokens": 0}, "tokens 0"), ({"dropout": 1.0}, "dropout 1"), ({"targets": ("q",)}, "no attention")),
@@ -1200,18 +1205,6 @@ METHODS: dict[str, Row] = {
         random=True, operators=2, saved=0.96, stored=2.0,
         artifact={"density": None, "count": 60, "targets": ("mlp.up",)},
     ),
-    "TensorAPET": Row(
-        {"drawn": Variant({"count": 6000, "rank": 2, "bottleneck": 4}, learns={"count": 30000, "lr": 3e-3}),
-         "modules": Variant({"count": 3000, "rank": 2, "bottleneck": 4, "seed": 3, "exclude": ("norm",)},
-                            learns={"count": 20000, "lr": 3e-3})},
-        trained=_tensor_apet,
-        cards=(("vit_b16", {}, 259_632),),
-        bad=(({"density": 0.0}, "density 0"), ({"count": 0}, "count 0"), ({"count": 1}, "budget of 1"),
-             ({"count": 3, "density": 0.1}, "not both"), ({"rank": 0}, "rank 0"), ({"bottleneck": 0}, "bottleneck 0"),
-             ({"targets": ("feature",)}, "neither a linear map")),
-        random=True, operators=8, saved=0.98, commutes=False, without_attention={"targets": ("mlp.up", "mlp")},
-        artifact={"count": 120, "targets": ("mlp",), "bottleneck": 1},
-    ),
     "PST": Row(
         {"dense": Variant({"rank": 2, "score_rank": 2}, learns={"lr": 1e-3}),
          "pruned": Variant({"rank": 2, "score_rank": 3, "initial": 0.4, "sparsity": 0.6, "alpha2": 0.5, **WIDE},
@@ -1327,7 +1320,7 @@ METHODS: dict[str, Row] = {
     ),
     "Pfeiffer": Row(
         {"zero_up": Variant({"bottleneck": 8}, learns={"lr": 3e-3}),  # of four all may be dead
-         "normal": Variant({"reduction": 8, "init": "normal"}, learns={"lr": 3e-3})},
+         "normal": Variant({"reduction": 4, "init": "normal"}, learns={"lr": 3e-3})},
         trained=_pfeiffer,
         cards=(("vit_b16", {}, 894_528), ("bert_base", {"bottleneck": 64}, 1_189_632)),
         bad=(({"bottleneck": 0}, "bottleneck 0"), ({"reduction": 0}, "reduction 0"), ({"init": "zero"}, "'zero'")),
@@ -1383,6 +1376,18 @@ METHODS: dict[str, Row] = {
              ({"lr_factor": 0.0}, "lr_factor 0")),
         random=True, commutes=False, operators=24, saved=0.25, stored=1.8,
         artifact={},
+    ),
+    "TensorAPET": Row(
+        {"drawn": Variant({"count": 6000, "rank": 2, "bottleneck": 4}, learns={"count": 30000, "lr": 3e-3}),
+         "modules": Variant({"count": 3000, "rank": 2, "bottleneck": 4, "seed": 3, "exclude": ("norm",)},
+                            learns={"count": 20000, "lr": 3e-3})},
+        trained=_tensor_apet,
+        cards=(("vit_b16", {}, 259_632),),
+        bad=(({"density": 0.0}, "density 0"), ({"count": 0}, "count 0"), ({"count": 1}, "budget of 1"),
+             ({"count": 3, "density": 0.1}, "not both"), ({"rank": 0}, "rank 0"), ({"bottleneck": 0}, "bottleneck 0"),
+             ({"targets": ("feature",)}, "neither a linear map")),
+        random=True, operators=8, saved=0.98, commutes=False, without_attention={"targets": ("mlp.up", "mlp")},
+        artifact={"count": 120, "targets": ("mlp",), "bottleneck": 1},
     ),
 }
 

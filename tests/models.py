@@ -242,6 +242,9 @@ class Family:
     attention: bool = True
     repeats: int = 1
     """How often a forward runs each block."""
+    steps: int = 30
+    """Within which a method halves a loss: more where a tiny model has few maps, one layer, or a feature of which half
+    stands still."""
     saved: float = 1.0
     """Factor on the rows' shares of kept bytes, where the frozen part keeps a larger part of them."""
 
@@ -259,13 +262,13 @@ FAMILIES: dict[str, Family] = {
 EVERY_FAMILY: dict[str, Family] = {
     **FAMILIES,
     "timm_eva": Family(_timm_eva, _images),  # rotary positions in an image, a fused map that is not called, gated MLP
-    "timm_convnext": Family(_timm_convnext, _images, attention=False),  # no attention, channels first
+    "timm_convnext": Family(_timm_convnext, _images, attention=False, steps=90),  # no attention, channels first
     "vit": Family(_vit, _images),
-    "clip": Family(_clip, _images),  # two towers
+    "clip": Family(_clip, _images, steps=90),  # two towers
     "clip_text": Family(_clip_text, _ids, token=-1),
     "clip_vision": Family(_clip_vision, _images, token=None),
     "roberta": Family(_roberta, _padded_ids, padding=0),
-    "albert": Family(_albert, _padded_ids, padding=0, repeats=3, saved=1.2),  # one layer that runs several times
+    "albert": Family(_albert, _padded_ids, padding=0, repeats=3, steps=90, saved=1.2),  # one layer, several times
     "gpt2": Family(_gpt2, _ids, token=-1, saved=1.25),  # weights [in, out], fused
     "gpt_neox": Family(functools.partial(_decoder, "GPTNeoX"), _ids, token=-1, saved=1.25),  # fused head by head
     "codegen": Family(_codegen, _ids, token=-1, saved=1.25),  # fused by quarters, attention beside the MLP

@@ -24,6 +24,8 @@ def test_cell(cell: Cell, tmp_path: Path) -> None:
         return check_refusal(cell)
     model, inputs = make(cell.family), batch(cell.family)
     base, left, values = outputs(model, inputs), trace(model), snapshot(model)
+    found = dissect(model)
+    cell.new().foresee(list(found.roles), len(found.blocks), cell.family)  # as the command asks before it builds
     method = cell.attach(model)
     if cell.new().identity_at_start:
         assert torch.equal(outputs(model, inputs), base)

@@ -14,7 +14,18 @@ from core.errors import ScionError
 from core.method import PEFTMethod
 from tests.methods import Cell
 from tests.models import EVERY_FAMILY, batch, make
-from tests.toolkit import TOLERANCE, differences, distance, invariant, outputs, randomize, same, snapshot, trace
+from tests.toolkit import (
+    TOLERANCE,
+    differences,
+    distance,
+    invariant,
+    outputs,
+    randomize,
+    same,
+    snapshot,
+    tolerance,
+    trace,
+)
 
 
 def mergeable(cell: Cell) -> bool:
@@ -30,7 +41,7 @@ def test_merge(cell: Cell, dtype: torch.dtype) -> None:
     values, expected, held = snapshot(model), outputs(model, inputs), list(model.state_dict())
     method.merge()
     assert not method.attached and method.trainable() == {}
-    assert distance(outputs(model, inputs), expected) < TOLERANCE[dtype]
+    assert distance(outputs(model, inputs), expected) < tolerance(cell.family, dtype)
     method.unmerge()
     assert same(values, snapshot(model)) and torch.equal(outputs(model, inputs), expected)
     assert list(model.state_dict()) == held and method.attached

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from core.compose import Route
 from core.graft import checkpoint_activations
-from core.peft import Houlsby, LoRA, PrefixTuning  # type: ignore[attr-defined]
+from core.peft import DiffPruning, FullFineTuning, Houlsby, LoRA, PrefixTuning  # type: ignore[attr-defined]
 from tests.models import batch, make
 from tests.toolkit import randomize
 
@@ -40,3 +40,21 @@ def test_switched_between_forward_and_backward(kind: str) -> None:
     plain, recomputed = found
     assert all(torch.allclose(plain[name], recomputed[name], rtol=1e-5, atol=1e-6) for name in plain)
     assert all(gradient.any() for gradient in plain.values())
+
+
+@pytest.mark.parametrize("make_method", [lambda: DiffPruning(draw=False), lambda: FullFineTuning()])
+@pytest.mark.parametrize("family", ["timm_convnext", "timm_eva"])
+def test_parameters_of_the_block_itself(family: str, make_method: Any) -> None:
+    """ConvNeXt's scale belongs to the block, whose own hooks stand outside what is recomputed."""
+    found: list[dict[str, Tensor]] = []
+    for on in (False, True):
+        model = make(family)
+        method = make_method().attach(model)
+        randomize(method)
+        checkpoint_activations(model, on)
+        model(batch(family)).square().sum().backward()
+        found.append({name: tensor.grad.clone() for name, tensor in method.trainable().items()
+                      if tensor.grad is not None})
+    plain, recomputed = found
+    assert plain.keys() == recomputed.keys() and any("gamma" in name for name in plain) == (family == "timm_convnext")
+    assert all(torch.allclose(plain[name], recomputed[name], rtol=1e-5, atol=1e-6) for name in plain)

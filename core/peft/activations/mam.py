@@ -32,19 +32,20 @@ class MAM(PrefixTuning, PEFTMethod):
         scale: s, or ``learned``.
         input: ``residual``, or ``normed``: what the MLP reads.
         dropout: of the learned keys and values.
-        targets: attentions that get a prefix, those that there are.
+        targets: attentions that get a prefix; None is all that there are, a decoder's cross-attention too.
         init: of the adapter: ``zero_up`` starts as the identity, ``normal`` draws both maps from a normal of 0.02.
     """
 
     peft = None
     inference_cost = "every attention reads `tokens` more keys and values, and a bottleneck stays beside each MLP"
-    recommended = {"lr": 1e-4, "weight_decay": 0.1}
+    recommended = {"lr": 1e-4, "weight_decay": 0.1, "head_lr": 1e-3}
 
     def __init__(self, tokens: int = 30, reparametrize: bool | int = 800, reduction: float = 2,
                  bottleneck: int | None = None, scale: float | Literal["learned"] = 4.0, input: Input = "residual",
-                 dropout: float = 0.0, targets: Sequence[str] = ("attend", "cross.attend"),
+                 dropout: float = 0.0, targets: Sequence[str] | None = None,
                  init: Literal["zero_up", "normal"] = "zero_up", **common: Any) -> None:
-        super().__init__(tokens, reparametrize, dropout, targets, **common)
+        super().__init__(tokens, reparametrize, dropout, targets or ("attend", "cross.attend"), **common)
+        self.all_attentions = targets is None
         try:
             self.adapter = ParallelAdapter(reduction, bottleneck, scale, input=input, init=init, name=self.name,
                                            layers=self.layers)
@@ -52,7 +53,7 @@ class MAM(PrefixTuning, PEFTMethod):
             raise ScionError(f"MAM: its {error}") from None
 
     def sites(self, anatomy: Anatomy) -> list[Site]:
-        attentions = [role for role in self.targets if role != "cross.attend" or role in anatomy.roles]
+        attentions = [role for role in self.targets if role in anatomy.roles or not self.all_attentions]
         return [*anatomy.sites(attentions, self.layers, self.name), *self.adapter.sites(anatomy)]
 
     def build(self, site: Site) -> Graft:

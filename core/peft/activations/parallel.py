@@ -79,7 +79,7 @@ class ParallelAdapter(PEFTMethod):
     """
 
     inference_cost = "one bottleneck a site stays, its activation is not linear"
-    recommended = {"lr": 1e-4, "weight_decay": 0.1}
+    recommended = {"lr": 1e-4, "weight_decay": 0.1, "head_lr": 1e-3}
 
     def __init__(self, reduction: float = 2, bottleneck: int | None = None, scale: float | Literal["learned"] = 4.0,
                  targets: Sequence[str] = ("mlp",), input: Input = "normed", dropout: float = 0.0,

@@ -103,7 +103,7 @@ class UniPELT(PrefixTuning, PEFTMethod):
 
     peft = None
     inference_cost = "prefix, low-rank change, bottleneck and gates all stay"
-    recommended = {"lr": 1e-4, "weight_decay": 0.0}
+    recommended = {"lr": 1e-4, "weight_decay": 0.0, "head_lr": 1e-3}
 
     def __init__(self, tokens: int = 10, reparametrize: bool | int = True, rank: int = 8, reduction: float = 16,
                  dropout: float = 0.0, targets: Sequence[str] = ("attend", "q", "v"), **common: Any) -> None:

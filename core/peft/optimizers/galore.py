@@ -82,7 +82,7 @@ class GaLore(FullFineTuning):
         exclude: roles that stay frozen.
     """
 
-    recommended = {"lr": 2e-4, "weight_decay": 0.1}
+    recommended = {"lr": 2e-4, "weight_decay": 0.1, "head_lr": 1e-3}
 
     def __init__(self, rank: int = 128, scale: float = 0.25, interval: int = 200, targets: Sequence[str] | None = None,
                  exclude: Sequence[str] = (), **common: Any) -> None:

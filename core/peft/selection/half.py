@@ -42,7 +42,7 @@ class HalfFineTuning(PEFTMethod):
     mergeable = True
     moves_base = True
     inference_cost = "none"
-    recommended = {"lr": 5e-5, "weight_decay": 0.1}
+    recommended = {"lr": 5e-5, "weight_decay": 0.1, "head_lr": 1e-3}
     mode = "train"
 
     def __init__(self, interval: int | None = None, whole: Sequence[str] = (), **common: Any) -> None:

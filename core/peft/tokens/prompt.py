@@ -99,8 +99,10 @@ class PromptEncoder(nn.Module):
 
     def forward(self) -> Tensor:
         """The prompts [tokens, dim]."""
-        state = self.embedding if self.lstm is None else self.lstm(self.embedding[None])[0][0]
-        return self.mlp(state)
+        if self.lstm is None:
+            return self.mlp(self.embedding)
+        with torch.autocast(self.embedding.device.type, enabled=False):  # CPUs have no LSTM in float16
+            return self.mlp(self.lstm(self.embedding[None])[0][0])
 
 
 class PTuning(Prompted, PEFTMethod):

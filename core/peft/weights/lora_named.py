@@ -71,7 +71,7 @@ class PiSSA(LoRA):
         start: ``principal``, or ``random`` as LoRA.
     """
 
-    recommended = {"lr": 5e-4, "weight_decay": 0.0}
+    recommended = {"lr": 5e-4, "weight_decay": 0.0, "head_lr": 1e-3}
 
     def __init__(self, rank: int = 8, alpha: float | None = None, dropout: float = 0.0,
                  targets: Sequence[str] | None = ("q", "v"), start: Literal["random", "principal"] = "principal",
