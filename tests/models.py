@@ -345,13 +345,13 @@ def _compute_norms_in_double(model: nn.Module) -> None:
         for name, child in module.named_children():
             if type(child).__name__.endswith(("RMSNorm", "T5LayerNorm")) and not isinstance(child, nn.RMSNorm):
                 epsilon = getattr(child, "variance_epsilon", None) or child.eps
-                norm = (_GemmaNorm if "Gemma" in type(child).__name__ else nn.RMSNorm)(
+                norm = (GemmaNorm if "Gemma" in type(child).__name__ else nn.RMSNorm)(
                     child.weight.shape[0], epsilon, dtype=torch.float64)  # type: ignore[arg-type]
                 norm.weight = child.weight  # type: ignore[assignment]
                 setattr(module, name, norm)
 
 
-class _GemmaNorm(nn.RMSNorm):
+class GemmaNorm(nn.RMSNorm):  # its name tells that it multiplies by 1 + weight, as in the library
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.rms_norm(x, self.normalized_shape, 1 + self.weight, self.eps)
 
