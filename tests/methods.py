@@ -1024,7 +1024,7 @@ METHODS: dict[str, Row] = {
         trained=_conformer,
         cards=(("vit_b16", {}, 252_288),),
         bad=(({"bottleneck": 0}, "bottleneck 0"), ({"kernel": 4}, "kernel 4"), ({"targets": ("q",)}, "no sublayer")),
-        random=True, operators=24, saved=0.9, stored=1.3, running=True,
+        random=True, commutes=None, operators=24, saved=0.9, stored=1.3, running=True,
         absent=("test_accumulation", "test_two_processes"), without_attention={"targets": ("mlp",)},
         artifact={"bottleneck": 1, "kernel": 3},
     ),

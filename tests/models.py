@@ -272,7 +272,7 @@ EVERY_FAMILY: dict[str, Family] = {
     "gpt2": Family(_gpt2, _ids, token=-1, saved=1.25),  # weights [in, out], fused
     "gpt_neox": Family(functools.partial(_decoder, "GPTNeoX"), _ids, token=-1, saved=1.25),  # fused head by head
     "codegen": Family(_codegen, _ids, token=-1, saved=1.25),  # fused by quarters, attention beside the MLP
-    "mistral": Family(functools.partial(_decoder, "Mistral", num_key_value_heads=2, sliding_window=8), _ids, token=-1),
+    "mistral": Family(functools.partial(_decoder, "Mistral", num_key_value_heads=2, sliding_window=11), _ids, token=-1),
     "qwen2": Family(functools.partial(_decoder, "Qwen2", num_key_value_heads=2), _ids, token=-1),
     "gemma": Family(functools.partial(_decoder, "Gemma", num_key_value_heads=1, head_dim=16), _ids, token=-1),
     "starcoder2": Family(functools.partial(_decoder, "Starcoder2", num_key_value_heads=2), _ids, token=-1),
