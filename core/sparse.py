@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -51,6 +51,18 @@ class SparseGraft(Graft):
         """Other positions, as many as before, with these values."""
         self.index.copy_(index)
         self.values.copy_(values)
+
+
+def described(grafts: Iterable[Graft]) -> dict[str, list[int]]:
+    """{site: [its number of entries, the shape of its weight ...]}, for a method's `structure`."""
+    return {graft.site.name: [graft.values.numel(), *graft.site.full_weight.shape] for graft in grafts
+            if isinstance(graft, SparseGraft)}
+
+
+def entries_of(structure: dict[str, Any]) -> dict[str, list[int]]:
+    """What `described` wrote; files from before it hold counts and shapes apart."""
+    apart = {name: [count, *structure["shapes"][name]] for name, count in structure.get("counts", {}).items()}
+    return structure.get("entries", apart)
 
 
 def state_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Any]:

@@ -261,7 +261,7 @@ FAMILIES: dict[str, Family] = {
 
 EVERY_FAMILY: dict[str, Family] = {
     **FAMILIES,
-    "timm_eva": Family(_timm_eva, _images),  # rotary positions in an image, a fused map that is not called, gated MLP
+    "timm_eva": Family(_timm_eva, _images, saved=1.1),  # rotary positions in an image, fused, gated MLP
     "timm_convnext": Family(_timm_convnext, _images, attention=False, steps=90),  # no attention, channels first
     "vit": Family(_vit, _images),
     "clip": Family(_clip, _images, steps=90),  # two towers

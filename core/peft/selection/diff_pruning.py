@@ -15,7 +15,7 @@ from core.errors import ScionError
 from core.graft import Graft
 from core.method import PEFTMethod, key_of
 from core.peft.selection.full import all_parameters
-from core.sparse import SparseGraft
+from core.sparse import SparseGraft, described, entries_of
 
 LOW, HIGH, EDGE = -1.5, 1.5, 1e-4
 LEARNING_RATES = {"masks": 1e-5, "fixed": 5e-5}
@@ -181,10 +181,12 @@ class DiffPruning(PEFTMethod):
                                       if isinstance(graft, MaskedChange)]).sum()
 
     def structure(self) -> dict[str, Any]:
-        return {"stage": self.stage, "shapes": self.shapes(), "counts": {
-            graft.site.name: len(graft.index) for graft in self.grafts if isinstance(graft, SparseGraft)}}
+        if self.stage == "fixed":
+            return {"stage": self.stage, "entries": described(self.grafts)}
+        return {"stage": self.stage, "shapes": self.shapes()}
 
     def restructure(self, structure: dict[str, Any]) -> None:
-        self.check_shapes(structure.get("shapes", {}))
-        if structure.get("stage") == "fixed" and self.stage == "masks":
-            self._fix({name: torch.zeros(count) for name, count in structure["counts"].items()})
+        entries = entries_of(structure) if structure.get("stage") == "fixed" else {}
+        self.check_shapes(structure.get("shapes", {}) | {name: shape for name, (_, *shape) in entries.items()})
+        if entries and self.stage == "masks":
+            self._fix({name: torch.zeros(count) for name, (count, *_) in entries.items()})

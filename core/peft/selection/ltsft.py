@@ -12,7 +12,7 @@ from core.anatomy import Anatomy, parameter_site
 from core.errors import ScionError
 from core.method import PEFTMethod
 from core.peft.selection.full import all_parameters
-from core.sparse import SparseGraft
+from core.sparse import SparseGraft, described, entries_of
 
 
 class LTSFT(PEFTMethod):
@@ -113,14 +113,13 @@ class LTSFT(PEFTMethod):
         return factor * torch.stack(moves).sum() / self.total
 
     def structure(self) -> dict[str, Any]:
-        grafts = [graft for graft in self.grafts if isinstance(graft, SparseGraft)]
-        return {"stage": self.stage, "counts": {g.site.name: g.values.numel() for g in grafts},
-                "shapes": {g.site.name: list(g.site.full_weight.shape) for g in grafts}}
+        return {"stage": self.stage, "entries": described(self.grafts)}
 
     def restructure(self, structure: dict[str, Any]) -> None:
         if structure.get("stage") == "sparse" and self.stage == "dense":
             here = {name: list(value.shape) for name, value in self.start.items()}
-            for name, shape in structure.get("shapes", {}).items():
+            entries = entries_of(structure)
+            for name, (_, *shape) in entries.items():
                 if here.get(name) != shape:
                     raise ScionError(f"{self.name}: {name} is {shape} in the file, {here.get(name, 'absent')} here")
-            self._become_sparse({name: torch.zeros(k, dtype=torch.int32) for name, k in structure["counts"].items()})
+            self._become_sparse({name: torch.zeros(k, dtype=torch.int32) for name, (k, *_) in entries.items()})
