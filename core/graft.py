@@ -24,6 +24,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from enum import Enum
 from typing import Any, Literal
 
 import torch
@@ -468,8 +469,13 @@ def route_rows(grafts: list[Graft], route: Tensor | None, variant: int = 0) -> N
 # ------------------------------------------------------------------------------------------------- the carrier
 
 
-_OF_THE_CLASS = "what the class says"
-"""Stands for an attribute that a module does not have itself."""
+class _Absent(Enum):
+    """Stands for an attribute that a module does not have itself; the same object after pickling."""
+
+    OF_THE_CLASS = "what the class says"
+
+
+_OF_THE_CLASS = _Absent.OF_THE_CLASS
 
 
 class Carrier:

@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 
 GRADIENT_STEPS = 3
 """Backward passes within which every trained tensor must have had a gradient (zero-initialised chains need two)."""
+PATIENCE = 10
+"""How many times as many a tensor may take whose gradient is there but zero: a few units behind a ReLU may be closed to
+the first samples."""
 
 
 class PEFTMethod(Recorded, Callback, ABC):
@@ -813,8 +816,11 @@ class PEFTMethod(Recorded, Callback, ABC):
         resting = self.resting()
         self._waiting = {name: t for name, t in self._waiting.items()
                          if t.grad is None or (name not in resting and not bool(t.grad.any()))}
-        if self._waiting and self._backwards >= GRADIENT_STEPS * trainer.accumulate_grad_batches:
-            names = listed(self._waiting, 4)
+        steps = self._backwards // trainer.accumulate_grad_batches
+        late = [name for name, t in self._waiting.items()
+                if steps >= GRADIENT_STEPS * (1 if t.grad is None else PATIENCE)]
+        if late:
+            names = listed(late, 4)
             raise ScionError(f"{self.name}: no gradient reaches {names}: the module that holds it is never called, or "
                              "what follows does not depend on it")
 
