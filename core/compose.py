@@ -60,6 +60,9 @@ class SideBySide(PEFTMethod):
         for method in self.methods:
             if method.moves_base or method.norms:
                 raise ScionError(f"{kind}: {method.name} trains the backbone itself, which all rows of a batch share")
+            if not method.by_rows:
+                raise ScionError(f"{kind}: {method.name} changes every tensor, and all rows of a batch share some of "
+                                 "them (positions, a class token)")
             if method.prepares:
                 raise ScionError(f"{kind}: {method.name} computes start values from data, alone on its backbone")
         self.config["methods"] = [method if isinstance(entry, PEFTMethod) or method.name not in self.trained else entry

@@ -293,6 +293,8 @@ class _Rewrite(TorchFunctionMode):
         if func is F.linear and len(met) == 1 and met[0].make is not None and args[1] is met[0].frozen:
             return _linear(args[0], kwargs.get("bias", args[2] if len(args) > 2 else None), met[0])
         out = func(*_put(args, met), **_put_named(kwargs, met))
+        if not isinstance(out, (Tensor, tuple, list)):  # its dtype, say
+            return out
         flattened = func is torch.addmm  # the batch, by transformers' Conv1D
         place = 1 if flattened else next((i for i, a in enumerate(args) if isinstance(a, Tensor) and all(
             a is not e.frozen for e in met)), 0)  # a norm may be written as weight * x

@@ -67,6 +67,8 @@ class PEFTMethod(Recorded, Callback, ABC):
     """``merge`` can write the method into the weights."""
     moves_base: ClassVar[bool] = False
     """Trains the backbone's own tensors."""
+    by_rows: ClassVar[bool] = True
+    """Rows of one batch can have adapters of their own (`core.compose`); a method that moves the base cannot anyway."""
     needs: ClassVar[tuple[str, ...]] = ()
     """Roles without which a backbone cannot have this method."""
     inference_cost: ClassVar[str] = "none once merged"

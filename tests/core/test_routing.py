@@ -20,7 +20,8 @@ NAMES = ("en", "sw", "ky")
 
 
 def routable(cell: Cell) -> bool:
-    return not cell.cls.moves_base and not cell.new().norms and not cell.row.variants[cell.variant].ready
+    fixed = cell.cls.moves_base or cell.new().norms or not cell.cls.by_rows
+    return not fixed and not cell.row.variants[cell.variant].ready
 
 
 def _alone(cell: Cell, route: Route, name: str, inputs: Tensor) -> Tensor:
@@ -59,6 +60,9 @@ def test_what_the_rows_share_cannot_be_routed(cell: Cell) -> None:
     """A method that moves the base refuses; one in a later stage is attached in its first."""
     if cell.cls.moves_base or cell.new().norms:
         with pytest.raises(ScionError, match=f"Route: {cell.method} trains the backbone itself"):
+            Route([cell.new()])
+    elif not cell.cls.by_rows:
+        with pytest.raises(ScionError, match=f"Route: {cell.method} changes every tensor"):
             Route([cell.new()])
     else:
         route = Route([cell.new(name=name) for name in NAMES])

@@ -89,6 +89,7 @@ class DiffPruning(PEFTMethod):
     """
 
     mergeable = True
+    by_rows = False
     inference_cost = "none once merged"
     recommended = {"lr": LEARNING_RATES["masks"], "weight_decay": 0.0, "head_lr": 1e-3}
     stages = ("masks", "fixed")
