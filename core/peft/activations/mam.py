@@ -44,8 +44,9 @@ class MAM(PrefixTuning, PEFTMethod):
                  bottleneck: int | None = None, scale: float | Literal["learned"] = 4.0, input: Input = "residual",
                  dropout: float = 0.0, targets: Sequence[str] | None = None,
                  init: Literal["zero_up", "normal"] = "zero_up", **common: Any) -> None:
-        super().__init__(tokens, reparametrize, dropout, targets or ("attend", "cross.attend"), **common)
-        self.all_attentions = targets is None
+        every = ("attend", "cross.attend")
+        super().__init__(tokens, reparametrize, dropout, every if targets is None else targets, **common)
+        self.all_attentions = tuple(self.targets) == every  # as the first stored adapters have it
         try:
             self.adapter = ParallelAdapter(reduction, bottleneck, scale, input=input, init=init, name=self.name,
                                            layers=self.layers)
