@@ -9,7 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from core.anatomy import Site
+from core.errors import ScionError
 from core.graft import Graft
+
+
+def check_budget(method: str, density: float | None, count: int | None) -> None:
+    """Refuse what is not one of a share and a number of parameters (neither is the method's own default)."""
+    if density is not None and count is not None:
+        raise ScionError(f"{method}: give density ({density}) or count ({count}), not both")
+    if density is not None and not 0 < density <= 1:
+        raise ScionError(f"{method}: density {density} must lie in (0, 1]")
+    if count is not None and count < 1:
+        raise ScionError(f"{method}: count {count} must be at least 1")
 
 
 class SparseGraft(Graft):

@@ -6,7 +6,6 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import lightning.pytorch as L
@@ -19,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from core.data import EpochLoader, EpochSampler
 from core.method import PEFTMethod
 from tests.methods import Cell
-from tests.models import WIDTH, batch, make
+from tests.models import EVERY_FAMILY, WIDTH, batch
 
 EVERYTHING = bool(os.environ.get("SCION_ALL"))
 """Run the long tier: every row, in every variant, on a share of all families (make test-all)."""
@@ -71,15 +70,9 @@ def same(before: dict[str, Tensor], after: dict[str, Tensor]) -> bool:
     return before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
-@cache
-def tolerance(family: str, dtype: torch.dtype, least: float | None = None) -> float:
-    """How far half-precision outputs may lie from exact ones: ``least`` (`TOLERANCE`), or three times what rounding
-    does to the frozen model itself, where that is more (Gemma scales its embeddings, tiny RMS norms amplify)."""
-    if dtype in (torch.float64, torch.float32):
-        return TOLERANCE[dtype]
-    rounded = distance(outputs(make(family, dtype=dtype), batch(family, dtype=dtype)),
-                       outputs(make(family, dtype=torch.float64), batch(family, dtype=torch.float64)))
-    return max(least or TOLERANCE[dtype], 3 * rounded)
+def tolerance(family: str, dtype: torch.dtype, bound: float | None = None) -> float:
+    """How far outputs may lie apart: ``bound``, or that of `TOLERANCE`; in half precision times the family's factor."""
+    return (bound or TOLERANCE[dtype]) * (EVERY_FAMILY[family].rounding if dtype.itemsize == 2 else 1)
 
 
 def distance(a: Tensor, b: Tensor) -> float:

@@ -17,7 +17,7 @@ from core.method import PEFTMethod
 from core.peft.activations.houlsby import BottleneckGraft
 from core.peft.selection.full import all_parameters
 from core.peft.weights.lora import LoRAGraft
-from core.sparse import SparseGraft
+from core.sparse import SparseGraft, check_budget
 
 
 def distinct(total: int, count: int, generator: torch.Generator) -> Tensor:
@@ -53,11 +53,7 @@ class APET(PEFTMethod):
     def __init__(self, density: float | None = None, count: int | None = None, targets: Sequence[str] | None = None,
                  **common: Any) -> None:
         super().__init__(**common)
-        mine = type(self).__name__
-        if density is not None and count is not None:
-            raise ScionError(f"{mine}: give density ({density}) or count ({count}), not both")
-        if (density is not None and not 0 < density <= 1) or (count is not None and count < 1):
-            raise ScionError(f"{mine}: density {density} must lie in (0, 1], count {count} be at least 1")
+        check_budget(type(self).__name__, density, count)
         self.density, self.count = 0.003 if density is None and count is None else density, count
         self.targets = None if targets is None else tuple(targets)
         self.positions: dict[str, Tensor] = {}

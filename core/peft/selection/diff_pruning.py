@@ -15,7 +15,7 @@ from core.errors import ScionError
 from core.graft import Graft
 from core.method import PEFTMethod, key_of
 from core.peft.selection.full import all_parameters
-from core.sparse import SparseGraft, described, entries_of
+from core.sparse import SparseGraft, check_budget, described, entries_of
 
 LOW, HIGH, EDGE = -1.5, 1.5, 1e-4
 LEARNING_RATES = {"masks": 1e-5, "fixed": 5e-5}
@@ -99,12 +99,7 @@ class DiffPruning(PEFTMethod):
                  structured: bool = False, start: float = 5.0, mask_lr: float = 0.1, draw: bool = True,
                  exclude: Sequence[str] = (), **common: Any) -> None:
         super().__init__(**common)
-        if density is not None and count is not None:
-            raise ScionError(f"DiffPruning: give density ({density}) or count ({count}), not both")
-        if density is not None and not 0 < density <= 1:
-            raise ScionError(f"DiffPruning: density {density} must lie in (0, 1]")
-        if count is not None and count < 1:
-            raise ScionError(f"DiffPruning: count {count} must be at least 1")
+        check_budget("DiffPruning", density, count)
         if l0 < 0 or mask_lr <= 0:
             raise ScionError(f"DiffPruning: l0 {l0} must not be negative, mask_lr {mask_lr} positive")
         self.density, self.count = 0.005 if density is None and count is None else density, count

@@ -12,7 +12,7 @@ from core.anatomy import Anatomy, parameter_site
 from core.errors import ScionError
 from core.method import PEFTMethod
 from core.peft.selection.full import all_parameters
-from core.sparse import SparseGraft, described, entries_of
+from core.sparse import SparseGraft, check_budget, described, entries_of
 
 
 class LTSFT(PEFTMethod):
@@ -43,12 +43,7 @@ class LTSFT(PEFTMethod):
     def __init__(self, density: float | None = None, count: int | None = None, l1_dense: float = 0.0,
                  l1_sparse: float = 0.0, exclude: Sequence[str] = (), **common: Any) -> None:
         super().__init__(**common)
-        if density is not None and count is not None:
-            raise ScionError(f"LTSFT: give density ({density}) or count ({count}), not both")
-        if density is not None and not 0 < density <= 1:
-            raise ScionError(f"LTSFT: density {density} must lie in (0, 1]")
-        if count is not None and count < 1:
-            raise ScionError(f"LTSFT: count {count} must be at least 1")
+        check_budget("LTSFT", density, count)
         self.density, self.count = 0.05 if density is None and count is None else density, count
         self.l1 = {"dense": l1_dense, "sparse": l1_sparse}
         self.exclude = tuple(exclude)

@@ -15,7 +15,7 @@ from core.errors import ScionError
 from core.graft import Graft
 from core.method import PEFTMethod, key_of
 from core.peft.weights.lora import LoRAGraft
-from core.sparse import SparseGraft
+from core.sparse import SparseGraft, check_budget
 
 Plan = dict[str, int]
 """Of each chosen site the number of entries that are trained, or 0 for a low-rank change of the whole."""
@@ -53,10 +53,7 @@ class SensitivityTuning(PEFTMethod):
                  vector_ratio: float = 5.0, batches: int = 8, batch_size: int = 32,
                  targets: Sequence[str] | None = None, **common: Any) -> None:
         super().__init__(**common)
-        if density is not None and count is not None:
-            raise ScionError(f"SensitivityTuning: give density ({density}) or count ({count}), not both")
-        if density is not None and not 0 < density <= 1:
-            raise ScionError(f"SensitivityTuning: density {density} must lie in (0, 1]")
+        check_budget("SensitivityTuning", density, count)
         if rank < 1 or batches < 0 or batch_size < 1 or (count is not None and count < 1):
             raise ScionError(f"SensitivityTuning: count {count}, rank {rank} and batch_size {batch_size} must be at "
                              f"least 1, batches {batches} not negative")
