@@ -12,7 +12,7 @@ pytest.importorskip("peft")
 pytest.importorskip("timm")
 pytest.importorskip("transformers")
 
-from benchmarks.training_step import PAIRS, main, measure, random_base, ratio_of_medians
+from benchmarks.training_step import PAIRS, main, measure, median_of_ratios, random_base, ratio_of_medians
 
 
 @pytest.mark.parametrize("model, method", [("nano_vit", "LoRA"), ("nano_bert", "PrefixTuning")])
@@ -41,6 +41,15 @@ def test_ratio_of_medians() -> None:
     times = np.array([[2.0, 1.0], [4.0, 2.0], [9.0, 3.0]])
     ratio, (low, high) = ratio_of_medians(times)
     assert ratio == 2.0 and low == 2.0 and high == 3.0
+
+
+def test_median_of_ratios_does_not_feel_a_slow_phase() -> None:
+    steady = np.array([[1.0, 1.0], [1.01, 1.0], [0.99, 1.0], [1.0, 1.0], [1.0, 1.0]] * 4)
+    slow = steady * np.where(np.arange(20) < 10, 1.0, 1.6)[:, None]
+    slow[10, 0] /= 1.6  # the phase begins within a pair
+    ratio, (low, high) = median_of_ratios(slow)
+    assert ratio == 1.0 and low == pytest.approx(1, abs=0.011) and high == pytest.approx(1, abs=0.011)
+    assert ratio_of_medians(slow)[0] < 0.8
 
 
 def test_an_unknown_method(capsys: pytest.CaptureFixture[str]) -> None:
