@@ -116,7 +116,7 @@ class Grid:
         if height * width != count:
             raise ScionError(f"{x.shape[1]} tokens are not {self.special} and a grid of {self.height} x {self.width}, "
                              "nor a square")
-        return x[:, :self.special], x[:, self.special:].transpose(1, 2).unflatten(2, (height, width))
+        return x[:, :self.special], torch.unflatten(x[:, self.special:].transpose(1, 2), 2, (height, width))
 
     @staticmethod
     def join(special: Tensor, grid: Tensor, like: Tensor) -> Tensor:

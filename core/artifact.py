@@ -6,6 +6,7 @@ and which base they belong to). Nothing in it is executed: a method is looked up
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -315,6 +316,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
         raise
 
 
+@functools.cache  # a dozen milliseconds, and every adapter asks
 def versions() -> dict[str, str]:
     """Versions of what results depend on."""
     from importlib.metadata import PackageNotFoundError, version

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
 import torch
 
 from core import load_adapter
-from core.anatomy import dissect
+from core.anatomy import Anatomy, dissect
 from tests.core.test_matrix import check_refusal
 from tests.methods import METHODS, Cell
 from tests.models import EVERY_FAMILY, batch, make
@@ -17,20 +18,27 @@ from tests.toolkit import TOLERANCE, differences, distance, outputs, randomize, 
 CELLS = [Cell(method, next(iter(row.variants)), family) for method, row in METHODS.items() for family in EVERY_FAMILY]
 
 
+@functools.cache
+def _untouched(family: str) -> tuple[torch.Tensor, Anatomy]:
+    """What another model of the family gives, and its parts."""
+    model = make(family)
+    return outputs(model, batch(family)), dissect(model)
+
+
 @pytest.mark.parametrize("cell", CELLS, ids=str)
 def test_cell(cell: Cell, tmp_path: Path) -> None:
     """Attached, counted, moved, differentiated, switched off, merged, saved, loaded, removed."""
     if cell.refused:
         return check_refusal(cell)
     model, inputs = make(cell.family), batch(cell.family)
-    base, left, values = outputs(model, inputs), trace(model), snapshot(model)
-    found = dissect(model)
+    left, values = trace(model), snapshot(model)
+    base, found = _untouched(cell.family)
     cell.new().foresee(list(found.roles), len(found.blocks), cell.family)  # as the command asks before it builds
     method = cell.attach(model)
     if cell.new().identity_at_start:
         assert torch.equal(outputs(model, inputs), base)
     trained = method.trainable()
-    assert sum(t.numel() for t in trained.values()) == cell.row.trained(dissect(make(cell.family)), method)
+    assert sum(t.numel() for t in trained.values()) == cell.row.trained(found, method)
 
     randomize(method, size=cell.row.size)
     moved = outputs(model, inputs)

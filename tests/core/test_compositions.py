@@ -29,6 +29,7 @@ from core.peft import (  # type: ignore[attr-defined]
 )
 from tests.models import batch, make
 from tests.toolkit import (
+    EVERYTHING,
     Plain,
     differences,
     distance,
@@ -134,7 +135,8 @@ def test_frozen_under_another_method(kind: str) -> None:
     assert same(values, frozen.tensors()) and distance(outputs(model, inputs), now) > 1e-4
 
 
-@pytest.mark.parametrize("kind", [kind for kind in COMPOSITIONS if kind != "nested"])
+@pytest.mark.parametrize("kind", [kind for kind in COMPOSITIONS if kind != "nested"] if EVERYTHING else
+                         ["Fuse", "Split"])
 def test_compiled_and_recomputed(kind: str) -> None:
     inputs, found = batch("bert"), []
     for way in ("plain", "recomputed", "compiled"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
         return folder
     try:
         everything = [cell for cell in cells(EVERYTHING, NUMBER) if not cell.refused]
-        other = multiprocessing.get_context("spawn").Process(target=work, args=(1, str(folder), everything), daemon=True)  # noqa: E501
+        # a fork has imported everything already; macOS's libraries do not survive one
+        context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        other = context.Process(target=work, args=(1, str(folder), everything), daemon=True)
         other.start()
         work(0, str(folder), everything)
         other.join()

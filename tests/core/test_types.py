@@ -189,22 +189,41 @@ def _verbs_at(module: nn.Module, method: PEFTMethod) -> list[str]:
             for verb in graft.verbs]
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_inductor(verb: str) -> None:
-    """47: the real compiler, once a verb, on one attention."""
-    cell = _verbs().get(verb)
-    if cell is None:
-        assert verb == "before", f"no method uses {verb} in an attention"  # remove when one does
-        return
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "PrefixTuning"])
+def test_compile_beside_a_prefix(method: str) -> None:
+    """47, of a stack: within a call that one method rewrites, another's forward is traced by another way."""
+    model, row = make("timm_vit"), METHODS[method]
+    Cell("PrefixTuning", "direct", "timm_vit").attach(model, name="prefix")
+    randomize(Cell(method, next(iter(row.variants)), "timm_vit").attach(model))
+    block = dissect(model).blocks[0].module
+    hidden = torch.rand(2, 5, WIDTH, generator=torch.Generator().manual_seed(0)) - 0.5
+    torch._dynamo.reset()
+    found = torch.compile(block, fullgraph=True, backend="aot_eager")(hidden)
+    assert distance(hidden_out(found).detach(), hidden_out(block(hidden)).detach()) < 1e-5
+
+
+def test_no_graft_unflattens_by_the_tensor_s_method() -> None:
+    """``x.unflatten`` is Python, and calls its super: in a stack that cannot be compiled; ``torch.unflatten`` can."""
+    for file in Path(peft.__path__[0]).rglob("*.py"):
+        text = file.read_text()
+        assert text.count(".unflatten(") == text.count("torch.unflatten("), file.name
+
+
+@pytest.mark.parametrize("verbs", [(verb,) for verb in VERBS] if EVERYTHING else [tuple(VERBS)], ids="+".join)
+def test_inductor(verbs: tuple[str, ...]) -> None:
+    """47: the real compiler on one attention, with a method for each verb; under SCION_ALL verb by verb."""
     if not (shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")):
         pytest.skip("no C++ compiler here")
     from torch._inductor import config
 
-    model = make(cell.family)
-    method = Small(cell.method, cell.variant, cell.family).attach(model, layers=(0,))
-    randomize(method)
+    model = make("timm_vit")
     attention = dissect(model).blocks[0].sites["attention"].module
-    assert verb in _verbs_at(attention, method)
+    for verb in verbs:
+        cell = _verbs()[verb]
+        method = Small(cell.method, cell.variant, cell.family).attach(model, layers=(0,), name=verb)
+        randomize(method)
+        assert verb in _verbs_at(attention, method)
     hidden = torch.rand(2, 5, WIDTH, generator=torch.Generator().manual_seed(0)) - 0.5
     torch._dynamo.reset()
     with torch.no_grad(), config.patch(compile_threads=1):  # more would start a pool of processes

@@ -69,7 +69,7 @@ class SoftMixture(Adapters):
     def change(self, x: Tensor) -> Tensor:
         logits = x @ self.phi  # [batch, tokens, n x slots]
         dispatch, combine = F.softmax(logits, 1), F.softmax(logits, 2)
-        slots = (dispatch.transpose(1, 2) @ x).unflatten(1, (-1, self.slots))  # [batch, n, slots, dim]
+        slots = torch.unflatten(dispatch.transpose(1, 2) @ x, 1, (-1, self.slots))  # [batch, n, slots, dim]
         hidden = F.gelu(slots @ self.down + self.down_bias)
         return combine @ (hidden @ self.up + self.up_bias).flatten(1, 2)
 

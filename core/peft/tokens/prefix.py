@@ -54,7 +54,8 @@ class PrefixGraft(Graft):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, x: Tensor, attention: Attention) -> Tensor:
         heads = self.site.heads
         assert heads is not None
-        prefix = self.dropout(self.values()).to(k.dtype).unflatten(1, (2, heads.key, heads.width)).permute(1, 2, 0, 3)
+        prefix = self.dropout(self.values()).to(k.dtype)
+        prefix = torch.unflatten(prefix, 1, (2, heads.key, heads.width)).permute(1, 2, 0, 3)
         if k.shape[1] != heads.key:  # grouped queries: k may arrive repeated
             prefix = prefix.repeat_interleave(k.shape[1] // heads.key, dim=1)
         prefix = self.batched(prefix, x)  # [2, batch, heads, tokens, width]
@@ -109,7 +110,7 @@ class PrefixForm(PeftForm):
             raise Inexpressible(f"{asker}: peft moves the tokens' positions on by the prefix's length, which only "
                                 f"plain rotary positions can make up for; {place.anatomy.family} has others")
         assert heads is not None
-        keys, values = prefix.unflatten(1, (2, heads.key, heads.width)).unbind(1)
+        keys, values = torch.unflatten(prefix, 1, (2, heads.key, heads.width)).unbind(1)
         cos, sin = (t.flatten().to(keys) for t in rotary(keys, torch.tensor([[abs(by)]], device=keys.device)))
         size = torch.hypot(cos, sin)  # a factor that some models put on both
         cos, sin, turning = cos / size, sin / size * (1 if by > 0 else -1), len(cos)

@@ -37,7 +37,7 @@ class BoneGraft(Graft):
         else:
             x, short, times = x.to(self.D.dtype), -x.shape[-1] % rank, site.out_features // self.D.shape[1]
             x = F.pad(x, (0, short)) if short else x  # it copies also where there is nothing to add, as `repeat` does
-            change = x.unflatten(-1, (-1, rank)).sum(-2) @ self.D
+            change = torch.unflatten(x, -1, (-1, rank)).sum(-2) @ self.D
             change = change if times == 1 else change.repeat(*[1] * (change.dim() - 1), times)
         return site.put(y, site.take(y) + change)
 
@@ -132,7 +132,8 @@ class BatGraft(Graft):
 
     def weight(self, weight: Tensor) -> Tensor:
         rank = self.Q.shape[-1]
-        blocks = weight.to(self.Q.dtype).unflatten(1, (-1, rank)).unflatten(0, (-1, rank)).transpose(1, 2)
+        columns = torch.unflatten(weight.to(self.Q.dtype), 1, (-1, rank))
+        blocks = torch.unflatten(columns, 0, (-1, rank)).transpose(1, 2)
         q = self.Q[:, None] if self.group == "outputs" else self.Q[None]
         changed = blocks + blocks @ q + q  # [out blocks, in blocks, rank, rank]
         return changed.transpose(1, 2).flatten(2).flatten(0, 1).to(weight.dtype)

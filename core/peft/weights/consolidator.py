@@ -39,7 +39,8 @@ class ConsolidatorGraft(Graft):
         if site.kind == "conv":
             change = site.low_rank(x, torch.eye(site.in_features).to(x)[self.order()], torch.block_diag(*self.C))
         else:
-            dealt = x.unflatten(-1, (self.groups, -1)).transpose(-1, -2).flatten(-2).unflatten(-1, (self.groups, -1))
+            dealt = torch.unflatten(x, -1, (self.groups, -1)).transpose(-1, -2).flatten(-2)
+            dealt = torch.unflatten(dealt, -1, (self.groups, -1))
             change = torch.einsum("...gi,goi->...go", dealt, self.C).flatten(-2)
         if self.c is not None:
             change = change + site.per_channel(self.c)

@@ -62,10 +62,10 @@ class FacTGraft(Graft):
             change = site.low_rank(x, down, self.dropout(up))
         else:
             beyond = self.inputs * shared.U.shape[1] - site.in_features
-            sliced = (F.pad(x, (0, beyond)) if beyond else x).unflatten(-1, (self.inputs, -1))
+            sliced = torch.unflatten(F.pad(x, (0, beyond)) if beyond else x, -1, (self.inputs, -1))
             hidden = self.dropout(F.linear(F.linear(sliced, shared.U).flatten(-2), self.S))
-            change = F.linear(hidden.unflatten(-1, (self.out, -1)), shared.V).flatten(-2)[..., :site.out_features]
-            change = self.scale * change
+            split = torch.unflatten(hidden, -1, (self.out, -1))
+            change = self.scale * F.linear(split, shared.V).flatten(-2)[..., :site.out_features]
         return site.put(y, site.take(y) + change)
 
     def merged(self, weight: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ def neumann(q: Tensor, terms: int) -> Tensor:
 
 def rotate(weight: Tensor, rotations: Tensor) -> Tensor:
     """W [out, in] times the transpose of block-diagonal rotations [blocks, block, block]."""
-    parts = weight.unflatten(1, rotations.shape[:2])
+    parts = torch.unflatten(weight, 1, rotations.shape[:2])
     return torch.einsum("onk,njk->onj", parts, rotations).flatten(1)
 
 
@@ -70,7 +70,7 @@ class RotatedInput(OFTGraft):
 
     def before(self, x: Tensor) -> Tensor:
         rotations = self.rotations()
-        parts = x.to(rotations.dtype).unflatten(-1, rotations.shape[:2])
+        parts = torch.unflatten(x.to(rotations.dtype), -1, rotations.shape[:2])
         return torch.einsum("...nj,njk->...nk", parts, rotations).flatten(-2).to(x.dtype)
 
 
