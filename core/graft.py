@@ -274,7 +274,7 @@ class _Rewrite(TorchFunctionMode):
                  keys_of: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
         super().__init__()
         self.effective, self.attend, self.x, self.keys_of = effective, attend, x, keys_of
-        self.hits = 0
+        self.reached = False  # written and never read here: a compiler would make what it reads a condition
 
     def afresh(self) -> _Rewrite:
         """One for the same forward once more."""
@@ -283,13 +283,13 @@ class _Rewrite(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         if self.attend and func is F.scaled_dot_product_attention:
-            self.hits += 1
+            self.reached = True
             return _attend(self.attend, self.x, self.keys_of, *args, **kwargs)
         given = [*_flat((*args, *kwargs.values()))]
         met = [e for e in self.effective if any(a is e.frozen for a in given)]
         if not met:
             return func(*args, **kwargs)
-        self.hits += 1
+        self.reached = True
         if func is F.linear and len(met) == 1 and met[0].make is not None and args[1] is met[0].frozen:
             return _linear(args[0], kwargs.get("bias", args[2] if len(args) > 2 else None), met[0])
         out = func(*_put(args, met), **_put_named(kwargs, met))
@@ -607,7 +607,7 @@ class Carrier:
         if self.open:
             mode = self.open.pop()
             mode.__exit__(None, None, None)
-            if mode.hits == 0 and output is not None:  # None: the forward itself raised
+            if not mode.reached and output is not None:  # None: the forward itself raised
                 sites = ", ".join(graft.site.name for graft in self.grafts)
                 raise ScionError(f"{sites}: {type(module).__name__}.forward made no call that a graft could rewrite")
 

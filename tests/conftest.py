@@ -39,7 +39,7 @@ def cells_of(marker: pytest.Mark, test: str) -> tuple[list[Any], Counter[str]]:
 
     where = marker.kwargs["where"] or (lambda cell: True)
     number = marker.args[0]
-    everything = cells(EVERYTHING, number)
+    everything = cells(EVERYTHING, number, marker.kwargs["families"])
     found = [cell for cell in everything if where(cell) and test not in cell.row.absent]
     return found, Counter(cell.method for cell in everything if cell not in found)
 

@@ -6,6 +6,7 @@ methods' cards, `tests/core/test_counts_page.py` the SUMMARY below.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,11 +63,15 @@ class Count:
 
 def key(backbone: str, method: str, options: Config) -> Key:
     """One for all ways to give the same arguments."""
-    defaults: Config = {}
-    if method in peft.registry():
-        parameters = inspect.signature(peft.method_class(method).__init__).parameters.values()
-        defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    return backbone, method, repr(sorted((defaults | options).items()))
+    return backbone, method, repr(sorted((_defaults(method) | options).items()))
+
+
+@functools.cache
+def _defaults(method: str) -> Config:
+    if method not in peft.registry():
+        return {}
+    parameters = inspect.signature(peft.method_class(method).__init__).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
 def both(label: str, published: int, method: str, options: Config | None = None, **rest: Any) -> list[Count]:

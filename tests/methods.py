@@ -8,7 +8,7 @@ repeated here. Adding a method = its file under core/peft + one row.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -1510,14 +1510,15 @@ SHARE_OF_ALL = 1 if os.environ.get("SCION_ALL") == "whole" else 6
 """In the long tier each variant meets every sixth of all families, which ones turning likewise; or all of them."""
 
 
-def cells(everything: bool, number: int = 0) -> list[Cell]:
+def cells(everything: bool, number: int = 0, families: Sequence[str] = ()) -> list[Cell]:
     """The cells of invariant ``number``: each method on one family, which turns with the number.
 
     Args:
         everything: all variants, on a share of all families.
         number: shifts the rotation, so that one method does not meet the same family in every invariant.
+        families: through which the quick tier turns, where not all have the same share.
     """
-    families = list(FAMILIES)
+    families = list(families or FAMILIES)
     found = []
     for m, (method, row) in enumerate(METHODS.items()):
         for v, (name, variant) in enumerate(row.variants.items()):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,15 +29,17 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, to
 CLASSES = 4
 
 
-def invariant(number: int, text: str, where: Callable[[Cell], bool] | None = None) -> Any:
+def invariant(number: int, text: str, where: Callable[[Cell], bool] | None = None, families: Sequence[str] = ()
+              ) -> Any:
     """Mark a test that takes ``cell`` as a row of the matrix.
 
     Args:
         number: of the invariant.
         text: what it says, for the table.
         where: the cells to which it applies.
+        families: through which the quick tier turns, some more often than others; all equally when not given.
     """
-    return pytest.mark.invariant(number, text, where=where)
+    return pytest.mark.invariant(number, text, where=where, families=families)
 
 
 # ------------------------------------------------------------------------------------------------- values

@@ -37,6 +37,8 @@ OPTIONS = {
 METHODS = list(OPTIONS)
 QUICK = ("LoRA", "TriAdaptLoRA", "SpIEL", "VQT")
 """Those that the quick tier kills more often, and at random: plain, growing, with moving indices, in two stages."""
+ONCE = ("AdaLoRA", "GaLore", "IST", "LadderSideTuning")
+"""Those that it kills once: with running scores, an optimizer, over another method, with data first."""
 PARTS = '''
 import torch
 from torch.utils.data import TensorDataset
@@ -143,7 +145,8 @@ def finish(point, folder: Path) -> bytes:
     return weights(folder)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [
+    pytest.param(name, marks=() if name in QUICK + ONCE else pytest.mark.slow) for name in METHODS])
 def test_killed_behind_a_checkpoint(point_of, tmp_path: Path, method: str) -> None:
     from core import run
 

@@ -132,7 +132,12 @@ def test_to(cell: Cell) -> None:
     assert all(tensor.is_meta for tensor in method.tensors().values()) and set(method.trainable()) == trained
 
 
-@invariant(47, "torch.compile, whole graph, gives eager's output")
+# following a block of transformers' takes three times as long as one of timm's
+LIGHT = ("timm_vit", "timm_swin", "timm_vit", "bert", "timm_vit", "timm_swin", "timm_vit", "ast", "timm_vit",
+         "timm_swin", "timm_vit", "llama", "timm_vit", "timm_swin", "timm_vit", "t5")
+
+
+@invariant(47, "torch.compile, whole graph, gives eager's output", families=LIGHT)
 def test_compile(cell: Cell) -> None:
     """The first block, forward and backward; the whole model for each first variant under SCION_ALL, and where what the
     method trains shows only behind the blocks."""
@@ -148,7 +153,8 @@ def test_compile(cell: Cell) -> None:
     results, gradients = [], []
     for run in (torch.compile(whole, fullgraph=True, backend="aot_eager"), whole):
         model.zero_grad()
-        out = hidden_out(run(*args, **kwargs))
+        with torch._dynamo.config.patch(allow_rnn=cell.variant == "lstm"):
+            out = hidden_out(run(*args, **kwargs))
         if out.requires_grad:
             uneven(out).backward()
         results.append(out.detach())

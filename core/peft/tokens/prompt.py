@@ -118,7 +118,7 @@ class PTuning(Prompted, PEFTMethod):
 
     Args:
         tokens: learned tokens, at least 1.
-        encoder: ``mlp`` or ``lstm``.
+        encoder: ``mlp`` or ``lstm``; torch.compile follows the latter where ``torch._dynamo.config.allow_rnn`` is set.
         hidden: its inner width; None is the embedding's.
     """
 
