@@ -140,7 +140,7 @@ def test_stages(tmp_path: Path) -> None:
 def test_learning_rates_and_masks_in_a_run(tmp_path: Path) -> None:
     """w and a in groups of their own, neither decayed; a strong penalty closes gates and lets what it must learn."""
     method = DiffPruning(l0=1e-3)
-    module = run(tmp_path, method, steps=40)
+    module = run(tmp_path, method, steps=60)
     groups = module.trainer.optimizers[0].param_groups
     ours = {id(t): name for name, t in method.trainable().items()}
     rates = {ours[id(p)].rpartition(".")[2]: (group["initial_lr"], group["weight_decay"])
