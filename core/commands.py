@@ -412,7 +412,8 @@ def predict(run: str, files: list[str], as_json: bool) -> int:
     files = [name for file in files for name in _inside(file, data)]
     size = max(1, min(data.batch_size, len(files)))
     results: list[dict[str, Any]] = []
-    with tqdm(total=len(files), unit="file", disable=len(files) <= 8, file=sys.stderr) as bar, torch.inference_mode():
+    with tqdm(total=len(files), unit="file", disable=len(files) <= 8 or not sys.stderr.isatty(),
+              file=sys.stderr) as bar, torch.inference_mode():
         for start in range(0, len(files), size):
             inputs, readable = [], []
             chunk: list[dict[str, Any]] = []
