@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
@@ -35,6 +36,7 @@ class Recorded:
         return f"{type(self).__name__}({', '.join(f'{key}={value!r}' for key, value in self.changed.items())})"
 
 
+@functools.cache  # asked at every construction
 def signature(cls: type) -> inspect.Signature:
     """The signature of ``cls.__init__`` without ``self``, ``**common`` resolved to the base class's own arguments."""
     own = list(inspect.signature(cls.__init__).parameters.values())[1:]
