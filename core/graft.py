@@ -309,7 +309,7 @@ class _Rewrite(TorchFunctionMode):
             given = _put(args, met, variant)
             given[place] = x[rows]
             part = func(*given, **_put_named(kwargs, met, variant))
-            out = out.index_copy(0, rows, part)
+            out = out.index_copy(0, rows, part)  # type: ignore[union-attr]
         return out
 
 
