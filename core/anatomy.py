@@ -694,12 +694,26 @@ def dissect(model: nn.Module) -> Anatomy:
                    inputs=site("inputs", "inputs", path))
 
 
+def parameter_sites(model: nn.Module, names: Iterable[str]) -> list[Site]:
+    """A site for each of these parameters, of whatever modules, for methods that treat all parameters alike."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    holders: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in dict.fromkeys(modules.values()):
+        for leaf, parameter in module._parameters.items():
+            holders.setdefault(id(parameter), []).append((module, leaf))
+    found = []
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        module = modules[path]
+        tied = tuple(other for other, its in holders[id(module.get_parameter(leaf))]
+                     if other is not module and its == leaf)
+        found.append(Site(name=name, role="parameter", path=path, module=module, parameter=leaf, tied=tied))
+    return found
+
+
 def parameter_site(model: nn.Module, name: str) -> Site:
-    """A site that is one named parameter of any module, for methods that treat all parameters alike."""
-    path, _, leaf = name.rpartition(".")
-    module, parameter = model.get_submodule(path), model.get_parameter(name)
-    tied = tuple(m for m in model.modules() if m is not module and m._parameters.get(leaf) is parameter)
-    return Site(name=name, role="parameter", path=path, module=module, parameter=leaf, tied=tied)
+    """See `parameter_sites`."""
+    return parameter_sites(model, [name])[0]
 
 
 def linear_sites(anatomy: Anatomy) -> dict[str, Site]:

@@ -41,8 +41,10 @@ def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> str:
         if name in skip or name.startswith("peft.") or name.endswith("_extra_state"):
             continue
         heads.append(f"{name}{tuple(tensor.shape)}".encode())
-        flat = tensor.detach().flatten() if not tensor.is_meta else torch.empty(0, device="cpu")
-        samples.append(flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].to("cpu", torch.float32))
+        flat, step = (tensor.reshape(-1), tensor.numel() // SAMPLES) if not tensor.is_meta else (
+            torch.empty(0, device="cpu"), 0)
+        flat = flat[:step * SAMPLES:step] if step > 1 else flat[:SAMPLES]
+        samples.append(flat.to("cpu", torch.float32))
     digest = hashlib.sha256()
     if samples:  # rounded together: a hundred small tensors one by one take longer
         values, start = torch.cat(samples).to(torch.bfloat16).float().numpy(), 0

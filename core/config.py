@@ -13,6 +13,7 @@ by jsonargparse against the constructors' annotations when the objects are made 
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -357,13 +358,21 @@ def typed(cls: Any, arguments: dict[str, Any], key: str) -> dict[str, Any]:
     missing = [name for name, p in known.items() if p.default is p.empty and name not in arguments]
     if missing:
         raise ScionError(f"{key}.{missing[0]}: {cls.__name__} needs it")
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(cls, fail_untyped=False, skip={name for name in known if name not in arguments})
     try:
-        return parser.parse_object(arguments).as_dict()
+        return _parser(cls, frozenset(known) - set(arguments)).parse_object(arguments).as_dict()
     except jsonargparse.ArgumentError as error:
         lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
         bad = re.search(r'key "([\w.]+)"', lines[0])
         name = bad.group(1) if bad else "?"
         said = next((line for line in lines if "xpected" in line), lines[-1])
         raise ScionError(f"{key}.{name}: {said.partition('. Got')[0]}, got {arguments.get(name)!r}") from None
+
+
+@functools.cache  # jsonargparse reads the sources of all of a class's bases; a table of runs asks again and again
+def _parser(cls: Any, left_out: frozenset[str]) -> Any:
+    """A parser of ``cls``'s arguments but those."""
+    import jsonargparse
+
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, fail_untyped=False, skip=set(left_out))
+    return parser

@@ -762,7 +762,7 @@ METHODS: dict[str, Row] = {
         artifact={"rank": 1},
     ),
     "PiSSA": Row(
-        {"q, v": Variant(RANK), "all": Variant({"rank": 2, "alpha": 4, **WIDE})},
+        {"q, v": Variant(RANK, learns={"lr": 1e-2}), "all": Variant({"rank": 2, "alpha": 4, **WIDE})},
         trained=_lora,
         bad=(({"rank": 0}, "rank 0"), ({"rank": 99}, "rank 99"), ({"start": "best"}, "'best'"), *NOT_LINEAR),
         weights=True, commutes=True, operators=14, saved=0.8, stored=2.0,

@@ -28,6 +28,10 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, to
 
 CLASSES = 4
 
+LIGHT = ("timm_vit", "timm_swin", "timm_vit", "bert", "timm_vit", "timm_vit", "ast", "timm_vit", "timm_vit", "llama",
+         "timm_vit", "timm_vit", "t5", "timm_vit", "timm_vit")
+"""For rows that compile or train: models of transformers take two to three times as long as timm's ViT."""
+
 
 def invariant(number: int, text: str, where: Callable[[Cell], bool] | None = None, families: Sequence[str] = ()
               ) -> Any:

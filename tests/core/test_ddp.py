@@ -14,7 +14,7 @@ import torch
 
 from tests.core.ddp_pair import MOVING, PATIENCE, moved, trained, work
 from tests.methods import Cell, cells
-from tests.toolkit import EVERYTHING, invariant
+from tests.toolkit import EVERYTHING, LIGHT, invariant
 
 NUMBER = 48
 
@@ -33,7 +33,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
             time.sleep(0.2)
         return folder
     try:
-        everything = [cell for cell in cells(EVERYTHING, NUMBER) if not cell.refused]
+        everything = [cell for cell in cells(EVERYTHING, NUMBER, LIGHT) if not cell.refused]
         # a fork has imported everything already; macOS's libraries do not survive one
         context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         other = context.Process(target=work, args=(1, str(folder), everything), daemon=True)
@@ -51,7 +51,7 @@ def worker_id() -> str:
     return os.environ.get("PYTEST_XDIST_WORKER", "master")
 
 
-@invariant(NUMBER, "two processes equal one on the joint batch")
+@invariant(NUMBER, "two processes equal one on the joint batch", families=LIGHT)
 def test_two_processes(cell: Cell, pair: Path) -> None:
     """Without a search for unused parameters, but for methods that declare idle tensors."""
     results: list[Any] = [torch.load(pair / f"{cell}-{rank}.pt") for rank in range(2)]

@@ -25,6 +25,7 @@ from tests.artifacts.make_artifacts import STORED, WORDS, artifact_cells, expect
 from tests.methods import Cell
 from tests.models import batch, make, with_head
 from tests.toolkit import (
+    LIGHT,
     Plain,
     differences,
     distance,
@@ -189,7 +190,7 @@ def test_damaged_files(cell: Cell, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("weights_only", [False, True], ids=["whole", "weights only"])
-@invariant(41, "checkpoints hold deltas only, and load alone")
+@invariant(41, "checkpoints hold deltas only, and load alone", families=LIGHT)
 def test_checkpoint(cell: Cell, weights_only: bool, tmp_path: Path) -> None:
     module = Plain(make(cell.family))
     method = cell.attach(module.backbone)
@@ -212,7 +213,7 @@ def test_checkpoint(cell: Cell, weights_only: bool, tmp_path: Path) -> None:
     assert _refuses(file, make(cell.family, seed=1), "another base")
 
 
-@invariant(42, "k + k steps equal 2k steps")
+@invariant(42, "k + k steps equal 2k steps", families=LIGHT)
 def test_resume(cell: Cell, tmp_path: Path) -> None:
     """Weights, optimizer, schedule, losses, random states; broken off within an epoch, and resumed by fresh objects."""
 

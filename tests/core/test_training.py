@@ -15,6 +15,8 @@ from core.method import GRADIENT_STEPS
 from tests.methods import Cell
 from tests.models import EVERY_FAMILY, batch, make
 from tests.toolkit import (
+    EVERYTHING,
+    LIGHT,
     Plain,
     invariant,
     loader,
@@ -65,17 +67,28 @@ def test_gradients(cell: Cell) -> None:
     assert not waiting
 
 
-@invariant(14, "gradcheck in float64", where=lambda cell: cell.trains)
+@invariant(14, "gradcheck in float64", where=lambda cell: cell.trains, families=LIGHT)
 def test_gradcheck(cell: Cell) -> None:
+    """Along one direction for all tensors of a kind (of one name in the grafts); of each tensor under SCION_ALL."""
     model, inputs = make(cell.family, dtype=torch.float64), batch(cell.family, 2, dtype=torch.float64)
     method = cell.attach(model, **({"dropout": 0.0} if "dropout" in cell.new().config else {}))
     randomize(method)
     names = [name for name in method.trainable() if not name.endswith(cell.row.stopped or ("\0",))]
 
-    def function(*tensors: Tensor) -> Tensor:
-        return functional_call(model, dict(zip(names, tensors, strict=True)), (inputs,))
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(name if EVERYTHING else name.rpartition(".")[2], []).append(name)
+    values = {name: method.trainable()[name].detach() for name in names}
 
-    tensors = tuple(method.trainable()[name].detach().clone().requires_grad_() for name in names)
+    def function(*tensors: Tensor) -> Tensor:
+        given = {}
+        for flat, same_kind in zip(tensors, kinds.values(), strict=True):
+            parts = flat.split([values[name].numel() for name in same_kind])
+            given |= {name: part.view_as(values[name]) for name, part in zip(same_kind, parts, strict=True)}
+        return functional_call(model, given, (inputs,))
+
+    tensors = tuple(torch.cat([values[name].flatten() for name in same_kind]).requires_grad_()
+                    for same_kind in kinds.values())
     assert gradcheck(function, tensors, eps=1e-6, atol=1e-6, rtol=1e-6, fast_mode=True)
 
 
@@ -95,7 +108,8 @@ def test_only_declared_move(cell: Cell) -> None:
     assert same(start, {name: value.to(base[name]) for name, value in method.start.items()})
 
 
-@invariant(16, "halves a 2-batch loss in 30 recommended steps", where=lambda cell: cell.trains)
+@invariant(16, "halves a 2-batch loss in 30 recommended steps", where=lambda cell: cell.trains,
+           families=LIGHT)
 def test_learns(cell: Cell) -> None:
     """A frozen random head of unit variance, 2 batches of 2 with random labels, the method's own learning rate."""
     model = make(cell.family)
@@ -133,7 +147,7 @@ def test_parameter_groups(cell: Cell) -> None:
             group.get("weight_decay") != 0.0) for tensor in group["params"])
 
 
-@invariant(18, "activation checkpointing changes nothing", where=lambda cell: cell.trains)
+@invariant(18, "activation checkpointing changes nothing", where=lambda cell: cell.trains, families=LIGHT)
 def test_checkpointing(cell: Cell) -> None:
     """For one forward, and for two before one backward; dropout draws the same in the recomputation."""
     model = make(cell.family)
@@ -170,7 +184,7 @@ def test_accumulation(cell: Cell) -> None:
     assert _close(_gradients(model, method.trainable()), whole, 1e-5)
 
 
-@invariant(20, "one seed, one checkpoint")
+@invariant(20, "one seed, one checkpoint", families=LIGHT)
 def test_reproducible(cell: Cell, tmp_path: Any) -> None:
     found = []
     for run in range(2):

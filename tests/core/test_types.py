@@ -20,6 +20,7 @@ from tests.methods import METHODS, Cell
 from tests.models import EVERY_FAMILY, WIDTH, batch, make
 from tests.toolkit import (
     EVERYTHING,
+    LIGHT,
     distance,
     invariant,
     loss_of,
@@ -130,11 +131,6 @@ def test_to(cell: Cell) -> None:
         assert torch.equal(outputs(model, batch(cell.family)), outputs(make(cell.family), batch(cell.family)))
     model.to("meta")
     assert all(tensor.is_meta for tensor in method.tensors().values()) and set(method.trainable()) == trained
-
-
-# following a block of transformers' takes three times as long as one of timm's
-LIGHT = ("timm_vit", "timm_swin", "timm_vit", "bert", "timm_vit", "timm_swin", "timm_vit", "ast", "timm_vit",
-         "timm_swin", "timm_vit", "llama", "timm_vit", "timm_swin", "timm_vit", "t5")
 
 
 @invariant(47, "torch.compile, whole graph, gives eager's output", families=LIGHT)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from core.anatomy import Anatomy, dissect
+from core.anatomy import Anatomy
 from core.data import seed_of
 from core.errors import ScionError, listed
 from core.graft import Graft, refresh
@@ -50,9 +50,10 @@ class AdapterDrop(PEFTMethod):
         self.count = 0
         """Layers without adapters now."""
         self._frozen: list[Tensor] = []
+        self.last = 0  # number of the last layer, once there is a backbone
 
     def check(self, anatomy: Anatomy) -> None:
-        last = len(anatomy.blocks) - 1
+        self.last = last = len(anatomy.blocks) - 1
         for what, value in (("drop", self.drop), ("maximum", self.maximum), ("inference", self.inference)):
             if isinstance(value, int) and value > last:
                 raise ScionError(f"{self.name}: {what} {value} leaves no layer of {anatomy.family} its adapters; at "
@@ -92,7 +93,7 @@ class AdapterDrop(PEFTMethod):
         """Layers without adapters in the step after ``step`` ones: a function of seed and step alone."""
         if not isinstance(self.drop, str):
             return self.drop
-        most = len(dissect(self._need_root()).blocks) - 1 if self.maximum is None else self.maximum
+        most = self.last if self.maximum is None else self.maximum
         generator = torch.Generator().manual_seed(seed_of(self.seed, self.name, step))
         return int(torch.randint(most + 1, (), generator=generator))
 

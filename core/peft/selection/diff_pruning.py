@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from core import graft as grafts
-from core.anatomy import Anatomy, Site, parameter_site, renamed
+from core.anatomy import Anatomy, Site, parameter_sites, renamed
 from core.errors import ScionError
 from core.graft import Graft
 from core.method import PEFTMethod, key_of
@@ -110,8 +110,7 @@ class DiffPruning(PEFTMethod):
     def sites(self, anatomy: Anatomy) -> list[Site]:
         wanted = {id(site.module): site.while_active for site in anatomy.all_sites()
                   if site.while_active and site.role != "attend"}
-        found = [parameter_site(anatomy.root, name) for name in all_parameters(
-            anatomy, self.layers, self.exclude, self.name)]
+        found = parameter_sites(anatomy.root, all_parameters(anatomy, self.layers, self.exclude, self.name))
         return [renamed(site, while_active=wanted.get(id(site.module), ())) for site in found
                 if site.full_weight.dim()]
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from core.anatomy import Anatomy, parameter_site
+from core.anatomy import Anatomy, parameter_sites
 from core.errors import ScionError
 from core.method import PEFTMethod
 from core.peft.selection.full import all_parameters
@@ -87,8 +87,8 @@ class LTSFT(PEFTMethod):
                 parameters[name].data.copy_(start)
             parameters[name].requires_grad_(False)
         self.start = {}
-        for name, index in positions.items():
-            self.add_graft(SparseGraft(parameter_site(root, name), index))
+        for site in parameter_sites(root, positions):
+            self.add_graft(SparseGraft(site, positions[site.name]))
         self.stage = "sparse"
 
     @property

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from core import graft as grafts
-from core.anatomy import Anatomy, Site, dissect, parameter_site
+from core.anatomy import Anatomy, Site, dissect, parameter_sites
 from core.errors import ScionError
 from core.graft import Graft
 from core.method import PEFTMethod, key_of
@@ -76,10 +76,9 @@ class SensitivityTuning(PEFTMethod):
             roles[roles.index("qkv"):roles.index("qkv") + 1] = ["q", "k", "v"]
         found = {site.name: site for site in anatomy.sites(roles, self.layers, self.name)}
         inside = tuple(f"{anatomy.blocks[i].path}." for i in sorted(anatomy.layer_indices(self.layers, self.name)))
-        for name, parameter in anatomy.root.named_parameters() if self.vector_ratio else ():
-            if parameter.dim() == 1 and name.startswith(inside) and not name.startswith("peft."):
-                found[name] = parameter_site(anatomy.root, name)
-        return found
+        vectors = [name for name, parameter in anatomy.root.named_parameters() if self.vector_ratio
+                   and parameter.dim() == 1 and name.startswith(inside) and not name.startswith("peft.")]
+        return {**found, **{site.name: site for site in parameter_sites(anatomy.root, vectors)}}
 
     def check(self, anatomy: Anatomy) -> None:
         candidates = self.candidates(anatomy)

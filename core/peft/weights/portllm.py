@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.anatomy import Anatomy, Site, parameter_site
+from core.anatomy import Anatomy, Site, parameter_site, parameter_sites
 from core.errors import ScionError
 from core.graft import Graft
 from core.method import PEFTMethod
@@ -64,7 +64,7 @@ class PortLLM(PEFTMethod):
             raise ScionError(f"{self.name}: {self.patch} brings a task head of its own; apply it with Patch.apply")
 
     def sites(self, anatomy: Anatomy) -> list[Site]:
-        return [parameter_site(anatomy.root, name) for name in self.taken.changes]
+        return parameter_sites(anatomy.root, self.taken.changes)
 
     def build(self, site: Site) -> Graft:
         change = self.taken.changes[site.name]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from core.anatomy import Anatomy, Site, parameter_site
+from core.anatomy import Anatomy, Site, parameter_sites
 from core.errors import ScionError, listed, nearest
 from core.graft import Graft
 from core.method import Home, PEFTMethod
@@ -121,7 +121,7 @@ class Quantize(PEFTMethod):
             if name not in known:
                 raise ScionError(f"{self.name}: no method is called {name!r}{nearest(name, known)}; attached before it "
                                  f"are {listed(known) or 'none'}")
-        found = []
+        found: list[str] = []
         for name in self.hosts or known:
             called = {id(graft) for graft in known[name].grafts} | {
                 id(child) for graft in known[name].grafts for child in graft.modules() if isinstance(child, nn.Linear)}
@@ -131,8 +131,8 @@ class Quantize(PEFTMethod):
                         raise ScionError(f"{self.name}: {name} shares {path}.{leaf} among its grafts, or keeps it in a "
                                          "part of them, where it cannot be quantized")
                     if parameter.dim() == 2:
-                        found.append(parameter_site(anatomy.root, f"{known[name].prefix}{path}.{leaf}"))
-        return found
+                        found.append(f"{known[name].prefix}{path}.{leaf}")
+        return parameter_sites(anatomy.root, found)
 
     def build(self, site: Site) -> Graft:
         self.identity_at_start = False
