@@ -755,7 +755,7 @@ METHODS: dict[str, Row] = {
         artifact={"rank": 1},
     ),
     "LoRAPlus": Row(
-        {"q, v": Variant(RANK), "all": Variant({"rank": 2, "alpha": 4, **WIDE})},
+        {"q, v": Variant(RANK, learns={"lr": 3e-3}), "all": Variant({"rank": 2, "alpha": 4, **WIDE})},
         trained=_lora,
         bad=(({"rank": 0}, "rank 0"), ({"lr_ratio": 0.0}, "lr_ratio 0"), *NOT_LINEAR),
         random=True, weights=True, operators=8, saved=0.76,
@@ -788,7 +788,7 @@ METHODS: dict[str, Row] = {
         artifact={"frequencies": 2},
     ),
     "LoHa": Row(
-        {"q, v": Variant(RANK), "all": Variant({"rank": 2, "alpha": 4, **WIDE})},
+        {"q, v": Variant(RANK, learns={"lr": 1e-2}), "all": Variant({"rank": 2, "alpha": 4, **WIDE})},
         trained=lambda anatomy, method: 2 * _lora(anatomy, method),
         cards=(("bert_base", {}, 589_824),),
         bad=(({"rank": 0}, "rank 0"), *NOT_LINEAR),
@@ -1089,7 +1089,7 @@ METHODS: dict[str, Row] = {
         artifact={"bottleneck": 4},
     ),
     "SideTuning": Row(
-        {"mlp": Variant({"hidden": 16}, learns={"lr": 1e-2})},
+        {"mlp": Variant({"hidden": 16}, learns={"lr": 3e-2})},
         trained=_side,
         cards=(("vit_b16", {"network": "alexnet"}, 9_547_585),),
         bad=(({"hidden": 0}, "hidden 0"), ({"network": "vgg"}, "'vgg'"), ({"pretrained": True}, "alexnet"),

@@ -173,7 +173,7 @@ def _roberta(width: int = WIDTH) -> nn.Module:
     from transformers import RobertaConfig, RobertaModel
 
     config = RobertaConfig(vocab_size=VOCABULARY, hidden_size=width, num_hidden_layers=2, num_attention_heads=4,
-                           intermediate_size=2 * width, max_position_embeddings=32, pad_token_id=0)
+                           intermediate_size=2 * width, max_position_embeddings=40, pad_token_id=0)
     return RobertaModel(config, add_pooling_layer=False)
 
 
