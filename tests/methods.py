@@ -1366,7 +1366,8 @@ METHODS: dict[str, Row] = {
         artifact={"tokens": 1},
     ),
     "VQT": Row(
-        {"concat": Variant(), "mean": Variant({"tokens": 3, "reduce": "mean", "dropout": 0.0, "normalize": False}),
+        {"concat": Variant(learns={"tokens": 3, "lr": 0.06}),
+         "mean": Variant({"tokens": 3, "reduce": "mean", "dropout": 0.0, "normalize": False}),
          "sum": Variant({"tokens": 3, "reduce": "sum"}),
          "compact": Variant({"keep": 0.5}, _to_compact, alone=True)},
         trained=_vqt,
