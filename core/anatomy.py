@@ -711,11 +711,6 @@ def parameter_sites(model: nn.Module, names: Iterable[str]) -> list[Site]:
     return found
 
 
-def parameter_site(model: nn.Module, name: str) -> Site:
-    """See `parameter_sites`."""
-    return parameter_sites(model, [name])[0]
-
-
 def linear_sites(anatomy: Anatomy) -> dict[str, Site]:
     """Sites with a weight that is a linear map, by name."""
     return {site.name: site for site in anatomy.all_sites() if site.kind != "module"}

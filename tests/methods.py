@@ -51,6 +51,8 @@ class Variant:
     """Families that cannot have it, beside the method's own, with the reason."""
     learns: Config = field(default_factory=dict)
     """Arguments for invariant 16, where a share of a tiny model times the recommended learning rate cannot reach."""
+    learns_on: dict[str, Config] = field(default_factory=dict)
+    """Such arguments by family, where it cannot on a few of them alone."""
 
 
 @dataclass(frozen=True)
@@ -755,14 +757,16 @@ METHODS: dict[str, Row] = {
         artifact={"rank": 1},
     ),
     "LoRAPlus": Row(
-        {"q, v": Variant(RANK, learns={"lr": 3e-3}), "all": Variant({"rank": 2, "alpha": 4, **WIDE})},
+        {"q, v": Variant(RANK, learns_on=dict.fromkeys(("timm_swin", "bert"), {"lr": 3e-3})),
+         "all": Variant({"rank": 2, "alpha": 4, **WIDE})},
         trained=_lora,
         bad=(({"rank": 0}, "rank 0"), ({"lr_ratio": 0.0}, "lr_ratio 0"), *NOT_LINEAR),
         random=True, weights=True, operators=8, saved=0.76,
         artifact={"rank": 1},
     ),
     "PiSSA": Row(
-        {"q, v": Variant(RANK, learns={"lr": 1e-2}), "all": Variant({"rank": 2, "alpha": 4, **WIDE})},
+        {"q, v": Variant(RANK, learns_on=dict.fromkeys(("timm_swin", "bert", "clip_vision"), {"lr": 1e-2})),
+         "all": Variant({"rank": 2, "alpha": 4, **WIDE})},
         trained=_lora,
         bad=(({"rank": 0}, "rank 0"), ({"rank": 99}, "rank 99"), ({"start": "best"}, "'best'"), *NOT_LINEAR),
         weights=True, commutes=True, operators=14, saved=0.8, stored=2.0,
@@ -788,7 +792,8 @@ METHODS: dict[str, Row] = {
         artifact={"frequencies": 2},
     ),
     "LoHa": Row(
-        {"q, v": Variant(RANK, learns={"lr": 1e-2}), "all": Variant({"rank": 2, "alpha": 4, **WIDE})},
+        {"q, v": Variant(RANK, learns_on={"timm_swin": {"lr": 1e-2}}),
+         "all": Variant({"rank": 2, "alpha": 4, **WIDE})},
         trained=lambda anatomy, method: 2 * _lora(anatomy, method),
         cards=(("bert_base", {}, 589_824),),
         bad=(({"rank": 0}, "rank 0"), *NOT_LINEAR),
@@ -1089,7 +1094,7 @@ METHODS: dict[str, Row] = {
         artifact={"bottleneck": 4},
     ),
     "SideTuning": Row(
-        {"mlp": Variant({"hidden": 16}, learns={"lr": 3e-2})},
+        {"mlp": Variant({"hidden": 16}, learns={"lr": 1e-2}, learns_on={"timm_convnext": {"lr": 3e-2}})},
         trained=_side,
         cards=(("vit_b16", {"network": "alexnet"}, 9_547_585),),
         bad=(({"hidden": 0}, "hidden 0"), ({"network": "vgg"}, "'vgg'"), ({"pretrained": True}, "alexnet"),
@@ -1366,7 +1371,7 @@ METHODS: dict[str, Row] = {
         artifact={"tokens": 1},
     ),
     "VQT": Row(
-        {"concat": Variant(learns={"tokens": 3, "lr": 0.06}),
+        {"concat": Variant(learns_on={"codegen": {"tokens": 3, "lr": 0.06}}),
          "mean": Variant({"tokens": 3, "reduce": "mean", "dropout": 0.0, "normalize": False}),
          "sum": Variant({"tokens": 3, "reduce": "sum"}),
          "compact": Variant({"keep": 0.5}, _to_compact, alone=True)},
@@ -1477,6 +1482,12 @@ class Cell:
             return chosen
         return {**chosen, **({"targets": ("mlp.up", "mlp.down")} if self.row.weights else {}),
                 **self.row.without_attention}
+
+    @property
+    def learns(self) -> Config:
+        """Arguments for invariant 16, beside the variant's; without any it is at the recommended settings."""
+        variant = self.row.variants[self.variant]
+        return {**variant.learns, **variant.learns_on.get(self.family, {})}
 
     @property
     def random(self) -> bool:

@@ -15,7 +15,6 @@ from core.method import GRADIENT_STEPS
 from tests.methods import Cell
 from tests.models import EVERY_FAMILY, batch, make
 from tests.toolkit import (
-    EVERYTHING,
     LIGHT,
     Plain,
     invariant,
@@ -69,26 +68,15 @@ def test_gradients(cell: Cell) -> None:
 
 @invariant(14, "gradcheck in float64", where=lambda cell: cell.trains, families=LIGHT)
 def test_gradcheck(cell: Cell) -> None:
-    """Along one direction for all tensors of a kind (of one name in the grafts); of each tensor under SCION_ALL."""
     model, inputs = make(cell.family, dtype=torch.float64), batch(cell.family, 2, dtype=torch.float64)
     method = cell.attach(model, **({"dropout": 0.0} if "dropout" in cell.new().config else {}))
     randomize(method)
     names = [name for name in method.trainable() if not name.endswith(cell.row.stopped or ("\0",))]
 
-    kinds: dict[str, list[str]] = {}
-    for name in names:
-        kinds.setdefault(name if EVERYTHING else name.rpartition(".")[2], []).append(name)
-    values = {name: method.trainable()[name].detach() for name in names}
-
     def function(*tensors: Tensor) -> Tensor:
-        given = {}
-        for flat, same_kind in zip(tensors, kinds.values(), strict=True):
-            parts = flat.split([values[name].numel() for name in same_kind])
-            given |= {name: part.view_as(values[name]) for name, part in zip(same_kind, parts, strict=True)}
-        return functional_call(model, given, (inputs,))
+        return functional_call(model, dict(zip(names, tensors, strict=True)), (inputs,))
 
-    tensors = tuple(torch.cat([values[name].flatten() for name in same_kind]).requires_grad_()
-                    for same_kind in kinds.values())
+    tensors = tuple(method.trainable()[name].detach().clone().requires_grad_() for name in names)
     assert gradcheck(function, tensors, eps=1e-6, atol=1e-6, rtol=1e-6, fast_mode=True)
 
 
@@ -108,12 +96,11 @@ def test_only_declared_move(cell: Cell) -> None:
     assert same(start, {name: value.to(base[name]) for name, value in method.start.items()})
 
 
-@invariant(16, "halves a 2-batch loss in 30 recommended steps", where=lambda cell: cell.trains,
-           families=LIGHT)
+@invariant(16, "halves a 2-batch loss in 30 recommended steps", where=lambda cell: cell.trains, families=LIGHT)
 def test_learns(cell: Cell) -> None:
     """A frozen random head of unit variance, 2 batches of 2 with random labels, the method's own learning rate."""
     model = make(cell.family)
-    method = cell.attach(model, **cell.row.variants[cell.variant].learns)
+    method = cell.attach(model, **cell.learns)
     batches, head = problem(cell.family)
 
     both = tuple(torch.cat(part) for part in zip(*batches, strict=True))

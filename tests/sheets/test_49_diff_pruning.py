@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from core import load_adapter
-from core.anatomy import parameter_site
+from core.anatomy import parameter_sites
 from core.errors import ScionError
 from core.peft import method_class
 from core.peft.selection.diff_pruning import MaskedChange, gate
@@ -88,7 +88,7 @@ def test_gradients(structured: bool) -> None:
     """Of w: z; of a: w dz/da, where the gate is neither open nor closed."""
     model = make("bert", dtype=torch.float64)
     name = next(name for name, p in model.named_parameters() if p.dim() == 2)
-    graft = MaskedChange(parameter_site(model, name), structured, 0.5, True).double()
+    graft = MaskedChange(parameter_sites(model, [name])[0], structured, 0.5, True).double()
     with torch.no_grad():
         graft.a.add_(torch.randn(graft.a.shape, generator=torch.Generator().manual_seed(0)))
         graft.w.normal_(generator=torch.Generator().manual_seed(1))

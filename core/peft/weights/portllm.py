@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.anatomy import Anatomy, Site, parameter_site, parameter_sites
+from core.anatomy import Anatomy, Site, parameter_sites
 from core.errors import ScionError
 from core.graft import Graft
 from core.method import PEFTMethod
@@ -87,6 +87,7 @@ class PortLLM(PEFTMethod):
         root = self._need_root()
         parameters = dict(root.named_parameters())
         present = {graft.site.name for graft in self.grafts}
+        fresh: dict[str, list[Tensor]] = {}
         for name, shapes in structure.get("changes", {}).items():
             if name in present:
                 continue
@@ -94,5 +95,7 @@ class PortLLM(PEFTMethod):
             here = list(parameters[name].shape) if name in parameters else []
             if (list(parameters[name].flatten(1).shape) if len(shapes) == 2 and here else here) != shape:
                 raise ScionError(f"{self.name}: {name} is {shape} in the file, {here or 'absent'} here")
-            up, *down = (torch.zeros(part) for part in shapes)
-            self.add_graft(PatchGraft(parameter_site(root, name), up, down[0] if down else None, self.scale))
+            fresh[name] = [torch.zeros(part) for part in shapes]
+        for site in parameter_sites(root, fresh):
+            up, *down = fresh[site.name]
+            self.add_graft(PatchGraft(site, up, down[0] if down else None, self.scale))
