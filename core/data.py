@@ -21,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from core.errors import ScionError
 from core.spec import Recorded
 
 Source = Literal["auto", "real", "mini"]
@@ -51,13 +52,15 @@ class EpochSampler(Sampler[int]):
         for listener in self.listeners:
             listener(epoch)
 
+    def order(self) -> list[int]:
+        """The indices of the present epoch."""
+        if not self.shuffle:
+            return list(range(self.size))
+        generator = torch.Generator().manual_seed(seed_of(self.seed, "epoch", self.epoch))
+        return torch.randperm(self.size, generator=generator).tolist()
+
     def __iter__(self) -> Iterator[int]:
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(seed_of(self.seed, "epoch", self.epoch))
-            order = torch.randperm(self.size, generator=generator).tolist()
-        else:
-            order = list(range(self.size))
-        return iter(order[self.skip:])
+        return iter(self.order()[self.skip:])
 
     def __len__(self) -> int:
         return self.size
@@ -128,7 +131,8 @@ class DataModule(Recorded, LightningDataModule, ABC):
     classes: list[str]
     """Class names; a target is a position in this list."""
     origin: dict[str, str]
-    """``{"source": "real" | "mini", "name": ...}``: what the numbers were measured on."""
+    """``{"source": "real" | "mini", "name": ...}``: what the numbers were measured on. Of one task of a suite also
+    ``task`` and ``group``: tables of all tasks then have the groups' means."""
     skipped: list[str]
     """Files left out, each with the reason."""
     multilabel: bool = False
@@ -169,6 +173,20 @@ class DataModule(Recorded, LightningDataModule, ABC):
     def load_state(self, state: dict[str, Any]) -> None:
         """Make ``read`` work as in the run that saved ``state``, without the data."""
 
+    @classmethod
+    def choices(cls, argument: str, arguments: dict[str, Any]) -> list[Any]:
+        """What ``all`` stands for as a value of ``argument``, given the others: ``--over data.task=all``."""
+        raise ScionError(f"--over data.{argument}=all: {cls.__name__} does not say what all of them are; list them")
+
+    def illustrate(self, inputs: Tensor) -> Tensor | None:
+        """Pictures of a batch of inputs for people to look at, uint8 [batch, 3, height, width]; None where there is
+        nothing to see."""
+        return None
+
+    def sampler(self, dataset: Dataset, train: bool) -> EpochSampler:
+        """The order of an epoch: shuffled by (seed, epoch) for training, as the data lie otherwise."""
+        return EpochSampler(len(dataset), shuffle=train, seed=self.seed or 0)  # type: ignore[arg-type]
+
     def collate_train(self) -> Callable[[list[Any]], Any] | None:
         """The function that makes a training batch (mixup belongs here); None stacks the samples."""
         return None
@@ -185,14 +203,13 @@ class DataModule(Recorded, LightningDataModule, ABC):
             _tell_skipped(self.skipped)
 
     def loader(self, dataset: Dataset, train: bool) -> EpochLoader:
-        """A loader in the house's order: shuffled by (seed, epoch) for training, in file order otherwise."""
-        seed = self.seed or 0
-        sampler = EpochSampler(len(dataset), shuffle=train, seed=seed)  # type: ignore[arg-type]
+        """A loader in the house's order, that of ``sampler``."""
+        sampler = self.sampler(dataset, train)
         if train and hasattr(dataset, "set_epoch"):
             sampler.listeners.append(dataset.set_epoch)  # type: ignore[attr-defined]
         return EpochLoader(dataset, batch_size=self.batch_size, sampler=sampler, num_workers=self.num_workers,
                            collate_fn=self.collate_train() if train else None,
-                           generator=torch.Generator().manual_seed(seed))
+                           generator=torch.Generator().manual_seed(self.seed or 0))
 
     def train_dataloader(self) -> EpochLoader:
         return self.loader(self.train_set, train=True)

@@ -38,18 +38,21 @@ class Recorded:
 
 @functools.cache  # asked at every construction
 def signature(cls: type) -> inspect.Signature:
-    """The signature of ``cls.__init__`` without ``self``, ``**common`` resolved to the base class's own arguments."""
-    own = list(inspect.signature(cls.__init__).parameters.values())[1:]
-    if not any(p.kind is p.VAR_KEYWORD for p in own):
-        return inspect.Signature(own)
-    kept = [p for p in own if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-    names = {p.name for p in kept}
-    for base in cls.__mro__[1:]:
-        if "__init__" in vars(base) and base is not object:
-            inherited = [p.replace(kind=p.KEYWORD_ONLY) for p in signature(base).parameters.values()
-                         if p.name not in names]
-            return inspect.Signature([*kept, *inherited])
-    return inspect.Signature(kept)
+    """The signature of ``cls.__init__`` without ``self``, ``**common`` resolved to the arguments of those classes to
+    which ``super().__init__(**common)`` leads, in the order of ``cls``'s own ancestors."""
+    kept: dict[str, inspect.Parameter] = {}
+    for base in cls.__mro__:
+        if "__init__" not in vars(base) or base is object:
+            continue
+        own = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]
+        passed_on = any(p.kind is p.VAR_KEYWORD for p in own)
+        first = not kept
+        for p in own:
+            if not (passed_on and p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)):
+                kept.setdefault(p.name, p if first else p.replace(kind=p.KEYWORD_ONLY))
+        if not passed_on:
+            break
+    return inspect.Signature(sorted(kept.values(), key=lambda p: p.kind))
 
 
 def plain(value: Any) -> Any:

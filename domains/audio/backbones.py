@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from core.backbone import Backbone
 from core.errors import ScionError, listed, nearest
-from domains.audio.network import reachable
+from core.network import reachable
 
 Model = Any
 """transformers' ``ASTModel``. Even an import for type checkers alone is run by the command's parser of annotations:

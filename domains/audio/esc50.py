@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from core.errors import ScionError, listed
-from domains.audio.clips import AudioData, Clip, Numbered, Parts, by_folds, check_folds, folder_with, read_csv
-from domains.audio.network import Archive
+from core.labelled import Numbered, Parts, by_folds, check_folds, folder_with, read_csv
+from core.network import Archive
+from domains.audio.clips import AudioData, Clip
 
 COLUMNS = ("filename", "fold", "target", "category")
 

@@ -15,8 +15,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from core.errors import ScionError
-from domains.audio.clips import AudioData, Clip, Parts, at_least_two, folder_with
-from domains.audio.network import Archive
+from core.labelled import Parts, at_least_two, folder_with
+from core.network import Archive
+from domains.audio.clips import AudioData, Clip
 
 LISTS = {"validation": "validation_list.txt", "test": "testing_list.txt"}
 

@@ -14,11 +14,13 @@ import pytest
 import torch
 import yaml
 
+from core import labelled
 from core.config import make, points
 from core.data import DataModule
 from core.errors import ScionError
+from core.labelled import few
 from domains.audio import ESC50, FluentSpeechCommands, SpeechCommands, UrbanSound8K, clips, mini
-from domains.audio.clips import AudioData, few
+from domains.audio.clips import AudioData
 from tests.domains.audio.conftest import write_sound, write_tree
 
 HOME = Path(clips.__file__).parent
@@ -27,7 +29,7 @@ BENCHMARKS: list[type[AudioData]] = [ESC50, UrbanSound8K, SpeechCommands, Fluent
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clips, "reachable", lambda *_: False)
+    monkeypatch.setattr(labelled, "reachable", lambda *_: False)
 
 
 @pytest.fixture
@@ -208,7 +210,7 @@ def test_downloads_are_checked(kind: Any, tmp_path: Path, monkeypatch: pytest.Mo
     with tarfile.open(packed, "w:gz") as archive:
         archive.add(tree, "." if not kind.archive.inside else tree.name)  # Speech Commands has no folder around it
     monkeypatch.setattr(kind, "archive", replace(kind.archive, url=packed.as_uri()))
-    monkeypatch.setattr(clips, "reachable", lambda *_: True)
+    monkeypatch.setattr(labelled, "reachable", lambda *_: True)
     _fails(kind, f"{kind.archive.algorithm.upper()} sum is .*, not the published {kind.archive.checksum}",
            cache=str(cache))
     known = hashlib.new(kind.archive.algorithm, packed.read_bytes()).hexdigest()

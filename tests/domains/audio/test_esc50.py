@@ -13,6 +13,7 @@ import pytest
 import soundfile
 import torch
 
+from core import labelled
 from core.errors import ScionError
 from domains.audio import ESC50, clips, esc50, features
 
@@ -28,7 +29,7 @@ def _ready(**options: Any) -> Any:
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clips, "reachable", lambda *_: False)
+    monkeypatch.setattr(labelled, "reachable", lambda *_: False)
 
 
 @pytest.mark.data
@@ -207,9 +208,9 @@ def test_download_is_checked(tree: Tree, tmp_path: Path, monkeypatch: pytest.Mon
         ESC50(cache=str(cache))._download()
     assert not list((cache / "audio").iterdir())  # nothing half-done is left behind
     monkeypatch.setattr(ESC50, "count", 15)
-    monkeypatch.setattr(clips, "reachable", lambda *_: True)
+    monkeypatch.setattr(labelled, "reachable", lambda *_: True)
     with pytest.warns(UserWarning, match="MD5"):
         data = _ready(cache=str(cache), frames=32)
     assert data.origin == {"source": "real", "name": "3 classes in ESC-50's layout"}
-    monkeypatch.setattr(clips, "reachable", lambda *_: False)
+    monkeypatch.setattr(labelled, "reachable", lambda *_: False)
     assert _ready(cache=str(cache), frames=32).origin["source"] == "real"  # now it is there

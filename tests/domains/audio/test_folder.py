@@ -359,9 +359,9 @@ def test_mistakes_in_options_give_one_line(tmp_path: Path, fails: Callable[..., 
 
 
 def test_without_a_folder_the_mini_stands_in_loudly(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="no folder of sounds, so this is the built-in mini.*give the folder of your"):
+    with pytest.warns(UserWarning, match="no folder of sound files, so this is the built-in mini.*give the folder of"):
         assert AudioFolder(cache=str(tmp_path), separator="|").frames == 112
-    with pytest.raises(ScionError, match="data.source real: there is no folder of sounds; give the folder"):
+    with pytest.raises(ScionError, match="data.source real: there is no folder of sound files; give the folder"):
         AudioFolder(source="real", cache=str(tmp_path)).setup()
     data = AudioFolder(source="mini", separator="|")
     assert data.peek() is not None and not data.multilabel  # a clip of the mini is one thing

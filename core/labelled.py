@@ -1,0 +1,431 @@
+"""What the datamodules of labelled files share: from a list of samples to the three sets.
+
+A benchmark says where its files lie, what they are and which set they belong to (`LabelledData.table`,
+`LabelledData.parts`); a kind of file (sounds, pictures) says how they are read (`LabelledData.prepare`,
+`LabelledData.fill`). Everything else is here: finding or fetching the data, the mini in their place, few-shot subsets,
+unreadable files, tables and lists.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import tempfile
+import warnings
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from core.data import DataModule, Source, seed_of
+from core.errors import ScionError, listed, nearest
+from core.network import Archive, download, reachable
+
+PARTS = ("train", "validation", "test")
+Parts = dict[str, list[int]]
+"""Rows of the samples by set; ``validation`` is left out where the protocol has none."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One file of a data set, or a part of it.
+
+    Args:
+        file: where it lies.
+        name: the file within the data set, the same on every machine; what is drawn by chance is drawn by it. What
+            follows an ``@`` is a place within the file.
+        labels: its classes; one, but for multi-label data.
+        group: the number of its fold, or the set that it belongs to; None where neither is given.
+    """
+
+    file: Path
+    name: str
+    labels: tuple[str, ...]
+    group: int | str | None = None
+
+
+class LabelledData(DataModule):
+    """Files with labels, or the mini in their place.
+
+    A subclass names its benchmark in the attributes below and defines ``layout``, ``table`` and ``parts``.
+
+    Args:
+        root: folder of the data in its published layout; None takes the copy in the cache, or downloads it where it is
+            published for that.
+        source: see ``DataModule``.
+        shots: few-shot: so many training samples of each class, drawn by the seed, the same for every method, and a
+            larger number contains a smaller one's. Validation and test stay whole. Null takes all.
+        skip_bad: leave out unreadable files and list them in ``skipped``, instead of stopping at the first.
+        cache: folder of downloads and of what is computed from files; null is ``$SCION_CACHE`` or ``~/.cache/scion``.
+        batch_size, num_workers, seed: see ``DataModule``.
+    """
+
+    domain: ClassVar[str]
+    """Its folder in the cache."""
+    samples_are: ClassVar[str] = "samples"
+    """What people call them: clips, pictures."""
+    files_are: ClassVar[str] = "file"
+    """What one file is: a sound file, a picture."""
+    mini_is: ClassVar[str] = "generated samples"
+    """What the mini holds."""
+
+    title: ClassVar[str]
+    """The benchmark's name."""
+    archive: ClassVar[Archive | None] = None
+    """Where it can be downloaded from."""
+    obtain: ClassVar[str] = ""
+    """Where people get it, if it cannot be downloaded by a program."""
+    count: ClassVar[int] = 0
+    """Samples of the whole benchmark."""
+    folder: ClassVar[str] = ""
+    """What it is called in the cache, where there is no archive."""
+    mini_name: ClassVar[str] = ""
+    """What its mini is called."""
+
+    def __init__(self, root: str | None = None, source: Source = "auto", shots: int | None = None,
+                 skip_bad: bool = False, cache: str | None = None, batch_size: int = 32, num_workers: int = 0,
+                 seed: int | None = None) -> None:
+        super().__init__(root, source, batch_size, num_workers, seed)
+        if shots is not None and shots < 1:
+            raise ScionError(f"data.shots: {shots} training {self.samples_are} a class are too few; at least 1, or "
+                             "null for all")
+        self.shots, self.skip_bad = shots, skip_bad
+        self.cache = Path(cache or os.environ.get("SCION_CACHE") or "~/.cache/scion").expanduser() / self.domain
+        self.notes: list[str] = []
+        """What has to be known of the data beside their name."""
+        self._place: Path | Literal["mini", "download"] | None = None
+        self._listing: tuple[list[Any], list[str], dict[int, str]] | None = None
+
+    # ------------------------------------------------------------------------------ what a benchmark defines
+
+    @abstractmethod
+    def layout(self, root: Path) -> Path:
+        """``root``, or the folder in it that the archive unpacks to, checked for the layout."""
+
+    @abstractmethod
+    def table(self, root: Path) -> tuple[list[Any], list[str]]:
+        """The samples below ``root`` and the classes in their order.
+
+        Raises:
+            ScionError: names the file, and the line where there is one.
+        """
+
+    @abstractmethod
+    def parts(self, samples: list[Any], bad: set[int]) -> Parts:
+        """Rows of each set, readable or not; ``bad`` are the unreadable ones."""
+
+    def named(self, samples: list[Any], classes: list[str]) -> str:
+        """What the numbers are measured on; ``samples`` are the readable ones."""
+        whole = not self.count or len(samples) == self.count
+        return self.title if whole else f"{len(samples)} {self.samples_are} in {self.title}'s layout"
+
+    def stand_ins(self) -> list[str]:
+        """Class names as long as the benchmark has not been downloaded."""
+        return []
+
+    # ------------------------------------------------------------------------------ what a kind of file defines
+
+    def survey(self, samples: list[Any], bad: dict[int, str]) -> None:
+        """Note in ``bad`` what is seen to be unreadable without decoding it."""
+
+    @abstractmethod
+    def prepare(self, samples: list[Any], wanted: list[int] | None, bad: dict[int, str]) -> dict[int, str]:
+        """Decode what has to be decoded of the rows ``wanted`` (None: all) before training; returns the rows that turn
+        out to be unreadable, each with the reason."""
+
+    @abstractmethod
+    def fill(self, samples: list[Any], parts: Parts, wanted: list[int] | None) -> None:
+        """Set ``train_set``, ``validation_set`` and ``test_set``."""
+
+    @abstractmethod
+    def load_mini(self) -> None:
+        """Make the mini: set ``origin``, ``classes`` and the three sets."""
+
+    @abstractmethod
+    def mini_classes(self) -> list[str]:
+        """The classes of the mini."""
+
+    # ------------------------------------------------------------------------------ what the core asks
+
+    def peek(self) -> list[str] | None:
+        """The classes, from the table where one is at hand."""
+        place = self.where()
+        if place == "mini":
+            return self.mini_classes()
+        if place == "download":
+            return self.stand_ins()
+        return self.look(place)[1]
+
+    def load(self) -> None:
+        place = self.where()
+        if place == "mini":
+            self.load_mini()
+        else:
+            self._load_real(self._download() if place == "download" else place)
+
+    # ------------------------------------------------------------------------------ where the data come from
+
+    def where(self) -> Path | Literal["mini", "download"]:
+        """Where the samples come from, asked once."""
+        if self._place is not None:
+            return self._place
+        ready = self.cache / (self.archive.folder if self.archive else self.folder or self.title)
+        if self.source == "mini":
+            self._place = "mini"
+        elif self.root is not None:  # given explicitly: it is this or nothing
+            place = self.layout(self.root.expanduser())
+            self.look(place)
+            self._place = place
+        elif ready.is_dir():
+            self._place = self.layout(ready)
+        elif self.archive and reachable(self.archive.url):
+            self._place = "download"
+        elif self.source == "real":
+            raise ScionError(f"data.source real: {self.absent}; {self.obtain or 'give a data.root'}")
+        else:
+            self._place = "mini"
+            warnings.warn(self.fallback, stacklevel=2)
+        if self._place == "mini":
+            self.multilabel = False  # a sample of the mini is one thing
+        return self._place
+
+    @property
+    def absent(self) -> str:
+        """Why a benchmark is not there."""
+        host = " and its host does not answer" if self.archive else ""
+        return f"{self.title} is not in the cache{host}"
+
+    @property
+    def fallback(self) -> str:
+        """The warning where the mini stands in."""
+        hint = f" ({self.obtain})" if self.obtain else ""
+        return (f"data.source auto: no data.root, {self.absent}, so this is the built-in mini: {self.mini_is}, not the "
+                f"benchmark{hint}")
+
+    def _download(self) -> Path:
+        """Fetch the benchmark into the cache; what must hold is that every file of the table is there."""
+        def whole(folder: Path) -> None:
+            samples = self.table(self.layout(folder))[0]
+            absent = [sample.name for sample in samples if not sample.file.is_file()]
+            if len(samples) != self.count or absent:
+                raise ScionError(f"{self.title}: the download is not whole: {len(samples)} {self.samples_are} of "
+                                 f"{self.count} listed, {len(absent)} absent")
+
+        assert self.archive is not None
+        return self.layout(download(self.archive, self.title, self.cache, whole))
+
+    # ------------------------------------------------------------------------------ loading
+
+    def look(self, root: Path) -> tuple[list[Any], list[str], dict[int, str]]:
+        """The samples, the classes, and by row what is seen to be bad without decoding it; read once."""
+        if self._listing is None:
+            samples, classes = self.table(root)
+            bad: dict[int, str] = {}
+            self.survey(samples, bad)
+            self._listing = samples, classes, bad
+        return self._listing
+
+    def _load_real(self, root: Path) -> None:
+        samples, classes, bad = self.look(root)
+        while True:  # what turns out to be bad when it is decoded changes what there is to choose from
+            self.classes, known = classes, set(bad)
+            parts = {which: [row for row in rows if row not in known] for which, rows in
+                     self.parts(samples, known).items()}
+            self.check_parts(samples, parts, bad)
+            notes = []
+            if self.shots:
+                parts["train"], short = self._few(samples, parts["train"])
+                notes += [f"data.shots {self.shots}: fewer training {self.samples_are} of {listed(short)}"] \
+                    if short else []
+            wanted = sorted(row for rows in parts.values() for row in rows) if self.shots else None
+            bad = bad | self.prepare(samples, wanted, bad)
+            if set(bad) == known:
+                break
+        if bad:
+            notes.append(f"{len(bad)} of {len(samples)} files could not be read and were left out (named under "
+                         "skipped)")
+        self.skipped += list(bad.values())
+        shots = f", {self.shots} training {self.samples_are} a class" if self.shots else ""
+        good = [sample for row, sample in enumerate(samples) if row not in bad]
+        self.origin = {"source": "real", "name": self.named(good, classes) + shots}
+        if self.notes or notes:
+            self.origin["note"] = "; ".join([*self.notes, *notes])
+        self.fill(samples, parts, wanted)
+
+    def check_parts(self, samples: list[Any], parts: Parts, bad: dict[int, str]) -> None:
+        """Every class is trained, and every set that the protocol has holds something."""
+        covered = {label for row in parts["train"] for label in samples[row].labels}
+        missing = [name for name in self.classes if name not in covered]
+        if missing:
+            reason = next((reason for row, reason in bad.items() if missing[0] in samples[row].labels), "")
+            raise ScionError(f"data: of {len(self.classes)} classes the training set holds none of {listed(missing)}"
+                             f"{f' ({reason})' if reason else ''}")
+        for which in PARTS[1:]:
+            if which in parts and not parts[which]:
+                raise ScionError(f"data: no readable {self.samples_are.rstrip('s')} in the {which} set")
+
+    def _few(self, samples: list[Any], rows: list[int]) -> tuple[list[int], list[str]]:
+        """``shots`` of the training rows of each class, and the classes that have fewer."""
+        assert self.shots is not None
+        kept = few(rows, [sample.name for sample in samples], [sample.labels for sample in samples], self.shots,
+                   self.seed or 0)
+        counts = Counter(label for row in kept for label in samples[row].labels)
+        return kept, [f"{name} ({counts[name]})" for name in self.classes if counts[name] < self.shots]
+
+
+# ------------------------------------------------------------------------------------------------- choosing
+
+
+def few(rows: list[int], names: Sequence[str], labels: Sequence[tuple[str, ...]], shots: int, seed: int) -> list[int]:
+    """``shots`` of ``rows`` for each class, in ascending order; all where a class has no more.
+
+    A row's place in the draw depends on (seed, its name) alone, so that more shots contain fewer, and the rows of one
+    class do not depend on another. With several labels the rarest class chooses first, and what was chosen counts for
+    all of its classes.
+
+    Args:
+        rows: to choose from.
+        names, labels: of every row of the data set.
+        shots: of each class, at least 1.
+        seed: of the draw.
+    """
+    order = sorted(rows, key=lambda row: seed_of(seed, "shots", names[row]))
+    total = Counter(label for row in rows for label in labels[row])
+    have: Counter[str] = Counter()
+    kept: set[int] = set()
+    for name in sorted(total, key=lambda name: (total[name], name)):
+        for row in order:
+            if have[name] >= shots:
+                break
+            if row not in kept and name in labels[row]:
+                kept.add(row)
+                have.update(labels[row])
+    return sorted(kept)
+
+
+def check_folds(fold: int, validation_fold: int | str | None, count: int) -> None:
+    """Refuse folds that a benchmark with ``count`` of them does not have."""
+    if not 1 <= fold <= count:
+        raise ScionError(f"data.fold: {fold} is not one of the folds 1 to {count}")
+    if validation_fold == fold:
+        raise ScionError(f"data.validation_fold: {fold} is the test fold; take another, next, or null")
+    if validation_fold is not None and validation_fold != "next" and validation_fold not in range(1, count + 1):
+        raise ScionError(f"data.validation_fold: {validation_fold} is not next, null or one of the folds 1 to {count}")
+
+
+def by_folds(samples: list[Any], fold: int, validation_fold: int | str | None) -> Parts:
+    """``fold`` to test, ``validation_fold`` (``next``: the one after ``fold``; None: none) to validate, the rest to
+    train."""
+    folds = sorted({int(sample.group or 0) for sample in samples})
+    if fold not in folds:
+        raise ScionError(f"data.fold: {fold} is not among the folds of the table ({listed(folds)})")
+    held = folds[(folds.index(fold) + 1) % len(folds)] if validation_fold == "next" else validation_fold
+    if held is not None and (held not in folds or held == fold):
+        raise ScionError(f"data.validation_fold: {held} is not among the other folds of the table ({listed(folds)})")
+    found: Parts = {which: [] for which in PARTS if which != "validation" or held is not None}
+    for row, sample in enumerate(samples):
+        found["test" if sample.group == fold else "validation" if sample.group == held else "train"].append(row)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------- tables and folders
+
+
+def folder_with(root: Path, marker: str, inside: Sequence[str], title: str) -> Path:
+    """``root``, or a folder of one of the names ``inside`` it, that holds ``marker``."""
+    if not root.is_dir():
+        raise ScionError(f"data.root: no folder {root}")
+    for folder in (root, *(root / name for name in inside)):
+        if (folder / marker).exists():
+            return folder
+    raise ScionError(f"data.root: no {marker} in {root} (wanted: {title}'s layout, see the domain's README.md)")
+
+
+def read_csv(file: Path, columns: Sequence[str] = ()) -> list[dict[str, str]]:
+    """The rows of a table with a header, values without blanks around them; commas, semicolons or tabs between them.
+
+    Raises:
+        ScionError: the file cannot be read, lacks one of ``columns``, or has no rows.
+    """
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as handle:
+            header = handle.readline()
+            handle.seek(0)
+            lines = [row for row in csv.reader(handle, delimiter=max(",;\t", key=header.count)) if row]
+            names = [name.strip() for name in lines[0]] if lines else []
+            rows = [dict(zip(names, (value.strip() for value in line), strict=False)) for line in lines[1:]]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ScionError(f"{file}: cannot be read as a table ({error})") from None
+    lacking = [column for column in columns if column not in names]
+    if lacking:
+        raise ScionError(f"{file}: {'empty' if not names else 'no column ' + listed(lacking)}"
+                         f"{nearest(lacking[0], names)}; wanted are the columns {listed(columns)}")
+    if not names:
+        raise ScionError(f"{file}: empty; a table with a header wanted")
+    if not rows:
+        raise ScionError(f"{file}: no rows below the header")
+    return rows
+
+
+class Numbered:
+    """Classes that a table gives as a number and a name, which must agree on every line."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.names: dict[int, str] = {}
+
+    def add(self, line: int, number: int, name: str) -> None:
+        if self.names.setdefault(number, name) != name:
+            raise ScionError(f"{self.file}, line {line}: target {number} is {name!r} here and {self.names[number]!r} "
+                             "above")
+
+    def order(self) -> list[str]:
+        """The names in the order of their numbers, at least two."""
+        names = [self.names[number] for number in sorted(self.names)]
+        if len(set(names)) < len(names):
+            raise ScionError(f"{self.file}: {len(names)} targets but {len(set(names))} category names")
+        return at_least_two(names, self.file)
+
+
+def at_least_two(classes: list[str], where: object) -> list[str]:
+    """``classes``, refused where there is nothing to tell apart."""
+    if len(classes) < 2:
+        raise ScionError(f"{where}: {'one class only' if classes else 'no classes'} ({listed(classes)}), at least two "
+                         "wanted")
+    return classes
+
+
+def ordered(names: Iterable[str]) -> list[str]:
+    """Names without repetition, in the order of their numbers where all of them are whole numbers, else of letters."""
+    found = sorted(set(names))
+    return sorted(found, key=int) if all(name.isdecimal() for name in found) else found
+
+
+# ------------------------------------------------------------------------------------------------- files
+
+
+@contextmanager
+def noted(bad: dict[int, str], row: int, skip_bad: bool) -> Iterator[None]:
+    """What is wrong with a file goes into ``bad``, or stops all with a hint."""
+    try:
+        yield
+    except ScionError as error:
+        if not skip_bad:
+            raise ScionError(f"{error} (data.skip_bad: true leaves such files out)") from None
+        bad[row] = str(error)
+
+
+@contextmanager
+def replaced(file: Path) -> Iterator[Path]:
+    """Another name to write ``file`` under first, so that no one ever reads half of it."""
+    handle, name = tempfile.mkstemp(dir=file.parent, prefix=".writing-")
+    os.close(handle)
+    try:
+        yield Path(name)
+        os.replace(name, file)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
