@@ -37,7 +37,7 @@ def roles(model: str) -> int:
     """Print which roles a model has and which modules play them, from its shapes alone.
 
     Args:
-        model: ``nano`` or another name that a domain's backbone knows, ``audio:AST:nano``, a timm name, a folder with
+        model: a name that one domain's backbone knows, ``audio:AST:nano`` where several do, a timm name, a folder with
             config.json, or a transformers id in the cache.
     """
     from core.anatomy import dissect
@@ -348,10 +348,11 @@ def save_plain(tuner: FineTuner, folder: Path) -> None:
         save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
         record = {"class": f"{type(model).__module__}.{type(model).__qualname__}"}
         (folder / "config.json").write_text(json.dumps(record, indent=1) + "\n")
-    head = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tuner.task.head.state_dict().items()}
-    save_file(head, folder / "head.safetensors", metadata={"format": "pt"})
+    head = tuner.task.plain_head()
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in head.state_dict().items()}
+    save_file(tensors, folder / "head.safetensors", metadata={"format": "pt"})
     labels = {"classes": list(getattr(tuner.task, "classes", [])), "multilabel": bool(tuner.hparams.get("multilabel")),
-              "task": type(tuner.task).__name__, "head": str(tuner.task.head), "features": int(tuner.backbone.dim)}
+              "task": type(tuner.task).__name__, "head": str(head), "features": int(tuner.backbone.dim)}
     (folder / "labels.json").write_text(json.dumps(labels, indent=1) + "\n")
 
 
@@ -404,14 +405,19 @@ def predict(run: str, files: list[str], as_json: bool) -> int:
     from tqdm import tqdm
 
     from core.module import load_run
+    from core.pictures import caption
+    from core.report import MOST
 
     if not files:
         raise ScionError("no files given")
     tuner = load_run(run, "cuda" if torch.cuda.is_available() else "cpu")
     data = data_of(run)
     files = [name for file in files for name in _inside(file, data)]
+    if tuner.task.compares:
+        return _compare(run, tuner, data, files, as_json)
     size = max(1, min(data.batch_size, len(files)))
     results: list[dict[str, Any]] = []
+    shown: list[tuple[Tensor, str]] = []
     with tqdm(total=len(files), unit="file", disable=len(files) <= 8 or not sys.stderr.isatty(),
               file=sys.stderr) as bar, torch.inference_mode():
         for start in range(0, len(files), size):
@@ -431,6 +437,8 @@ def predict(run: str, files: list[str], as_json: bool) -> int:
                 outputs = tuner(torch.stack(inputs).to(next(tuner.parameters()).device))
                 for entry, prediction in zip(readable, tuner.task.predict(outputs), strict=True):
                     entry.update(prediction)
+            shown += [(one, f"{caption(entry)}\n{Path(entry['file']).name}") for one, entry in zip(
+                inputs, readable, strict=True)][:MOST - len(shown)]
             for entry in readable if not as_json else []:
                 label = ", ".join(entry["labels"]) or "-" if "labels" in entry else entry["label"]
                 bar.write(f"{entry['file']}\t{label}\t{entry['score']:.4f}", file=sys.stdout)
@@ -438,6 +446,60 @@ def predict(run: str, files: list[str], as_json: bool) -> int:
             bar.update(len(chunk))
     if as_json:
         print(json.dumps(results, indent=1))
+    _show(run, data, shown)
+    return 2 if any("error" in entry for entry in results) else 0
+
+
+def _show(run: str, data: DataModule, shown: list[tuple[Tensor, str]], columns: int = 8) -> None:
+    """The picture of the first files, in the run's folder."""
+    from core.pictures import of_files
+
+    file = Path(run) / "predictions.png"
+    try:
+        if of_files(data, [one for one, _ in shown], [text for _, text in shown], file, columns=columns):
+            print(f"pictures: {file}", file=sys.stderr)
+    except OSError as error:  # what was asked for is printed already
+        print(f"{file}: cannot be written ({error.strerror})", file=sys.stderr)
+
+
+def _compare(run: str, tuner: FineTuner, data: DataModule, files: list[str], as_json: bool) -> int:
+    """Print for each file those of the others that are nearest; 2 if one could not be read."""
+    import torch
+    from tqdm import tqdm
+
+    from core.tasks.embedding import SHOWN, neighbours
+
+    inputs, readable, vectors, results = [], [], [], []
+    with torch.inference_mode():
+        for file in tqdm(files, unit="file", disable=len(files) <= 8 or not sys.stderr.isatty(), file=sys.stderr):
+            results.append({"file": file})
+            try:
+                one = data.read(file)
+            except (ScionError, OSError) as error:
+                text = " ".join(str(error).split())
+                results[-1]["error"] = text if file in text else f"{file}: {text}"
+                tqdm.write(results[-1]["error"], file=sys.stderr)
+                continue
+            vectors.append(tuner(one[None].to(next(tuner.parameters()).device))[0].cpu())
+            readable.append(results[-1])
+            inputs.append(one)
+    if len(vectors) < 2:
+        raise ScionError(f"{len(vectors)} readable file{'s' * (len(vectors) != 1)}; this run compares files with each "
+                         "other, so at least two are wanted")
+    places, scores = neighbours(torch.stack(vectors), SHOWN[1])
+    shown: list[tuple[Tensor, str]] = []
+    for row, (entry, near, score) in enumerate(zip(readable, places.tolist(), scores.tolist(), strict=True)):
+        entry["neighbours"] = [{"file": readable[i]["file"], "score": round(value, 4)}
+                               for i, value in zip(near, score, strict=True)]
+        if not as_json:
+            print("\t".join([entry["file"], *(f"{one['file']} {one['score']:.4f}" for one in entry["neighbours"])]))
+        if row < SHOWN[0]:
+            shown += [(inputs[row], f"query\n{Path(entry['file']).name}"), *(
+                (inputs[i], f"{value:.2f}\n{Path(readable[i]['file']).name}")
+                for i, value in zip(near, score, strict=True))]
+    if as_json:
+        print(json.dumps(results, indent=1))
+    _show(run, data, shown, columns=1 + len(places[0]))
     return 2 if any("error" in entry for entry in results) else 0
 
 

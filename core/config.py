@@ -6,6 +6,14 @@ A class stands in a configuration by its bare name, with or without arguments::
     peft: {class_path: LoRA, init_args: {rank: 16}}         # or
     peft: {class: LoRA, rank: 16}
 
+``per`` holds settings that go with a value of another one, as papers give them for each task of a suite::
+
+    per:
+      data.task:
+        svhn: {peft.scale: 10, optimizer.lr: 0.01}
+
+What the command line says comes before them, and where it replaces a method, nothing of that method's is set.
+
 Everything here works on plain dictionaries and imports no torch, so that a mistake is told at once. Types are checked
 by jsonargparse against the constructors' annotations when the objects are made (`make`).
 """
@@ -29,7 +37,7 @@ import yaml
 from core.errors import ScionError, listed, nearest
 
 KEYS = ("model", "data", "peft", "optimizer", "lr_scheduler", "trainer", "seed_everything", "stages", "over", "run_dir",
-        "select", "domain")
+        "select", "domain", "per")
 COMPONENTS = ("model.backbone", "model.task", "data", "peft")
 STAGE_KEYS = ("model", "data", "peft", "optimizer", "lr_scheduler", "trainer", "select", "start", "carry")
 DEFAULTS: dict[str, Any] = {"optimizer": {}, "lr_scheduler": {}, "trainer": {}, "seed_everything": 0, "select": "last"}
@@ -79,7 +87,10 @@ def points(config: str, overrides: list[str] | None = None) -> list[Point]:
     axes: dict[str, list[Any]] = {}
     base = normal(raw, str(file.name))
     domain = str(base.get("domain") or _domain_of(file))
+    given: list[str] = []
     for key, operator, text in _split(overrides or []):
+        if operator == "=":
+            given.append(key)
         if key == "over":
             axis, _, values = text.partition("=")
             if not values:
@@ -92,17 +103,44 @@ def points(config: str, overrides: list[str] | None = None) -> list[Point]:
     for key in ("model", "data", "peft"):
         if key not in base:
             raise ScionError(f"{file.name}: the key {key!r} is missing")
+    per = base.pop("per", None) or {}
+    axes = {axis: _every(axis, base, domain) if values == ["all"] else values for axis, values in axes.items()}
     found = []
     for values in itertools.product(*axes.values()):
         one = copy.deepcopy(base)
         for axis, value in zip(axes, values, strict=True):
             assign(one, axis, copy.deepcopy(value))
+        _settle(one, per, [*given, *axes], file.name)
         shown = {axis: label(component(value, axis) if axis in COMPONENTS else value)
                  for axis, value in zip(axes, values, strict=True)}
         found.append(Point(one, str(file), domain, shown))
     for point in found:
         check(point)
     return found
+
+
+def _every(axis: str, config: dict[str, Any], domain: str) -> list[Any]:
+    """What ``all`` stands for on an axis: the class of the data knows."""
+    place, _, name = axis.rpartition(".")
+    if place != "data":
+        raise ScionError(f"--over {axis}=all: only an argument of the data, as data.task, has all of its values known; "
+                         "list them")
+    return find_class(config["data"]["class_path"], "data", domain).choices(name, config["data"]["init_args"])
+
+
+def _settle(config: dict[str, Any], per: dict[str, Any], given: list[str], where: str) -> None:
+    """Set, in place, what ``per`` says for the values that ``config`` has, but for what was ``given`` otherwise."""
+    for key, table in per.items():
+        if not isinstance(table, dict) or not all(isinstance(settings, dict) for settings in table.values()):
+            raise ScionError(f"{where}: per.{key} is a mapping from its values to settings, as in "
+                             "{svhn: {peft.scale: 10}}")
+        node: Any = config
+        for part in key.split("."):
+            node = node.get("init_args", node) if isinstance(node, dict) and part not in node else node
+            node = node.get(part) if isinstance(node, dict) else None
+        for setting, value in (table.get(str(node)) or {}).items():
+            if not any(setting == other or setting.startswith(f"{other}.") for other in given):
+                assign(config, setting, copy.deepcopy(value))
 
 
 def find(config: str) -> Path:
@@ -258,6 +296,8 @@ def _into(node: Any, part: str, place: str, key: str) -> Any:
             return named[0]
         node = node[-1]
     if isinstance(node, dict) and "class_path" in node and part not in node:
+        if place == "peft" and node["class_path"].rpartition(".")[2] == part:
+            return node
         node = node["init_args"]
     if not isinstance(node, dict):
         raise ScionError(f"--{key}: {place} is {node!r}, which has no {part!r}")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from core.errors import ScionError
 from core.spec import Recorded
@@ -64,6 +64,89 @@ class EpochSampler(Sampler[int]):
 
     def __len__(self) -> int:
         return self.size
+
+
+class ClassSampler(EpochSampler, DistributedSampler):
+    """Batches of ``batch_size // per_class`` different classes, each with ``per_class`` samples in a row.
+
+    The order of an epoch is a function of (seed, epoch). It has ``samples // batch_size`` batches, at least one; under
+    several processes each reads whole batches of its own, as many as the others. Classes come up in proportion to their
+    sizes and a class's samples in shuffled rounds, so that all samples are used about equally often (a class that would
+    have to come up twice in a batch, less). A class of fewer than ``per_class`` samples repeats them.
+
+    Being a ``DistributedSampler`` by name only, it is not wrapped by Lightning, which would cut the classes up.
+
+    Args:
+        targets: the class of each sample, any whole numbers.
+        batch_size: samples of a batch, in each process.
+        per_class: samples of a class in a batch.
+        seed: of the order.
+
+    Raises:
+        ScionError: ``per_class`` does not divide ``batch_size``, or there are fewer classes than a batch takes.
+    """
+
+    def __init__(self, targets: Sequence[int], batch_size: int, per_class: int, seed: int) -> None:
+        super().__init__(len(targets), shuffle=True, seed=seed)
+        members: dict[int, list[int]] = {}
+        for index, target in enumerate(targets):
+            members.setdefault(int(target), []).append(index)
+        if per_class < 1 or batch_size % per_class:
+            raise ScionError(f"data.per_class: {per_class} samples of a class do not divide a batch of {batch_size}")
+        if batch_size // per_class > len(members):
+            raise ScionError(f"data.batch_size: {batch_size} samples, {per_class} of each class, take "
+                             f"{batch_size // per_class} classes, and the training set has {len(members)}; at most "
+                             f"{len(members) * per_class} can be")
+        self.batch_size, self.per_class = batch_size, per_class
+        self.members = [members[target] for target in sorted(members)]
+
+    @staticmethod
+    def processes() -> tuple[int, int]:
+        """This process's number, and how many there are."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return torch.distributed.get_rank(), torch.distributed.get_world_size()
+        return 0, 1
+
+    def order(self) -> list[int]:
+        rank, world = self.processes()
+        generator = torch.Generator().manual_seed(seed_of(self.seed, "classes", self.epoch))
+        rates = self._rates(self.batch_size // self.per_class)
+        credit = torch.zeros(len(rates), dtype=torch.float64)
+        pools: list[list[int]] = [[] for _ in self.members]
+        found: list[int] = []
+        for batch in range(len(self) // self.batch_size * world):
+            credit += rates
+            # the classes that are due; the chance added lets different ones meet in every round
+            due = credit + torch.rand(len(rates), generator=generator, dtype=torch.float64)
+            chosen = due.masked_fill(rates >= 1, torch.inf).topk(self.batch_size // self.per_class).indices
+            credit[chosen] -= 1
+            for number in chosen.tolist():
+                taken = self._take(pools[number], self.members[number], generator)
+                if batch % world == rank:
+                    found += taken
+        return found
+
+    def _rates(self, most: int) -> Tensor:
+        """How often each class comes up in a batch of ``most`` classes, at most 1: in proportion to its samples."""
+        sizes = torch.tensor([len(rows) for rows in self.members], dtype=torch.float64)
+        always = torch.zeros(len(sizes), dtype=torch.bool)
+        while True:
+            rates = torch.where(always, 1.0, sizes * (most - int(always.sum())) / sizes[~always].sum())
+            if always.all() or not (rates > 1).any():
+                return rates
+            always |= rates >= 1
+
+    def _take(self, pool: list[int], rows: list[int], generator: torch.Generator) -> list[int]:
+        """``per_class`` samples off the pool, into which ``rows`` come again, shuffled, when it runs out."""
+        while len(pool) < self.per_class:
+            fresh = [rows[index] for index in torch.randperm(len(rows), generator=generator).tolist()]
+            pool += sorted(fresh, key=set(pool).__contains__)  # no sample twice in one batch while there are others
+        taken, pool[:] = pool[:self.per_class], pool[self.per_class:]
+        return taken
+
+    def __len__(self) -> int:
+        _, world = self.processes()
+        return max(self.size // (self.batch_size * world), 1) * self.batch_size
 
 
 class EpochLoader(DataLoader):
@@ -117,7 +200,8 @@ class DataModule(Recorded, LightningDataModule, ABC):
     """A benchmark, or its mini.
 
     A subclass defines ``load``, which sets ``train_set``, ``validation_set`` (None where the protocol has none),
-    ``test_set`` and ``classes``, and ``read`` and ``example``. An item is ``(input, target)``.
+    ``test_set`` (None where nothing is to be tested: settings are searched) and ``classes``, and ``read`` and
+    ``example``. An item is ``(input, target)``.
 
     Args:
         root: folder of the data in its published layout; None looks into the cache.
@@ -139,7 +223,7 @@ class DataModule(Recorded, LightningDataModule, ABC):
 
     train_set: Dataset
     validation_set: Dataset | None
-    test_set: Dataset
+    test_set: Dataset | None
 
     def __init__(self, root: str | None = None, source: Source = "auto", batch_size: int = 32, num_workers: int = 0,
                  seed: int | None = None) -> None:
@@ -217,5 +301,5 @@ class DataModule(Recorded, LightningDataModule, ABC):
     def val_dataloader(self) -> EpochLoader | list:
         return self.loader(self.validation_set, train=False) if self.validation_set is not None else []
 
-    def test_dataloader(self) -> EpochLoader:
-        return self.loader(self.test_set, train=False)
+    def test_dataloader(self) -> EpochLoader | list:
+        return self.loader(self.test_set, train=False) if self.test_set is not None else []

@@ -129,7 +129,7 @@ class FolderData(LabelledData):
         return tuple(dict.fromkeys(part.strip() for part in text.split(self.separator) if part.strip()))
 
     def _by_subfolders(self, root: Path) -> list[Any]:
-        folders = _subfolders(root)
+        folders = subfolders(root)
         hint = self._hint(root)
         if not folders:
             raise ScionError(f"data.root: {root} has no subfolders; wanted: one for each class, or data.table, or "
@@ -144,7 +144,7 @@ class FolderData(LabelledData):
                     raise ScionError(f"data.root: of the sets {root} has {listed(sorted(names))} and none to {which}")
         samples = []
         for place, which in sets.items():
-            for folder in _subfolders(place):
+            for folder in subfolders(place):
                 files = self.files(folder)
                 if not files:
                     raise ScionError(f"data.root: no {self.files_are} in the folder {folder}{hint}")
@@ -273,7 +273,7 @@ def _pattern(name: str, text: str | None) -> re.Pattern[str] | None:
         raise ScionError(f"data.{name}: {text!r} is no regular expression ({error})") from None
 
 
-def _subfolders(folder: Path) -> list[Path]:
+def subfolders(folder: Path) -> list[Path]:
     """Without hidden ones, and what a Mac's zip leaves behind."""
     return sorted(child for child in folder.iterdir()
                   if child.is_dir() and child.name[0] != "." and child.name != "__MACOSX")

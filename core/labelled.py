@@ -72,7 +72,7 @@ class LabelledData(DataModule):
     mini_is: ClassVar[str] = "generated samples"
     """What the mini holds."""
 
-    title: ClassVar[str]
+    title: str
     """The benchmark's name."""
     archive: ClassVar[Archive | None] = None
     """Where it can be downloaded from."""
@@ -80,10 +80,12 @@ class LabelledData(DataModule):
     """Where people get it, if it cannot be downloaded by a program."""
     count: ClassVar[int] = 0
     """Samples of the whole benchmark."""
-    folder: ClassVar[str] = ""
+    folder: str = ""
     """What it is called in the cache, where there is no archive."""
     mini_name: ClassVar[str] = ""
     """What its mini is called."""
+    every_class: ClassVar[bool] = True
+    """Whether each class has to be trained; a sample drawn from many classes may miss some."""
 
     def __init__(self, root: str | None = None, source: Source = "auto", shots: int | None = None,
                  skip_bad: bool = False, cache: str | None = None, batch_size: int = 32, num_workers: int = 0,
@@ -256,10 +258,10 @@ class LabelledData(DataModule):
         self.fill(samples, parts, wanted)
 
     def check_parts(self, samples: list[Any], parts: Parts, bad: dict[int, str]) -> None:
-        """Every class is trained, and every set that the protocol has holds something."""
+        """Every class is trained, where that is wanted, and every set that the protocol has holds something."""
         covered = {label for row in parts["train"] for label in samples[row].labels}
         missing = [name for name in self.classes if name not in covered]
-        if missing:
+        if missing and self.every_class:
             reason = next((reason for row, reason in bad.items() if missing[0] in samples[row].labels), "")
             raise ScionError(f"data: of {len(self.classes)} classes the training set holds none of {listed(missing)}"
                              f"{f' ({reason})' if reason else ''}")

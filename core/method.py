@@ -203,6 +203,16 @@ class PEFTMethod(Recorded, Callback, ABC):
         """Whether the method is not itself without its `loss_terms`."""
         return False
 
+    def training_loss(self, pl_module: Any, batch: Any, outputs: Any) -> Tensor | None:
+        """In the place of the task's loss in a training step of `FineTuner`, from the batch (inputs, targets) and the
+        task's outputs; None leaves it to the task. The first method that gives one has its way."""
+        return None
+
+    def beside(self, pl_module: Any) -> nn.Module | None:
+        """What the method puts beside the model of a `FineTuner` when that begins to train, its head being there: a
+        module under ``pl_module.aside``, trained and kept in checkpoints, but in no adapter and not in inference."""
+        return None
+
     prepares: bool = False
     """Whether `prepare` has something to do before training."""
 

@@ -18,8 +18,8 @@ from core.artifact import keep_only_owned, read_adapter, restore, split_checkpoi
 from core.backbone import Backbone
 from core.data import seed_of
 from core.errors import ScionError, listed, nearest
-from core.graft import checkpoint_activations
-from core.method import PEFTMethod, home_in, methods_on
+from core.graft import Graft, checkpoint_activations
+from core.method import PEFTMethod, home_in, key_of, methods_on
 from core.optim import Together, steps_of
 from core.spec import plain
 from core.tasks.base import Task
@@ -103,6 +103,8 @@ class FineTuner(L.LightningModule):
         self.optimizer = (optimizer if isinstance(optimizer, OptimizerSettings)
                           else OptimizerSettings(**(optimizer or {})))
         self.schedule = schedule if isinstance(schedule, ScheduleSettings) else ScheduleSettings(**(schedule or {}))
+        self.aside = nn.ModuleDict()
+        """What methods put beside the model for training alone, by their names (`PEFTMethod.beside`)."""
         self.checkpointing = checkpointing
         if checkpointing:
             checkpoint_activations(self.backbone)
@@ -151,22 +153,42 @@ class FineTuner(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Callbacks have attached their methods by now; neither a checkpoint is loaded nor an optimizer made yet."""
         self.fit_head()
+        if stage == "fit":
+            self.fit_aside()
+
+    def fit_aside(self) -> None:
+        """Make what the attached methods want beside the model for training, where it is not there yet."""
+        for method in self.methods:
+            key = key_of(method.name)
+            module = method.beside(self) if method.is_trained and key not in self.aside else None
+            if module is not None:
+                self.aside[key] = module.to(self.device).train(self.training)
+
+    def training_only(self) -> list[nn.Parameter]:
+        """Parameters that inference does not need: the task's, and what stands beside the model."""
+        own = [p for name, p in self.task.named_parameters() if name.partition(".")[0] in self.task.training_only]
+        return [*own, *self.aside.parameters()]
 
     def loss(self, batch: Any) -> Tensor:
         """The task's loss of a batch plus what the methods add to it; logs nothing."""
         return self._losses(batch)[1]
 
-    def _losses(self, batch: Any) -> tuple[Tensor, Tensor]:
+    def _losses(self, batch: Any, training: bool = False) -> tuple[Tensor, Tensor]:
         inputs, targets = batch
         outputs = self(inputs)
-        loss = self.task.loss(outputs, targets)
+        own = (method.training_loss(self, batch, outputs) for method in self.methods if training and method.is_trained)
+        loss = next((found for found in own if found is not None), None)
+        loss = self.task.loss(outputs, targets) if loss is None else loss
         for method in self.methods:
             term = method.loss_terms(self, batch, outputs)
             loss = loss if term is None else loss + term
         return outputs, loss
 
-    def _step(self, batch: Any, stage: str) -> Tensor:
-        outputs, loss = self._losses(batch)
+    def _step(self, batch: Any, stage: str) -> Tensor | None:
+        if self.task.compares and stage != "train":
+            self.task.collection(stage).update(self(batch[0]).detach(), batch[1])
+            return None
+        outputs, loss = self._losses(batch, training=stage == "train")
         targets = batch[1]
         hard = targets
         if targets.is_floating_point():  # class weights, of mixup for one, or the zeros and ones of several labels
@@ -177,7 +199,7 @@ class FineTuner(L.LightningModule):
                  prog_bar=stage == "train")
         return loss
 
-    def training_step(self, batch: Any, index: int) -> Tensor:
+    def training_step(self, batch: Any, index: int) -> Tensor | None:
         return self._step(batch, "train")
 
     def validation_step(self, batch: Any, index: int) -> None:
@@ -230,10 +252,18 @@ class FineTuner(L.LightningModule):
         found: list[tuple[PEFTMethod | None, list[dict[str, Any]]]] = [
             (method, [self._group(group, method.suggested) for group in method.param_groups()]) for method in methods]
         seen = {id(tensor) for _, groups in found for group in groups for tensor in group["params"]}
-        rest = [p for p in self.parameters() if p.requires_grad and id(p) not in seen]
-        loose = [{"params": [p for p in rest if p.dim() > 1]},
-                 {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
-        return [*found, (None, [self._group(group, first) for group in loose if group["params"]])]
+        rest = {name: p for name, p in self.named_parameters() if p.requires_grad and id(p) not in seen}
+        tables = {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding) and m.sparse}
+        loose: dict[tuple[float, bool, bool], list[nn.Parameter]] = {(1.0, False, False): [], (1.0, False, True): []}
+        for name, p in rest.items():
+            loose.setdefault((self._lr_factor(name), id(p) in tables, p.dim() < 2), []).append(p)
+        groups = [{"params": params, "lr_factor": factor, **({"weight_decay": 0.0} if vectors else {}),
+                   **({"rows": True} if rows else {})}
+                  for (factor, rows, vectors), params in loose.items() if params]
+        return [*found, (None, [self._group(group, first) for group in groups])]
+
+    def _lr_factor(self, name: str) -> float:
+        return next((factor for start, factor in self.task.lr_factors.items() if name.startswith(f"task.{start}")), 1.0)
 
     def _group(self, group: dict[str, Any], recommended: dict[str, float]) -> dict[str, Any]:
         lr = recommended["lr"] if self.optimizer.lr == "auto" else self.optimizer.lr
@@ -246,18 +276,24 @@ class FineTuner(L.LightningModule):
         if self.optimizer.name not in known:
             raise ScionError(f"optimizer.name: torch.optim has no {self.optimizer.name!r}"
                              f"{nearest(self.optimizer.name, known)}")
-        options, made, ordinary = self.optimizer.options, [], []
+        options, made, ordinary, tables = self.optimizer.options, [], [], []
         try:
             for method, groups in self._groups():
                 own = method.make_optimizer(groups, **options) if method is not None and groups else None
                 if own is None:
-                    ordinary += groups
+                    ordinary += [group for group in groups if not group.get("rows")]
+                    tables += [group for group in groups if group.get("rows")]
                 else:
                     made.append(own)
             if ordinary:
                 made.insert(0, getattr(torch.optim, self.optimizer.name)(ordinary, **options))
+            if tables:  # embeddings with sparse gradients: Adam for the rows that a batch has read, and no others
+                made.append(torch.optim.SparseAdam(tables, **{k: options[k] for k in ("betas", "eps") if k in options}))
         except TypeError as error:
             raise ScionError(f"optimizer.options: {error}") from None
+        if tables and self.trainer.gradient_clip_val:
+            raise ScionError("trainer.gradient_clip_val: the sparse gradients of what a method keeps for each class "
+                             "cannot be clipped; leave it out")
         if not made:
             raise ScionError("nothing to train: every tensor is frozen and there is no head")
         optimizer = made[0] if len(made) == 1 else Together(made)
@@ -280,6 +316,8 @@ class FineTuner(L.LightningModule):
             for method in self.methods:
                 method.restructure(structures.get(method.name, {}))
         self.fit_head()
+        if any(name.startswith("aside.") for name in checkpoint["state_dict"]):
+            self.fit_aside()
 
 
 OUTSIDE = "outside."
@@ -287,9 +325,20 @@ OUTSIDE = "outside."
 
 
 def outside(tuner: FineTuner) -> dict[str, Tensor]:
-    """The parameters around the backbone, under the names that an adapter gives them."""
-    inside = {id(p) for p in tuner.backbone.parameters()}
+    """The parameters around the backbone, under the names and in the form that an adapter gives them."""
+    found = _around(tuner)
+    for name, packing in _packings(tuner).items():
+        found |= {f"{name}.{part}": stored for part, stored in packing.pack(found.pop(name)).items()}
+    return found
+
+
+def _around(tuner: FineTuner) -> dict[str, Tensor]:
+    inside = {id(p) for p in [*tuner.backbone.parameters(), *tuner.training_only()]}
     return {f"{OUTSIDE}{name}": p.detach() for name, p in tuner.named_parameters() if id(p) not in inside}
+
+
+def _packings(tuner: FineTuner) -> dict[str, Graft]:
+    return {f"{OUTSIDE}task.{name}": packing for name, packing in tuner.task.packings().items()}
 
 
 def load_outside(tuner: FineTuner, tensors: dict[str, Tensor], where: str) -> None:
@@ -302,8 +351,13 @@ def load_outside(tuner: FineTuner, tensors: dict[str, Tensor], where: str) -> No
     for name, tensor in into.items():
         if tensor.shape != given[name].shape:
             raise ScionError(f"{where}: {name} is {list(given[name].shape)} in the file, {list(tensor.shape)} here")
-    for name, tensor in into.items():
-        tensor.copy_(given[name])
+    packings = _packings(tuner)
+    for name, tensor in _around(tuner).items():
+        if name in packings:
+            packings[name].unpack({part.removeprefix(f"{name}."): given[part] for part in given
+                                   if part.startswith(f"{name}.")}, tensor)
+        else:
+            tensor.copy_(given[name])
 
 
 def load_run(folder: str, device: str = "cpu") -> FineTuner:
@@ -321,6 +375,8 @@ def load_run(folder: str, device: str = "cpu") -> FineTuner:
     tuner = FineTuner(model["backbone"], model["task"], model["classes"], model["multilabel"], seed=model["seed"])
     restore(record, {k: t for k, t in tensors.items() if not k.startswith(OUTSIDE)}, tuner.backbone, where=str(path))
     tuner.fit_head()
+    for name in tuner.task.training_only:  # the file does not hold it, and untrained it means nothing
+        setattr(tuner.task, name, None)
     load_outside(tuner, tensors, str(path))
     return tuner.to(device).eval()
 
@@ -339,7 +395,10 @@ def spec(part: nn.Module) -> dict[str, Any] | None:
     found = {"class": f"{home}:{type(part).__name__}", **plain(config)}
     if isinstance(part, Backbone) and "name" in part.origin:
         name = str(part.origin["name"])
-        found["name"] = str(Path(name).expanduser().absolute()) if part.origin.get("kind") == "local" else name
+        if part.origin.get("kind") == "local":
+            start = 0 if Path(name).expanduser().exists() else name.find("@") + 1  # a path, or ARCHITECTURE@PATH
+            name = name[:start] + str(Path(name[start:]).expanduser().absolute())
+        found["name"] = name
     return found
 
 

@@ -40,6 +40,11 @@ def reasons(metrics: dict[str, Any]) -> list[str]:
     return found
 
 
+def data_named(data: dict[str, Any]) -> str:
+    """The name of a run's data, and of the task in a suite."""
+    return f"{data.get('name', 'unnamed data')}{': ' + str(data['task']) if data.get('task') else ''}"
+
+
 def caution(found: list[str]) -> str:
     """The loud line for these reasons, or an empty string."""
     return f"NOT A BENCHMARK RESULT: {', and '.join(found)}" if found else ""
@@ -49,12 +54,12 @@ def summary(metrics: dict[str, Any]) -> str:
     """The closing summary of a run for a person, from the content of its metrics.json; what is missing is left out."""
     data, backbone = metrics.get("data") or {}, metrics.get("backbone") or {}
     title = f"{methods_named(metrics.get('peft')) or 'run'} on {backbone.get('name', 'an unnamed backbone')}"
-    lines = [f"{title}, {data.get('name', 'unnamed data')}: {metrics.get('status', 'status unknown')}"]
+    lines = [f"{title}, {data_named(data)}: {metrics.get('status', 'status unknown')}"]
     if reasons(metrics):
         lines.append(f"*** {caution(reasons(metrics))} ***")
     rows = [*_parameter_rows(metrics.get("parameters") or {})]
     if metrics.get("adapter_bytes") is not None:
-        rows.append(("adapter", f"{_bytes(metrics['adapter_bytes'])} ({metrics['adapter_bytes']:,} bytes)"))
+        rows.append(("adapter", f"{bytes_text(metrics['adapter_bytes'])} ({metrics['adapter_bytes']:,} bytes)"))
     for split in ("validation", "test"):
         values = scalars((metrics.get("metrics") or {}).get(split))
         if values:
@@ -63,9 +68,9 @@ def summary(metrics: dict[str, Any]) -> str:
         rows.append(("checkpoint", {"last": "the last epoch's", "best": "the best by validation"}.get(
             metrics["select"], str(metrics["select"]))))
     if metrics.get("seconds") is not None:
-        rows.append(("time", _duration(metrics["seconds"])))
+        rows.append(("time", duration_text(metrics["seconds"])))
     if metrics.get("peak_memory_bytes"):
-        rows.append(("peak memory", _bytes(metrics["peak_memory_bytes"])))
+        rows.append(("peak memory", bytes_text(metrics["peak_memory_bytes"])))
     rows += [("warning", str(text)) for text in metrics.get("warnings") or []]
     width = max((len(name) for name, _ in rows), default=0)
     return "\n".join([*lines, *(f"  {name:<{width}}  {text}" for name, text in rows)])
@@ -83,6 +88,8 @@ def _parameter_rows(counts: dict[str, int]) -> list[tuple[str, str]]:
         parts.append(f"{counts['norms']:,} of them in norms")
     if counts.get("head"):
         parts.append(f"and a head of {counts['head']:,}")
+    if counts.get("beside"):
+        parts.append(f"beside the model, for training alone, {counts['beside']:,}")
     rows = [("trained", "; ".join(parts))]
     if counts.get("stored") not in (None, own):
         rows.append(("stored", f"{counts['stored']:,} numbers"))
@@ -105,7 +112,8 @@ def scalars(values: Any) -> dict[str, float]:
     return dict(sorted(found.items(), key=lambda item: item[0] == "loss"))
 
 
-def _bytes(count: float) -> str:
+def bytes_text(count: float) -> str:
+    """``1.4 KiB``"""
     for unit in ("bytes", "KiB", "MiB"):
         if count < 1024:
             return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
@@ -113,7 +121,8 @@ def _bytes(count: float) -> str:
     return f"{count:.2f} GiB"
 
 
-def _duration(seconds: float) -> str:
+def duration_text(seconds: float) -> str:
+    """``2 min 5 s``"""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -282,6 +291,46 @@ def confusion(matrix: Any, classes: Sequence[str], path: str | Path, title: str 
     _save(figure, path, cropped=True)
 
 
+RIGHT, WRONG = "#3f7d4f", "#b3261e"
+MOST = 24
+"""Pictures that a gallery shows."""
+
+
+def gallery(pictures: Any, captions: Sequence[str], path: str | Path, title: str = "",
+            right: Sequence[bool | None] | None = None, columns: int = 8) -> None:
+    """Draw pictures in a grid, each with a caption, as a PNG.
+
+    Args:
+        pictures: uint8 [n, 3, height, width], a tensor or an array.
+        captions: a text below each; it may have several lines.
+        path: file to write.
+        title: one line above.
+        right: whether each is right (a green frame) or wrong (red); None draws no frame.
+        columns: of the grid.
+    """
+    import numpy as np
+
+    shown = np.asarray(pictures).transpose(0, 2, 3, 1)
+    columns = max(1, min(columns, len(shown)))
+    lines = -(-len(shown) // columns)
+    figure = _figure(max(3.6, 1.35 * columns), 0.5 + (1.35 + 0.16 * max(
+        (text.count("\n") + 1 for text in captions), default=1)) * max(1, lines))
+    for place, (picture, text) in enumerate(zip(shown, captions, strict=True)):
+        axes = figure.add_subplot(lines, columns, place + 1)
+        axes.imshow(picture, interpolation="nearest" if max(picture.shape) < 100 else "antialiased")
+        axes.set_xticks([])
+        axes.set_yticks([])
+        mark = right[place] if right is not None else None
+        for side in axes.spines.values():
+            side.set_visible(mark is not None)
+            side.set_color(RIGHT if mark else WRONG)
+            side.set_linewidth(2.5)
+        axes.set_xlabel("\n".join(line if len(line) <= 20 else f"{line[:19]}…" for line in text.splitlines()),
+                        fontsize=7, color="#222222" if mark is None else RIGHT if mark else WRONG)
+    figure.suptitle(title, fontsize=10)
+    _save(figure, path)
+
+
 def _figure(width: float, height: float) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -346,10 +395,18 @@ def table(points: Sequence[dict[str, Any]], folder: str | Path | None = None) ->
         notes.append(f"mean ± standard deviation (n - 1) over {', '.join(repeated)}")
     notes += [f"failed: {_axes_text(point['axes'])}: {point.get('error') or 'no result'}"
               for point in points if not point.get("metrics")]
-    header, body = _cells(rows, axes, several_origins=len(origins) > 1)
+    from core import suite  # it reads the same records, and would import this module while this is imported
+
+    tasks = suite.gather(points)
+    if tasks is not None:
+        notes += suite.notes_of(tasks)
+        header, body = suite.cells_of(tasks)
+    else:
+        header, body = _cells(rows, axes, several_origins=len(origins) > 1)
     text = "\n".join([*aligned(header, body), *notes])
     if folder is not None:
-        record = {"format": 1, "rows": rows, "notes": notes, "points": [
+        record = {"format": 1, "rows": rows, **({"suite": suite.rows_of(tasks)} if tasks else {}), "notes": notes,
+                  "points": [
             {"axes": point["axes"], "error": point.get("error"),
              "metrics": (point.get("metrics") or {}).get("metrics")} for point in points]}
         marked = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in [header, *body]]
@@ -358,7 +415,7 @@ def table(points: Sequence[dict[str, Any]], folder: str | Path | None = None) ->
         _write(folder / "table.json", lambda path: path.write_text(json.dumps(record, indent=1, default=str) + "\n"))
         _write(folder / "table.md", lambda path: path.write_text(
             "\n".join([*marked, "", *(f"{note}  " for note in notes)]).rstrip() + "\n", encoding="utf-8"))
-        _dots(rows, notes, folder / "table.png")
+        _dots(suite.rows_of(tasks, overall=True) if tasks else rows, notes, folder / "table.png")
     return text
 
 
@@ -391,23 +448,29 @@ def _row(group: list[dict[str, Any]]) -> dict[str, Any]:
     for run in done:
         for name, value in scalars((run.get("metrics") or {}).get(split)).items():
             results.setdefault(f"{split} {name}", []).append(value)
-    counts = [run.get("parameters") or {} for run in done]
-    trained = [sum(count.get(owner) or 0 for owner in ("method", "norms", "other")) for count in counts if count]
-    origins = {_origin(run) for run in done}
+    origins = {origin_of(run) for run in done}
     return {
         "label": label, "axes": axes, "n": len(done), "failed": len(group) - len(done),
         "metrics": {name: {"mean": statistics.fmean(values), "n": len(values), "values": values,
                            "sd": statistics.stdev(values) if len(values) > 1 else None}
                     for name, values in results.items()},
-        "trained": _mean(trained), "bytes": _mean([run.get("adapter_bytes") for run in done]),
+        "trained": _mean([trained(run) for run in done if run.get("parameters")]),
+        "bytes": _mean([run.get("adapter_bytes") for run in done]),
         "seconds": _mean([run.get("seconds") for run in done]), "measured_on": " | ".join(sorted(origins)),
     }
 
 
-def _origin(metrics: dict[str, Any]) -> str:
+def trained(metrics: dict[str, Any]) -> int:
+    """The parameters that a run (its metrics.json) trained, without the head."""
+    counts = metrics.get("parameters") or {}
+    return sum(counts.get(owner) or 0 for owner in ("method", "norms", "other"))
+
+
+def origin_of(metrics: dict[str, Any]) -> str:
+    """Data and backbone of a run (its metrics.json)."""
     data, backbone = metrics.get("data") or {}, metrics.get("backbone") or {}
     random = ", random weights" if backbone.get("pretrained") is False or backbone.get("kind") == "random" else ""
-    return f"{data.get('name', '?')}; {backbone.get('name', '?')}{random}"
+    return f"{data_named(data)}; {backbone.get('name', '?')}{random}"
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -434,8 +497,8 @@ def _cells(rows: list[dict[str, Any]], axes: list[str], several_origins: bool) -
             results.append(f"{result['mean']:.4f}{spread}" if result else "-")
         n = f"{row['n']} of {row['n'] + row['failed']}" if row["failed"] else str(row["n"])
         body.append([*first, *results, n, "-" if row["trained"] is None else f"{row['trained']:,.0f}",
-                     "-" if row["bytes"] is None else _bytes(row["bytes"]),
-                     "-" if row["seconds"] is None else _duration(row["seconds"]),
+                     "-" if row["bytes"] is None else bytes_text(row["bytes"]),
+                     "-" if row["seconds"] is None else duration_text(row["seconds"]),
                      *([row["measured_on"]] * several_origins)])
     return header, body
 

@@ -24,7 +24,7 @@ import yaml
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, TQDMProgressBar
 
-from core import report
+from core import pictures, report
 from core.artifact import adapter_bytes, read_adapter, restore, save_adapter, versions, write_atomically
 from core.backbone import Backbone
 from core.config import Point, find_class, make, typed
@@ -297,7 +297,7 @@ def prepare_folder(point: Point, folder: Path, overwrite: bool) -> bool:
 
 
 def _fit(point: Point, stage: Stage, home: Path, folder: Path, test: bool) -> Outcome:
-    """Train one stage, from its start or its last checkpoint, and test it where it is the last."""
+    """Train one stage, from its start or its last checkpoint, and test it where it is the last and there is a test."""
     assembly = assemble(point, stage.config)
     tuner, methods = assembly.tuner, assembly.methods
     if stage.start is not None:
@@ -330,7 +330,7 @@ def _fit(point: Point, stage: Stage, home: Path, folder: Path, test: bool) -> Ou
         validation = {key: value for key, value in validation.items() if key.startswith("validation/")}
     tested: dict[str, float] = {}
     tables: dict[str, Any] = {}
-    if test:
+    if test and assembly.data.test_set is not None:
         found = trainer.test(tuner, datamodule=assembly.data, verbose=False)
         tested = {key: float(value) for key, value in (found[0] if found else {}).items()}
         tables = tuner.tables
@@ -404,12 +404,15 @@ def _trainer(config: dict[str, Any], home: Path, callbacks: list[L.Callback], se
 
 
 def count(tuner: FineTuner) -> dict[str, int]:
-    """Trained parameters by owner, over all methods, and the size of the backbone."""
+    """Trained parameters by owner, over all methods (``beside`` are those that only training needs), and the size of
+    the backbone."""
     counts = {"method": 0, "norms": 0, "head": 0, "stored": 0}
     for method in tuner.methods:
         for key, value in method.counts().items():
             counts[key] = counts[key] + value if key != "head" else max(counts[key], value)
-    inside = {id(p) for p in tuner.backbone.parameters()}
+    beside = {id(p): p for p in tuner.training_only()}
+    counts["beside"] = sum(p.numel() for p in beside.values() if p.requires_grad)
+    inside = {id(p) for p in tuner.backbone.parameters()} | set(beside)
     counts["head"] += sum(p.numel() for p in tuner.parameters() if p.requires_grad and id(p) not in inside)
     added = {id(p) for p in tuner.backbone.peft.parameters()} if hasattr(tuner.backbone, "peft") else set()  # type: ignore[union-attr]
     counts["backbone"] = sum(p.numel() for p in tuner.backbone.parameters() if id(p) not in added)
@@ -428,11 +431,12 @@ def _finish(point: Point, folder: Path, outcome: Outcome, rows: list[dict[str, A
     """Write pictures and metrics.json, the latter last: it makes the run a finished one."""
     tuner, data = outcome.tuner, outcome.data
     home: Home = tuner.backbone.peft  # type: ignore[assignment]
-    title = f"{point.name} on {tuner.backbone.origin.get('name')}, {data.origin['name']}"
+    title = f"{point.name} on {tuner.backbone.origin.get('name')}, {report.data_named(data.origin)}"
     report.curves(rows, folder / "curves.png", title)
     confusion = outcome.tables.get("test/confusion")
     if confusion is not None:
         report.confusion(confusion, data.classes, folder / "confusion.png", title)
+    pictures.of_run(tuner, data, folder / "pictures.png", title)
     write_atomically(folder / "data_state.json", lambda path: path.write_text(json.dumps(data.state())))
     notes = [origin["note"] for origin in (data.origin, tuner.backbone.origin) if "note" in origin]
     metrics = {

@@ -323,6 +323,14 @@ def _prompts(anatomy: Anatomy, method: Any) -> int:
     return total
 
 
+def _vptsp(anatomy: Anatomy, method: Any) -> int:
+    prompts = sum(max(0, method.tokens - i * method.step) * site.width
+                  for i, site in enumerate(anatomy.sites("attend", method.layers)))
+    biases = [p for name, p in anatomy.root.named_parameters()
+              if name.rpartition(".")[2] == "bias" and name not in anatomy.head_names()] if method.biases else []
+    return prompts + sum(p.numel() for p in biases)
+
+
 def _prefix(anatomy: Anatomy, method: Any) -> int:
     roles = [role for role in ("attend", "cross.attend") if role == "attend" or type(method).__name__ == "MAM"]
     sites = anatomy.sites([role for role in roles if role in anatomy.roles], method.layers)
@@ -1122,6 +1130,19 @@ METHODS: dict[str, Row] = {
         random=True, commutes=None, operators=40, saved=0.9,
         artifact={"tokens": 1},
     ),
+    "VPTSP": Row(
+        {"prompts": Variant({"tokens": 4}, learns={"lr": 1e-2}, refused=dict.fromkeys(
+            ("llama", "t5", "mistral", "gemma"), "it has no bias to train; the other variant trains none")),
+         "falling": Variant({"tokens": 3, "step": 1, "class_depth": 1, "biases": False, "gate": "gru"},
+                            moves_base=False, learns={"tokens": 20, "lr": 1e-2})},
+        trained=_vptsp,
+        cards=(("vit_b16", {}, 195_072),),
+        bad=(({"tokens": -1}, "tokens -1"), ({"class_tokens": 0}, "class_tokens 0"), ({"depth": 0}, "depth 0"),
+             ({"beta": 1.5}, "beta 1.5"), ({"gate_dropout": 1.0}, "gate_dropout 1"), ({"gate": "lstm"}, "'lstm'"),
+             ({"step": -1}, "step -1")),
+        random=True, commutes=None, operators=40, saved=0.9,
+        artifact={"tokens": 1, "biases": False},
+    ),
     "PromptTuning": Row(
         {"vocabulary": Variant({"tokens": 4}, learns={"tokens": 20}),
          "normal": Variant({"tokens": 2, "init": "normal"}, learns={"tokens": 20})},
@@ -1403,7 +1424,7 @@ REFUSED: dict[tuple[str, str], str] = {
     **{("BitFit", family): f"no module of {name} has a bias, so there is nothing to train" for family, name in (
         ("t5", "T5Model"), ("mistral", "MistralModel"), ("gemma", "GemmaModel"))},
     **{(method, "timm_convnext"): "there is no attention that could read more keys, queries or streams" for method in (
-        "PrefixTuning", "VQT", "MTLoRA", "LadderSideTuning", "VPT", "PromptTuning", "PTuning",
+        "PrefixTuning", "VQT", "MTLoRA", "LadderSideTuning", "VPT", "VPTSP", "PromptTuning", "PTuning",
         "PTuningV2", "MAM", "UniPELT", "LoFiT")},
     **{("UniPELT", family): "its gates are means over the sequence, and a causal model may not see what is to come"
        for family in CAUSAL},

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from core.tasks.base import Task
     from core.tasks.classification import Classification
+    from core.tasks.embedding import Embedding
 
-__all__ = ["Classification", "Task"]
+__all__ = ["Classification", "Embedding", "Task"]
 
 
 def __getattr__(name: str) -> Any:
@@ -20,4 +21,8 @@ def __getattr__(name: str) -> Any:
         from core.tasks.classification import Classification
 
         return Classification
+    if name == "Embedding":
+        from core.tasks.embedding import Embedding
+
+        return Embedding
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from core.spec import Recorded
+
+if TYPE_CHECKING:
+    from core.graft import Graft
 
 STAGES = ("train", "validation", "test")
 
@@ -22,6 +25,13 @@ class Task(nn.Module, Recorded, ABC):
     """Stage -> MetricCollection, each updated with (outputs, targets)."""
     selects: tuple[str, str] = ("accuracy", "max")
     """The metric by which a run may select a checkpoint, and whether more or less of it is better."""
+    compares: bool = False
+    """Samples are compared with each other, and those of validation and test may be of other classes than those of
+    training: there is no loss outside training then."""
+    training_only: tuple[str, ...] = ()
+    """Names of its parameters and modules that inference does not need: they are in checkpoints, but in no adapter."""
+    lr_factors: dict[str, float] = {}
+    """What the learning rate of its parameters is multiplied by, by the start of their names in the task."""
 
     def check(self, classes: Sequence[str]) -> None:
         """Refuse classes that do not fit what the task was told."""
@@ -42,6 +52,14 @@ class Task(nn.Module, Recorded, ABC):
     def forward(self, features: Tensor) -> Tensor:
         """features [batch, dim] -> outputs"""
         return self.head(features)
+
+    def packings(self) -> dict[str, Graft]:
+        """Parameters, by their names in the task, whose stored form is not the one in use."""
+        return {}
+
+    def plain_head(self) -> nn.Module:
+        """The head as modules of torch alone."""
+        return self.head
 
     def _collections(self, metrics: dict[str, Any]) -> nn.ModuleDict:
         base = MetricCollection(metrics)

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from torchmetrics.classification import MultilabelAveragePrecision
 from torchmetrics.utilities import dim_zero_cat
 
-from core.errors import ScionError
+from core.anatomy import parameter_sites
+from core.errors import ScionError, listed
+from core.graft import Graft
+from core.peft.weights.quantize import POSITIVE, QuantizedGraft
 from core.tasks.base import Task
 
 
@@ -33,6 +36,25 @@ class MeanAveragePrecision(MultilabelAveragePrecision):
         return found[occurs].mean() if occurs.any() else found.new_zeros(())
 
 
+class QuantizedLinear(nn.Linear):
+    """y = x Q(W)^T without a bias: W [outputs, inputs] is seen, and stored, with a few bits a number, as `Quantize`
+    does it for methods."""
+
+    def __init__(self, inputs: int, outputs: int, bits: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+        self.quantizer = QuantizedGraft(parameter_sites(self, ["weight"])[0], bits)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[batch, inputs] -> [batch, outputs]"""
+        return F.linear(input, self.quantizer.weight(self.weight))
+
+    def plain(self) -> nn.Linear:
+        """The same map with the quantized weight as its own."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(self.quantizer.weight(self.weight).detach())
+        return linear
+
+
 class Classification(Task):
     """A linear head with cross-entropy; for data with several labels a sample one yes or no for each, with binary
     cross-entropy and mean average precision (over the labels that occur; a target is a vector [classes]).
@@ -41,15 +63,21 @@ class Classification(Task):
         num_classes: number of classes; None takes it from the data, a number must agree with it.
         label_smoothing: in [0, 1); targets become (1 - s) y + s / classes, or (1 - s) y + s / 2 with several labels.
         dropout: on the features, in [0, 1).
+        bits: 1, 2 or 4 quantizes the head (Jie et al. 2023, ICCV): it has no bias then, and its dim x classes numbers
+            take bits / 8 bytes each + 8 in the run's adapter; None is a head in full precision.
     """
 
-    def __init__(self, num_classes: int | None = None, label_smoothing: float = 0.0, dropout: float = 0.0) -> None:
+    def __init__(self, num_classes: int | None = None, label_smoothing: float = 0.0, dropout: float = 0.0,
+                 bits: int | None = None) -> None:
         super().__init__()
         for name, value in (("label_smoothing", label_smoothing), ("dropout", dropout)):
             if not 0 <= value < 1:
                 raise ScionError(f"Classification: {name} {value} must lie in [0, 1)")
         if num_classes is not None and num_classes < 2:
             raise ScionError(f"Classification: num_classes {num_classes} must be at least 2")
+        if bits is not None and bits not in POSITIVE:
+            raise ScionError(f"Classification: bits {bits} must be one of {listed(POSITIVE)}, or None")
+        self.bits = bits
         self.num_classes, self.label_smoothing, self.dropout = num_classes, label_smoothing, dropout
         self.classes: list[str] = []
         self.multilabel = False
@@ -62,9 +90,18 @@ class Classification(Task):
     def build(self, dim: int, classes: Sequence[str], multilabel: bool = False) -> None:
         self.check(classes)
         self.classes, self.multilabel = list(classes), multilabel
-        self.head = nn.Sequential(nn.Dropout(self.dropout), nn.Linear(dim, len(classes)))
+        linear = nn.Linear(dim, len(classes)) if self.bits is None else QuantizedLinear(dim, len(classes), self.bits)
+        self.head = nn.Sequential(nn.Dropout(self.dropout), linear)
         self.metrics = self._collections(self._metrics(len(classes)))
         self.selects = ("map", "max") if multilabel else ("accuracy", "max")
+
+    def packings(self) -> dict[str, Graft]:
+        return {f"{path}.weight": module.quantizer for path, module in self.named_modules()
+                if isinstance(module, QuantizedLinear)}
+
+    def plain_head(self) -> nn.Module:
+        dropout, linear = self.head  # type: ignore[misc]
+        return nn.Sequential(dropout, linear.plain()) if isinstance(linear, QuantizedLinear) else self.head
 
     def _metrics(self, n: int) -> dict[str, Any]:
         from torchmetrics import classification as c

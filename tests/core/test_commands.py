@@ -123,8 +123,8 @@ def test_methods(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(("model", "wanted"), [
-    ("nano", ["ASTModel, 4 blocks", "[128, 128]", "model.layers.3.attention.q_proj", "query projection"]),
-    ("audio:AST:nano", ["ASTModel, 4 blocks"]),
+    ("audio:AST:nano", ["ASTModel, 4 blocks", "[128, 128]", "model.layers.3.attention.q_proj", "query projection"]),
+    ("vision:TimmBackbone:nano", ["VisionTransformer, 4 blocks", "[384, 128]", "model.blocks.3.attn.qkv"]),
     ("MIT/ast-finetuned-audioset-10-10-0.4593", ["ASTModel, 12 blocks", "[768, 768]", "12 heads x 64"]),
     ("timm/vit_base_patch16_224", ["VisionTransformer, 12 blocks", "blocks.11.attn.qkv", "[2304, 768]"]),
     ("swin_tiny_patch4_window7_224", ["SwinTransformer, 12 blocks", "[96, 96] .. [768, 768]", "downsample"]),
@@ -145,12 +145,13 @@ def test_roles_of_folders(base: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_roles_reads_no_weights() -> None:
-    assert all(parameter.is_meta for parameter in commands.shapes_of("nano").parameters())
+    assert all(parameter.is_meta for parameter in commands.shapes_of("audio:AST:nano").parameters())
 
 
 @pytest.mark.parametrize(("model", "wanted"), [
     ("vit_base_patch16_22", "did you mean 'vit_base_patch16_224'"), ("someone/something", "nothing is downloaded"),
-    ("timm/nothing_at_all", "timm has no model"), ("audio:ATS:nano", "did you mean 'audio:AST'")])
+    ("timm/nothing_at_all", "timm has no model"), ("audio:ATS:nano", "did you mean 'audio:AST'"),
+    ("nano", "write one of audio:AST:nano, vision:TimmBackbone:nano")])
 def test_roles_refuses(model: str, wanted: str) -> None:
     with pytest.raises(ScionError) as caught:
         commands.roles(model)
@@ -284,7 +285,8 @@ def test_other_libraries_models_are_saved_as_theirs(library: str, tmp_path: Path
 
     options: dict[str, Any] = {"embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 0}
     model = timm.create_model("vit_tiny_patch16_224", **options) if library == "timm" else torch.nn.Linear(3, 3)
-    task = SimpleNamespace(head=torch.nn.Linear(8, 2), classes=["a", "b"])
+    task = Classification()
+    task.build(8, ["a", "b"])
     tuner: Any = SimpleNamespace(backbone=Wrapped(model), task=task, hparams={})
     commands.save_plain(tuner, tmp_path)
     again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, **options) if library == "timm" \

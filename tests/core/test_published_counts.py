@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from core.errors import ScionError
 from core.peft import method_class
 
 
@@ -115,6 +116,8 @@ ROWS: list[tuple[Callable[[], nn.Module], str, dict[str, Any], int, int]] = [
     (bert, "DiffPruning", {}, 218_964_480, 0),
     (vit, "APET", {"count": 294_912}, 294_912, 0),
     (vit_small, "SSF", {}, 102_912, 0),
+    (vit_small, "VPTSP", {}, 97_536, 0),
+    (vit, "VPTSP", {"tokens": 20}, 287_232, 0),
     (swin_base, "SSF", {}, 267_264, 0),
     (swin_base, "SSF", {"patch_merging": True}, 274_432, 0),
     (vit, "BitFit", {}, 102_912, 0),
@@ -201,3 +204,29 @@ def test_published_count(backbone: Callable[[], nn.Module], name: str, options: 
                          ) -> None:
     counts = counts_on(backbone, name, options)
     assert (counts["method"], counts["norms"]) == (count, norms)
+
+
+WIDTHS = [128] * 2 + [256] * 2 + [512] * 18 + [1024] * 2
+"""Of Swin-B's blocks."""
+
+
+@pytest.mark.parametrize(("name", "options", "count"), [
+    ("LoRA", {}, sum(2 * 8 * (d + d) for d in WIDTHS)),  # q and v
+    ("LoRA", {"rank": 32}, sum(2 * 32 * (d + d) for d in WIDTHS)),
+    ("LoRA", {"targets": SIX}, sum(8 * (4 * 2 * d + 2 * 5 * d) for d in WIDTHS)),
+    # Two branches of rank 2 at o, and at mlp.down, where the parallel one reads 4 d; each has r + d biases.
+    ("Hydra", {}, sum(3 * (2 * 2 * d + 2 + d) + 2 * 5 * d + 2 + d for d in WIDTHS)),
+    ("AdaptFormer", {}, sum(2 * 64 * d + 64 + d for d in WIDTHS)),
+    ("AdaptFormer", {"bottleneck": 32, "biases": False}, sum(2 * 32 * d for d in WIDTHS)),
+    ("ParallelAdapter", {"bottleneck": 32, "biases": False, "scale": "learned"}, sum(2 * 32 * d + 1 for d in WIDTHS)),
+    ("SSF", {}, sum(22 * d for d in WIDTHS) + 2 * 2 * 128 + 2 * 1024),
+    ("SSF", {"patch_merging": True}, sum(22 * d for d in WIDTHS) + 2 * 2 * 128 + 2 * 1024 + 2 * 4 * (128 + 256 + 512)),
+])
+def test_formula_on_swin_base(name: str, options: dict[str, Any], count: int) -> None:
+    """Where widths differ from stage to stage."""
+    assert counts_on(swin_base, name, options)["method"] == count
+
+
+def test_no_queries_in_windows() -> None:
+    with pytest.raises(ScionError, match="VQT: the blocks of SwinTransformer cut a map into windows"):
+        counts_on(swin_base, "VQT", {})

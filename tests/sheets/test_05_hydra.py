@@ -31,10 +31,20 @@ def _roberta() -> nn.Module:
 
 @pytest.mark.parametrize(("model", "options", "count"), [
     (lambda: _vit("vit_base_patch16_224"), {}, 239_712),
+    (lambda: _vit("swin_base_patch4_window7_224"), {}, 313_024),
     (lambda: _vit("vit_base_patch32_224"), {"targets": ("mlp.down",)}, 147_504),
     (_roberta, {"targets": ("mlp.down",), "rank": 4, "sequential_rank": 8, "bias": False}, 331_776)])
 def test_1_to_3_counts(model: Any, options: dict[str, Any], count: int) -> None:
     assert Hydra(**options).attach(model()).counts()["method"] == count
+
+
+def test_1_per_block() -> None:
+    """Of ViT-B/16: 8,450 for the parallel branch at mlp.down, 3,842 for each of the three others."""
+    method = Hydra().attach(_vit("vit_base_patch16_224"))
+    found = {(graft.site.role, name): sum(p.numel() for p in getattr(graft, name).parameters())
+             for graft in method.grafts if graft.site.block == 3 for name in ("parallel", "sequential")}
+    assert found == {("mlp.down", "parallel"): 8_450, ("mlp.down", "sequential"): 3_842, ("o", "parallel"): 3_842,
+                     ("o", "sequential"): 3_842}
 
 
 def test_4_one_branch_alone() -> None:

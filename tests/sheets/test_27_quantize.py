@@ -12,11 +12,16 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from core import load_adapter
+from core import FineTuner, load_adapter
 from core.anatomy import parameter_sites
+from core.artifact import TENSORS
+from core.backbone import Backbone
 from core.errors import ScionError
+from core.module import outside
 from core.peft import method_class
 from core.peft.weights.quantize import QuantizedGraft
+from core.run import save_run_adapter
+from core.tasks import Classification
 from tests.models import batch, make
 from tests.sheets.training import run
 from tests.toolkit import distance, outputs, randomize
@@ -24,26 +29,79 @@ from tests.toolkit import distance, outputs, randomize
 Quantize: Any = method_class("Quantize")
 LoRA: Any = method_class("LoRA")
 Houlsby: Any = method_class("Houlsby")
+AdaptFormer: Any = method_class("AdaptFormer")
 
 
-def _vit() -> nn.Module:
+class Whole(Backbone):
+    """A full-size model as a backbone."""
+
+    def __init__(self, model: nn.Module, dim: int) -> None:
+        super().__init__()
+        self.model, self.dim = model, dim
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.model(inputs)
+
+
+def _timm(name: str = "vit_base_patch16_224") -> nn.Module:
     import timm
 
+    return timm.create_model(name, num_classes=0)
+
+
+def _bytes(tensors: dict[str, Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+@pytest.mark.parametrize(("name", "host", "numbers", "size"), [
+    ("vit_base_patch16_224", lambda: LoRA(rank=32), 1_179_648, 147_840),
+    ("vit_base_patch16_224", lambda: AdaptFormer(bottleneck=32, biases=False), 589_824, 73_920),
+    ("swin_base_patch4_window7_224", lambda: LoRA(rank=32), 1_540_096, 193_280),
+    ("swin_base_patch4_window7_224", lambda: AdaptFormer(bottleneck=32, biases=False), 770_048, 96_640),
+], ids=["ViT-B, LoRA", "ViT-B, AdaptFormer", "Swin-B, LoRA", "Swin-B, AdaptFormer"])
+def test_1_bytes(name: str, host: Any, numbers: int, size: int) -> None:
+    """In 1 bit, a number takes an eighth of a byte and a matrix 8 bytes more: LoRA of rank 32 on q and v; a bottleneck
+    of 32 beside each MLP, without biases. Swin-B has 12,032 channels in its 24 blocks."""
     with torch.device("meta"):
-        return timm.create_model("vit_base_patch16_224", num_classes=0)
-
-
-@pytest.mark.parametrize(("host", "size"), [
-    (lambda: LoRA(rank=32), 147_840), (lambda: Houlsby(bottleneck=32, targets=("mlp",)), 73_920)],
-    ids=["LoRA", "one bottleneck a block"])
-def test_1_bytes(host: Any, size: int) -> None:
-    """Matrices in 1 bit on ViT-B/16: LoRA of rank 32 on q and v; a bottleneck of 32 a block (its biases left out)."""
-    model = _vit()
+        model = _timm(name)
     method = host().attach(model)
-    Quantize(bits=1).attach(model)
-    stored = {name: t for name, t in method.tensors().items() if not name.endswith("bias")}
-    assert sum(t.numel() * t.element_size() for t in stored.values()) == size
-    assert {t.dtype for t in stored.values()} == {torch.uint8, torch.float32}
+    assert method.counts()["method"] == numbers
+    quantize = Quantize(bits=1).attach(model)
+    stored = method.tensors()
+    assert _bytes(stored) == size == numbers // 8 + 8 * len(quantize.grafts)
+    assert {t.dtype for t in stored.values()} == {torch.uint8, torch.float32} and not quantize.tensors()
+
+
+def _task(device: str, host: Any, bits: int | None) -> FineTuner:
+    """100 classes on ViT-B/16."""
+    with torch.random.fork_rng(devices=[]), torch.device(device):
+        torch.manual_seed(0)
+        tuner = FineTuner(Whole(_timm(), 768), Classification(bits=bits), [str(i) for i in range(100)])
+    host().attach(tuner.backbone)
+    Quantize(bits=1).attach(tuner.backbone)
+    return tuner
+
+
+@pytest.mark.parametrize(("host", "bits", "size"), [
+    (lambda: AdaptFormer(bottleneck=32, biases=False), 1, 83_528),
+    (lambda: AdaptFormer(bottleneck=1, biases=False), 1, 12_104),
+    (lambda: LoRA(rank=32), 1, 157_448),
+    (lambda: AdaptFormer(bottleneck=32, biases=False), None, 381_520),
+], ids=["AdaptFormer", "AdaptFormer h=1", "LoRA", "AdaptFormer, head in full precision"])
+def test_2_task_file(host: Any, bits: int | None, size: int) -> None:
+    """Methods and head; a head of 1 bit has 96 bytes a class and 8 more, one in full precision 4 x 769 a class."""
+    tuner = _task("meta", host, bits)
+    head = outside(tuner)
+    assert _bytes(head) == (4 * 769 * 100 if bits is None else 96 * 100 + 8)
+    assert _bytes(tuner.methods[0].tensors()) + _bytes(head) == size
+
+
+def test_2_task_file_as_written(tmp_path: Path) -> None:
+    """The tensors in the file of a run; before them a header that names them."""
+    save_run_adapter(_task("cpu", lambda: AdaptFormer(bottleneck=32, biases=False), 1), tmp_path)
+    file = tmp_path / TENSORS
+    assert _bytes(load_file(file)) == 83_528
+    assert file.stat().st_size - 8 - int.from_bytes(file.read_bytes()[:8], "little") == 83_528
 
 
 def _quantized(bits: int, family: str = "timm_vit", host: Any = None, dtype: torch.dtype = torch.float32
@@ -135,6 +193,21 @@ def test_6_the_start_is_no_identity_but_learns() -> None:
     assert 0 < distance(outputs(model, inputs), plain) < 0.2
     model(inputs).pow(2).sum().backward()
     assert all(bool(t.grad.any()) and bool(torch.isfinite(t.grad).all()) for t in method.trainable().values())
+
+
+@pytest.mark.parametrize("host", [lambda: LoRA(rank=4), lambda: AdaptFormer(bottleneck=4, biases=False)],
+                         ids=["LoRA", "AdaptFormer"])
+def test_6_and_7_in_full_precision_and_at_scale_zero(host: Any) -> None:
+    """The hosts alone start as the identity; with s = 0 a quantized one leaves the backbone as it is, to the bit."""
+    model, inputs = make("timm_vit"), batch("timm_vit")
+    plain = outputs(model, inputs)
+    method = host().attach(model)
+    assert torch.equal(outputs(model, inputs), plain) and method.mergeable == (method.name == "LoRA")
+    Quantize().attach(model)
+    assert not torch.equal(outputs(model, inputs), plain)
+    for graft in method.grafts:
+        graft.scale = 0.0
+    assert torch.equal(outputs(model, inputs), plain)
 
 
 def test_hosts_are_named_or_refused() -> None:

@@ -37,7 +37,11 @@ def _spread(method: Any, size: float = 0.2) -> Any:
 
 
 @pytest.mark.parametrize(("name", "classes", "count", "head"), [
+    ("vit_base_patch16_224", 0, 205_824, 0),
+    ("vit_base_patch16_224", 100, 205_824, 282_724 - 205_824),
     ("vit_base_patch16_224", 1000, 205_824, 974_824 - 205_824),
+    ("vit_small_patch16_224", 0, 102_912, 0),
+    ("swin_base_patch4_window7_224", 0, 267_264, 0),
     ("swin_base_patch4_window7_224", 100, 267_264, 369_764 - 267_264)])
 def test_1_and_3_counts_with_a_head(name: str, classes: int, count: int, head: int) -> None:
     counts = SSF().attach(_timm(name, classes)).counts()
@@ -55,10 +59,12 @@ def test_1_per_block() -> None:
 
 
 def test_3_patch_merging() -> None:
-    """The released code never builds the scales in front of Swin's three downsamplings; the option does."""
-    paths = [{graft.site.path for graft in SSF(patch_merging=on).attach(_timm("swin_tiny_patch4_window7_224")).grafts}
-             for on in (False, True)]
+    """The released code never builds the scales in front of Swin's three downsamplings; the option does. On Swin-B they
+    are 7,168 numbers."""
+    methods = [SSF(patch_merging=on).attach(_timm("swin_base_patch4_window7_224")) for on in (False, True)]
+    paths = [{graft.site.path for graft in method.grafts} for method in methods]
     assert paths[1] - paths[0] == {f"layers.{i}.downsample.norm" for i in (1, 2, 3)} and paths[0] < paths[1]
+    assert [method.counts()["method"] for method in methods] == [267_264, 274_432]
 
 
 def test_sites_of_a_convolutional_network() -> None:

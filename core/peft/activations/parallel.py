@@ -26,13 +26,16 @@ class Beside(Bottleneck):
     activation = staticmethod(F.relu)
 
     def __init__(self, site: Site, bottleneck: int, init: str, width: int, scale: float | Literal["learned"],
-                 dropout: float, reads: Input) -> None:
+                 dropout: float, reads: Input, biases: bool = True) -> None:
         super().__init__(site, bottleneck, "zero_up" if init == "zero_up" else "normal", width)
         nn.init.zeros_(self.down.bias)
+        if not biases:
+            for linear in (self.down, self.up):
+                linear.register_parameter("bias", None)
         assert site.around is not None
         sublayer = SUBLAYERS[site.role]
         self.tap = Tap(site.around.into(sublayer) if reads == "normed" else site.around.beside(sublayer))
-        self.scale = nn.Parameter(self.up.bias.new_ones(())) if scale == "learned" else scale
+        self.scale = nn.Parameter(self.up.weight.new_ones(())) if scale == "learned" else scale
         self.dropout = nn.Dropout(dropout)
 
     def change(self, z: Tensor) -> Tensor:
@@ -59,8 +62,8 @@ class ParallelAdapter(PEFTMethod):
 
     Equation: y <- F(x) + s (U relu(D x + b_D) + b_U), F the MLP; at ``o`` the change is added to attention's heads,
         before the output projection
-    Trains: 2 bottleneck dim + bottleneck + dim a site (and 1 for a learned scale); ViT-B/16 or BERT-base, reduction 2:
-        7,091,712, with learned scales 7,091,724
+    Trains: 2 bottleneck dim + bottleneck + dim a site (2 bottleneck dim without biases, 1 more for a learned scale);
+        ViT-B/16 or BERT-base, reduction 2: 7,091,712, with learned scales 7,091,724
     Merges: no, the bottleneck is not linear
     Source: He et al. 2021, arXiv:2110.04366, sections 3.3 and 4.6: scale 4 on the MLP (2 on GLUE). For pre-norm
         networks their code reads the residual stream before the norm: input="residual". Learning rate of their GLUE
@@ -76,6 +79,7 @@ class ParallelAdapter(PEFTMethod):
         dropout: within the bottleneck, behind its activation.
         init: ``zero_up`` starts as the identity (D Kaiming-uniform, U and biases zero), ``normal`` draws both maps
             from a normal of 0.02.
+        biases: False leaves out b_D and b_U.
     """
 
     inference_cost = "one bottleneck a site stays, its activation is not linear"
@@ -83,7 +87,7 @@ class ParallelAdapter(PEFTMethod):
 
     def __init__(self, reduction: float = 2, bottleneck: int | None = None, scale: float | Literal["learned"] = 4.0,
                  targets: Sequence[str] = ("mlp",), input: Input = "normed", dropout: float = 0.0,
-                 init: Literal["zero_up", "normal"] = "zero_up", **common: Any) -> None:
+                 init: Literal["zero_up", "normal"] = "zero_up", biases: bool = True, **common: Any) -> None:
         super().__init__(**common)
         name = type(self).__name__
         if reduction <= 0 or (bottleneck is not None and bottleneck < 1):
@@ -98,7 +102,7 @@ class ParallelAdapter(PEFTMethod):
         self.reduction, self.bottleneck, self.targets = reduction, bottleneck, tuple(targets)
         self.scale: float | Literal["learned"] = scale
         self.input: Input = input
-        self.dropout, self.init = dropout, init
+        self.dropout, self.init, self.biases = dropout, init, biases
         self.identity_at_start = init == "zero_up"
 
     def width(self, dim: int) -> int:
@@ -118,18 +122,20 @@ class ParallelAdapter(PEFTMethod):
         heads = site.role.endswith("o")
         return (BesideHeads if heads else BesideSublayer)(
             site, self.width(site.width), self.init, site.in_features if heads else site.width, self.scale,
-            self.dropout, self.input)
+            self.dropout, self.input, self.biases)
 
 
 class AdaptFormer(ParallelAdapter):
     """A bottleneck beside the MLP, which reads the residual stream before the norm.
 
     Equation: out = x + MLP(LN(x)) + s (U relu(dropout(D x + b_D)) + b_U), s = 0.1
-    Trains: 2 bottleneck dim + bottleneck + dim a block; ViT-B/16, bottleneck 64: 1,189,632, bottleneck 8: 156,768
+    Trains: 2 bottleneck dim + bottleneck + dim a block; ViT-B/16, bottleneck 64: 1,189,632, bottleneck 8: 156,768,
+        bottleneck 32 without biases: 589,824
     Merges: no, the bottleneck is not linear
     Source: Chen et al. 2022, arXiv:2205.13535, section 3.2. Trained there by SGD, momentum 0.9, lr 0.1 batch / 256;
         recommended here: AdamW with the rate that PETL-AST takes for bottlenecks beside the MLP. In a post-norm block
-        the residual stream is what the MLP reads. Where a block scales its sublayers (LayerScale), the change is too
+        the residual stream is what the MLP reads. Where a block scales its sublayers (LayerScale), the change is too.
+        Bi-AdaptFormer (Jie et al. 2023, ICCV) is [AdaptFormer(bottleneck=32, biases=False), Quantize()]
 
     Args:
         bottleneck: its width, at least 1; None leaves it to ``reduction``.
@@ -139,11 +145,12 @@ class AdaptFormer(ParallelAdapter):
         targets: outputs of sublayers to add to, as ParallelAdapter's.
         input: ``residual``, or ``normed``: what the MLP reads.
         init: ``zero_up`` starts as the identity, ``normal`` draws both maps from a normal of 0.02.
+        biases: False leaves out b_D and b_U.
     """
 
     recommended = {"lr": 5e-3, "weight_decay": 0.0}
 
     def __init__(self, bottleneck: int | None = 64, scale: float | Literal["learned"] = 0.1, dropout: float = 0.1,
                  reduction: float = 12, targets: Sequence[str] = ("mlp",), input: Input = "residual",
-                 init: Literal["zero_up", "normal"] = "zero_up", **common: Any) -> None:
-        super().__init__(reduction, bottleneck, scale, targets, input, dropout, init, **common)
+                 init: Literal["zero_up", "normal"] = "zero_up", biases: bool = True, **common: Any) -> None:
+        super().__init__(reduction, bottleneck, scale, targets, input, dropout, init, biases, **common)

@@ -27,14 +27,20 @@ class DeepPrompts(Graft):
         self.prompt = nn.Parameter(prompt)
         self.dropout = nn.Dropout(dropout)
 
+    def tokens(self) -> Tensor:
+        """The prompts [1 or samples, tokens, dim]."""
+        return self.dropout(self.prompt)[None]
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, x: Tensor, attention: Attention) -> Tensor:
         block = self.site.around
         assert block is not None
-        tokens = self.dropout(self.prompt).to(x.dtype)[None]
+        tokens = self.tokens().to(x.dtype)
         if block.pre_norm and "norm1" in block.sites:
             tokens = run_at(block.sites["norm1"], tokens)
         keys, values = attention.keys(tokens)
-        keys, values = (part.to(k.dtype).expand(len(k), -1, -1, -1) for part in (keys, values))
+        # Where each sample has its own, its windows stand one behind the other.
+        keys, values = (part.to(k.dtype).expand(len(k), -1, -1, -1) if len(part) == 1 else
+                        part.to(k.dtype).repeat_interleave(len(k) // len(part), 0) for part in (keys, values))
         if keys.shape[1] != k.shape[1]:  # under grouped queries, k may arrive repeated
             keys, values = (part.repeat_interleave(k.shape[1] // part.shape[1], dim=1) for part in (keys, values))
         if mask is not None:  # every query sees the prompts

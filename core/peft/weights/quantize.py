@@ -43,6 +43,10 @@ class QuantizedGraft(Graft):
         self.loaded: tuple[Tensor, Tensor] | None = None
         """mu and sigma from a file, until training goes on: those of the quantized values would not be the same."""
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.loaded = None  # a checkpoint brings the values that training goes on from
+
     def _scale(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
         if self.loaded is not None and not (torch.is_grad_enabled() and matrix.requires_grad and self.training):
             mean, deviation = (value.to(matrix) for value in self.loaded)
