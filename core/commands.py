@@ -240,6 +240,7 @@ def describe(config: str, overrides: list[str], as_json: bool) -> int:
         for method in assembly.methods:
             method.attach(assembly.tuner.backbone)
         assembly.tuner.fit_head()
+        assembly.tuner.fit_aside()
         batch = assembly.data.example(assembly.data.batch_size)
         counted = cost.describe(assembly.tuner.train(), batch)
         axes = {axis: value_text(value) for axis, value in point.axes.items()}

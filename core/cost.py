@@ -46,8 +46,9 @@ class Cost:
     """The methods attached to it, as they print."""
     parameters: dict[str, int]
     """Numbers by owner. ``total`` (all, whatever was added included), ``backbone`` (without methods and task heads),
-    ``trained`` and its parts ``method``, ``norms`` (the option of that name), ``head``, ``other`` (trained, but by no
-    method), and ``stored``, what the methods' file holds without a head."""
+    ``trained`` and its parts ``method``, ``norms`` (the option of that name), ``head``, ``beside`` (what training alone
+    needs, where there is any), ``other`` (trained, but by no method), and ``stored``, what the methods' file holds
+    without a head."""
     gradient_bytes: int
     """One gradient for each trained parameter, in its own type."""
     optimizer_bytes: int
@@ -74,7 +75,8 @@ class Cost:
         rows: list[tuple[str, int | None, str]] = [
             ("parameters", total, ""), ("  of the backbone", self.parameters["backbone"], ""),
             ("  trained", trained, f"{trained / total:.4%} of all" if total else ""),
-            *((f"    {owner}", self.parameters[owner], "") for owner in ("method", "norms", "head", "other")),
+            *((f"    {owner}", self.parameters[owner], "") for owner in ("method", "norms", "head", "beside", "other")
+              if owner in self.parameters),
             ("  stored", self.parameters["stored"], ""),
             *((name.replace("_bytes", " bytes"), value, _binary(value)) for name, value in (
                 ("adapter_bytes", self.adapter_bytes), ("gradient_bytes", self.gradient_bytes),
@@ -126,13 +128,15 @@ def _parameters(model: nn.Module) -> Cost:
         heads = {name: inside[name].detach() for name in home.heads}
         file = {**stored, **{name: tensor for name, tensor in heads.items() if inside[name].requires_grad}}
         mine = {id(p) for p in inside.values()}
+        beside = {id(p) for p in getattr(model, "training_only", list)()}
         around = {id(p): p for p in model.parameters() if id(p) not in mine}
         for key in [*(id(inside[name]) for name in heads), *around]:  # a task's head may stand outside of the backbone
             if key in trained:
-                owner.setdefault(key, "head")
+                owner.setdefault(key, "beside" if key in beside else "head")
         outside = sum(t.numel() for t in heads.values()) + sum(p.numel() for p in around.values())
         added = sum(p.numel() for p in home.parameters())
-    owners = ("total", "backbone", "trained", "method", "norms", "head", "other", "stored")
+    owners = ("total", "backbone", "trained", "method", "norms", "head", *(["beside"] if "beside" in owner.values() else
+                                                                          []), "other", "stored")
     counts: dict[str, int] = dict.fromkeys(owners, 0)
     for key, tensor in trained.items():
         counts[owner.get(key, "other")] += tensor.numel()

@@ -93,7 +93,7 @@ def test_it_is_the_quantizer_of_the_methods(bits: int) -> None:
     twin = torch.nn.Linear(DIM, 6, bias=False)
     with torch.no_grad():
         twin.weight.copy_(weight)
-    graft = QuantizedGraft(*parameter_sites(twin, ["weight"]), bits)
+    graft = QuantizedGraft(parameter_sites(twin, ["weight"])[0], bits)
     features, upstream = torch.randn(5, DIM), torch.randn(5, 6)
     found, wanted = tuner.task(features), features @ graft.weight(twin.weight).t()
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)

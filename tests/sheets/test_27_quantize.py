@@ -145,7 +145,7 @@ def test_4_levels() -> None:
     """1 bit: E (z - Q)^2 = 0.3786, and the level is the median of |z|; all levels are the medians of their bins."""
     z = torch.special.ndtri(torch.arange(1, 2_000_000, dtype=torch.float64) / 2_000_000)
     for bits in (1, 2, 4):
-        graft = QuantizedGraft(*parameter_sites(nn.Linear(4, 4), ["weight"]), bits)
+        graft = QuantizedGraft(parameter_sites(nn.Linear(4, 4), ["weight"])[0], bits)
         _, codes = graft._codes(z, torch.tensor(0.0), torch.tensor(1.0 - 1e-5))
         for code, level in enumerate(graft.levels.tolist()):
             assert float(z[codes == code].median()) == pytest.approx(level, abs=2e-3)
@@ -157,7 +157,7 @@ def test_4_levels() -> None:
 def test_5_gradient(bits: int) -> None:
     """Of the latent matrix: with Q for the identity, and through mean and deviation."""
     linear = nn.Linear(6, 5, dtype=torch.float64)
-    graft = QuantizedGraft(*parameter_sites(linear, ["weight"]), bits)
+    graft = QuantizedGraft(parameter_sites(linear, ["weight"])[0], bits)
     w = linear.weight.detach().clone().requires_grad_()
     upstream = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     (graft.weight(w) * upstream).sum().backward()

@@ -173,6 +173,7 @@ def test_augmentation_is_a_function_of_seed_epoch_and_index(tree: Tree, cache: s
         assert first[1].shape == (18, 3)
         torch.testing.assert_close(first[1].sum(dim=1), torch.ones(18))
     plain = data().test_set
+    assert plain is not None
     assert torch.equal(plain[0][0], plain[0][0]) and isinstance(plain[0][1], int)  # nothing is augmented at test
 
 
