@@ -277,6 +277,7 @@ def test_no_graph_below_the_first_graft(cell: Cell) -> None:
             changes |= {"targets": ("q",)}
         changes |= {"drop": ()} if cell.method == "LadderSideTuning" else {}
         changes |= {"whole": ()} if cell.method == "HalfFineTuning" else {}  # norms below the blocks
+        changes |= {"biases": False} if cell.method == "VPTSP" else {}  # likewise biases
         if cell.method == "LanguageAdapter":  # its map of the embedding is trained below all blocks
             changes |= {"invertible": False, "drop_last": False}
         cell.attach(model, layers=layers, backbone_mode="eval", **changes)

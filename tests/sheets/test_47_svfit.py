@@ -123,6 +123,7 @@ def test_6_and_8_the_file_holds_its_basis(tmp_path: Any, monkeypatch: pytest.Mon
     randomize(method)
     expected = outputs(model, inputs)
     method.save(tmp_path)
+    fresh, anew = _repeated(), _repeated()
     kept = load_file(tmp_path / "adapter.safetensors")
     assert {name.rpartition(".")[2] for name in kept} == {"U", "V", "S", "sigma"}
     assert method.counts()["method"] == 12 and all(t.numel() == 6 for t in method.trainable().values())
@@ -136,7 +137,6 @@ def test_6_and_8_the_file_holds_its_basis(tmp_path: Any, monkeypatch: pytest.Mon
         return u, s, v
 
     monkeypatch.setattr(torch.linalg, "svd", turned)
-    fresh, anew = _repeated(), _repeated()
     loaded = load_adapter(tmp_path, fresh)
     assert distance(outputs(fresh, inputs), expected) < 1e-6
     other = SVFit(rank=6, targets=("q",)).attach(anew)

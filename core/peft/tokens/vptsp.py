@@ -158,7 +158,7 @@ class VPTSP(PEFTMethod):
         classes, count = self._classes(targets)
         with self._showing(path.prompts(classes), count):
             features = pl_module.backbone(inputs)
-        proxies = path(features.unflatten(0, (-1, count)), classes, pl_module.task.proxies, self.beta)
+        proxies = path(torch.unflatten(features, 0, (-1, count)), classes, pl_module.task.proxies, self.beta)
         return pl_module.task.loss(outputs, targets, proxies)
 
     def _classes(self, targets: Tensor) -> tuple[Tensor, int]:
@@ -228,7 +228,7 @@ class SemanticPath(nn.Module):
         """Of each layer the prompts [classes, tokens, dim] of these classes [classes]."""
         rows = self.table(classes.to(self.table.weight.device)).to(classes.device)
         parts = rows.split([count * width for count, width in self.sizes], dim=1)
-        return [part.unflatten(1, size) for part, size in zip(parts, self.sizes, strict=True)]
+        return [torch.unflatten(part, 1, size) for part, size in zip(parts, self.sizes, strict=True)]
 
     def forward(self, features: Tensor, classes: Tensor, bias: Tensor, beta: float) -> Tensor:
         """Take the running proxies on, and give the proxies of all classes [all classes, dim], with the gradient of
