@@ -249,6 +249,9 @@ def describe(config: str, overrides: list[str], as_json: bool) -> int:
         else:
             head = ", ".join(f"{axis}={value}" for axis, value in axes.items())
             print(f"{head + ': ' if head else ''}one step on a batch {list(batch.shape)}")
+            if assembly.tuner.aside:
+                print("training runs the backbone once more for what stands beside it; FLOPs and kept bytes leave it "
+                      "out")
             print(counted, end="\n\n" if point is not found[-1] else "\n")
     if as_json:
         print(json.dumps(records if len(records) > 1 or found[0].axes else records[0], indent=1, default=str))

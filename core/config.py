@@ -87,32 +87,37 @@ def points(config: str, overrides: list[str] | None = None) -> list[Point]:
     axes: dict[str, list[Any]] = {}
     base = normal(raw, str(file.name))
     domain = str(base.get("domain") or _domain_of(file))
-    given: list[str] = []
+    changes: list[tuple[str, Any, bool]] = []
     for key, operator, text in _split(overrides or []):
-        if operator == "=":
-            given.append(key)
         if key == "over":
             axis, _, values = text.partition("=")
             if not values:
                 raise ScionError(f"--over {text}: wanted AXIS=VALUE,VALUE,..., as in --over data.fold=1,2,3")
             axes[axis] = [parse(value) for value in _split_commas(values)]
         else:
-            assign(base, key, parse(text), append=operator == "+=")
+            changes.append((key, parse(text), operator == "+="))
     for axis, values in (base.pop("over", None) or {}).items():
         axes.setdefault(axis, values if isinstance(values, list) else [values])
-    for key in ("model", "data", "peft"):
-        if key not in base:
-            raise ScionError(f"{file.name}: the key {key!r} is missing")
     per = base.pop("per", None) or {}
-    axes = {axis: _every(axis, base, domain) if values == ["all"] else values for axis, values in axes.items()}
+
+    def made(point: list[tuple[str, Any]], settings: list[tuple[str, Any]]) -> dict[str, Any]:
+        """The file's configuration, then ``settings``, then what the command line changes, then the point's values."""
+        one = copy.deepcopy(base)
+        for key, value, append in [*((key, value, False) for key, value in settings), *changes,
+                                   *((axis, value, False) for axis, value in point)]:
+            assign(one, key, copy.deepcopy(value), append)
+        return one
+
+    plain = made([], [])
+    for key in ("model", "data", "peft"):
+        if key not in plain:
+            raise ScionError(f"{file.name}: the key {key!r} is missing")
+    axes = {axis: _every(axis, plain, domain) if values == ["all"] else values for axis, values in axes.items()}
     found = []
     for values in itertools.product(*axes.values()):
-        one = copy.deepcopy(base)
-        for axis, value in zip(axes, values, strict=True):
-            assign(one, axis, copy.deepcopy(value))
-        _settle(one, per, [*given, *axes], file.name)
-        shown = {axis: label(component(value, axis) if axis in COMPONENTS else value)
-                 for axis, value in zip(axes, values, strict=True)}
+        point = list(zip(axes, values, strict=True))
+        one = made(point, _settings(per, made(point, []), file.name))
+        shown = {axis: label(component(value, axis) if axis in COMPONENTS else value) for axis, value in point}
         found.append(Point(one, str(file), domain, shown))
     for point in found:
         check(point)
@@ -128,19 +133,23 @@ def _every(axis: str, config: dict[str, Any], domain: str) -> list[Any]:
     return find_class(config["data"]["class_path"], "data", domain).choices(name, config["data"]["init_args"])
 
 
-def _settle(config: dict[str, Any], per: dict[str, Any], given: list[str], where: str) -> None:
-    """Set, in place, what ``per`` says for the values that ``config`` has, but for what was ``given`` otherwise."""
+def _settings(per: Any, config: dict[str, Any], where: str) -> list[tuple[str, Any]]:
+    """What ``per`` says for the values that ``config`` has."""
+    if not isinstance(per, dict):
+        raise ScionError(f"{where}: per is a mapping, as in {{data.task: {{svhn: {{peft.scale: 10}}}}}}")
+    found: list[tuple[str, Any]] = []
     for key, table in per.items():
         if not isinstance(table, dict) or not all(isinstance(settings, dict) for settings in table.values()):
             raise ScionError(f"{where}: per.{key} is a mapping from its values to settings, as in "
                              "{svhn: {peft.scale: 10}}")
         node: Any = config
-        for part in key.split("."):
-            node = node.get("init_args", node) if isinstance(node, dict) and part not in node else node
-            node = node.get(part) if isinstance(node, dict) else None
-        for setting, value in (table.get(str(node)) or {}).items():
-            if not any(setting == other or setting.startswith(f"{other}.") for other in given):
-                assign(config, setting, copy.deepcopy(value))
+        for part in str(key).split("."):
+            node = node["init_args"] if isinstance(node, dict) and "init_args" in node and part not in node else node
+            if not isinstance(node, dict) or part not in node:
+                raise ScionError(f"{where}: per.{key}: the configuration does not say {key}; write its value, or null")
+            node = node[part]
+        found += {str(value): settings for value, settings in table.items()}.get(str(node), {}).items()
+    return found
 
 
 def find(config: str) -> Path:
@@ -296,7 +305,7 @@ def _into(node: Any, part: str, place: str, key: str) -> Any:
             return named[0]
         node = node[-1]
     if isinstance(node, dict) and "class_path" in node and part not in node:
-        if place == "peft" and node["class_path"].rpartition(".")[2] == part:
+        if re.sub(r"^stages\.[^.]+\.", "", place) == "peft" and node["class_path"].rpartition(".")[2] == part:
             return node
         node = node["init_args"]
     if not isinstance(node, dict):

@@ -128,7 +128,7 @@ def _parameters(model: nn.Module) -> Cost:
         heads = {name: inside[name].detach() for name in home.heads}
         file = {**stored, **{name: tensor for name, tensor in heads.items() if inside[name].requires_grad}}
         mine = {id(p) for p in inside.values()}
-        beside = {id(p) for p in getattr(model, "training_only", list)()}
+        beside = {id(p) for p in getattr(model, "beside_inference", list)()}
         around = {id(p): p for p in model.parameters() if id(p) not in mine}
         for key in [*(id(inside[name]) for name in heads), *around]:  # a task's head may stand outside of the backbone
             if key in trained:

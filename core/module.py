@@ -152,6 +152,10 @@ class FineTuner(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Callbacks have attached their methods by now; neither a checkpoint is loaded nor an optimizer made yet."""
+        trainer = getattr(self, "_trainer", None)
+        if self.task.compares and trainer is not None and trainer.world_size > 1:
+            raise ScionError(f"trainer.devices: {trainer.world_size} processes; samples are compared with all "
+                             "others in one process, so 1 is wanted for this task")
         self.fit_head()
         if stage == "fit":
             self.fit_aside()
@@ -161,10 +165,13 @@ class FineTuner(L.LightningModule):
         for method in self.methods:
             key = key_of(method.name)
             module = method.beside(self) if method.is_trained and key not in self.aside else None
+            if module is not None and len(self.aside):
+                raise ScionError(f"{method.name}: {listed(self.aside)} stands beside the model already, and one method "
+                                 "alone can give the loss in the task's place")
             if module is not None:
                 self.aside[key] = module.to(self.device).train(self.training)
 
-    def training_only(self) -> list[nn.Parameter]:
+    def beside_inference(self) -> list[nn.Parameter]:
         """Parameters that inference does not need: the task's, and what stands beside the model."""
         own = [p for name, p in self.task.named_parameters() if name.partition(".")[0] in self.task.training_only]
         return [*own, *self.aside.parameters()]
@@ -176,11 +183,11 @@ class FineTuner(L.LightningModule):
     def _losses(self, batch: Any, training: bool = False) -> tuple[Tensor, Tensor]:
         inputs, targets = batch
         outputs = self(inputs)
+        terms = [method.loss_terms(self, batch, outputs) for method in self.methods]  # of this pass, before any other
         own = (method.training_loss(self, batch, outputs) for method in self.methods if training and method.is_trained)
         loss = next((found for found in own if found is not None), None)
         loss = self.task.loss(outputs, targets) if loss is None else loss
-        for method in self.methods:
-            term = method.loss_terms(self, batch, outputs)
+        for term in terms:
             loss = loss if term is None else loss + term
         return outputs, loss
 
@@ -333,7 +340,7 @@ def outside(tuner: FineTuner) -> dict[str, Tensor]:
 
 
 def _around(tuner: FineTuner) -> dict[str, Tensor]:
-    inside = {id(p) for p in [*tuner.backbone.parameters(), *tuner.training_only()]}
+    inside = {id(p) for p in [*tuner.backbone.parameters(), *tuner.beside_inference()]}
     return {f"{OUTSIDE}{name}": p.detach() for name, p in tuner.named_parameters() if id(p) not in inside}
 
 

@@ -116,7 +116,7 @@ def _compare(archive: Archive, title: str, found: str) -> None:
         raise ScionError(f"{title}: the archive's {name} sum is {found}, not the published {archive.checksum}; the "
                          f"download is damaged or the archive has changed: fetch {archive.url} and give data.root")
     warnings.warn(f"{title}: the archive's {name} sum is {found}, not the known {archive.checksum}; its content is "
-                  "checked clip by clip", stacklevel=3)
+                  "checked file by file", stacklevel=3)
 
 
 def _unpack(file: Path, target: Path) -> None:

@@ -389,7 +389,7 @@ def table(points: Sequence[dict[str, Any]], folder: str | Path | None = None) ->
     shared = [reason for reason in why[0] if all(reason in other for other in why)] if why else []
     notes = [caution(shared)] if shared else []
     if any(len(other) > len(shared) for other in why):
-        notes.append("NOT ALL ROWS ARE COMPARABLE: data or backbones differ (column measured on)")
+        notes.append("NOT ALL ROWS ARE COMPARABLE: data or backbones differ")
     repeated = [axis for axis in every if is_repetition(axis)]
     if repeated:
         notes.append(f"mean ± standard deviation (n - 1) over {', '.join(repeated)}")

@@ -410,7 +410,7 @@ def count(tuner: FineTuner) -> dict[str, int]:
     for method in tuner.methods:
         for key, value in method.counts().items():
             counts[key] = counts[key] + value if key != "head" else max(counts[key], value)
-    beside = {id(p): p for p in tuner.training_only()}
+    beside = {id(p): p for p in tuner.beside_inference()}
     counts["beside"] = sum(p.numel() for p in beside.values() if p.requires_grad)
     inside = {id(p) for p in tuner.backbone.parameters()} | set(beside)
     counts["head"] += sum(p.numel() for p in tuner.parameters() if p.requires_grad and id(p) not in inside)

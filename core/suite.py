@@ -11,6 +11,8 @@ from typing import Any
 
 from core.report import bytes_text, duration_text, is_repetition, methods_named, scalars, trained, value_text
 
+UNKNOWN = "failed everywhere"
+"""Stands for the group of tasks that no run finished: it might be any, so that no group's mean is known."""
 WIDEST = 8
 """Settings that stand side by side, each in a column; more of them take a row each."""
 
@@ -50,8 +52,8 @@ class Suite:
 
     def means(self, setting: str, values: dict[str, float | None]) -> dict[str, float | None]:
         """The means over ``values`` of tasks: of each group, of all tasks, of the groups; None where one is missing."""
-        found: dict[str, float | None] = {group: _mean([values[task] for task in tasks])
-                                          for group, tasks in self.groups.items()}
+        found: dict[str, float | None] = {group: _mean([values[task] for task in tasks]) if UNKNOWN not in self.groups
+                                          else None for group, tasks in self.groups.items() if group != UNKNOWN}
         overall = {f"mean of {len(self.tasks)} tasks": _mean([values[task] for task in self.tasks])}
         if len(found) > 1:
             overall[f"mean of {len(found)} groups"] = _mean(list(found.values()))
@@ -95,6 +97,10 @@ def gather(points: Sequence[dict[str, Any]]) -> Suite | None:
         tasks = groups.setdefault(point["metrics"]["data"]["group"], [])
         if (task := point["metrics"]["data"]["task"]) not in tasks:
             tasks.append(task)
+    known = {task for tasks in groups.values() for task in tasks}
+    failed = list(dict.fromkeys(value_text(point["axes"][axis]) for point in points if axis in point["axes"]))
+    if lost := [task for task in failed if task not in known]:
+        groups[UNKNOWN] = lost
     tested = any(scalars(point["metrics"]["metrics"].get("test")) for point in done)
     split = "test" if tested else "validation"
     measured = next(iter(scalars(done[0]["metrics"]["metrics"].get(split))), "")
@@ -130,7 +136,7 @@ def cells_of(suite: Suite) -> tuple[list[str], list[list[str]]]:
     percent = all(0 <= value <= 1 for line in lines.values() for found in line.values() for value in found["values"])
     names: list[tuple[str, str]] = []  # what stands in the table, and its title
     for group, tasks in suite.groups.items():
-        names += [*((task, task) for task in tasks), (group, f"{group} mean")]
+        names += [*((task, task) for task in tasks), *([(group, f"{group} mean")] if group != UNKNOWN else [])]
     names += [(name, name) for name in next(iter(lines.values())) if name.startswith("mean of ")]
 
     def shown(found: dict[str, Any]) -> str:

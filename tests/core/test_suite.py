@@ -60,12 +60,15 @@ def test_settings_go_with_the_task_and_the_command_line_comes_before_them(file: 
     assert run("--data.task", "b") == [("b", "AdaptFormer", 0.01, 0.5, 16)]
     assert run("--over", "data.task=all") == [("a", "AdaptFormer", 10.0, 0.25, None),
                                               ("b", "AdaptFormer", 0.01, 0.5, 16), ("c", "AdaptFormer", 1.0, 0.5, None)]
-    assert run("--optimizer.lr", "0.1", "--peft.scale", "3") == [("a", "AdaptFormer", 10.0, 0.1, None)]
+    assert run("--optimizer.lr", "0.1", "--peft.scale", "3") == [("a", "AdaptFormer", 3, 0.1, None)]
+    assert run("--over", "peft.scale=1,2") == [("a", "AdaptFormer", scale, 0.25, None) for scale in (1, 2)]
+    assert run("--data.task", "b", "--data.init_args.batch_size", "3") == [("b", "AdaptFormer", 0.01, 0.5, 3)]
     assert run("--peft.AdaptFormer.scale", "3") == [("a", "AdaptFormer", 3, 0.25, None)]
     assert run("--peft", "LoRA") == [("a", "LoRA", None, 0.25, None)]
     assert run("--over", "peft=LoRA") == [("a", "LoRA", None, 0.25, None)]
     assert run("--optimizer", "{name: SGD, lr: 1.0}") == [("a", "AdaptFormer", 10.0, 1.0, None)]
     assert run("--peft+=IST")[0][:4] == ("a", "AdaptFormer", 10.0, 0.25)
+    assert run("--data.task", "b", "--peft+=IST")[0][:4] == ("b", "AdaptFormer", 0.01, 0.5)
     assert "per" not in points(str(file))[0].config
 
 
@@ -80,9 +83,15 @@ def test_all_is_what_the_data_say(file: Path) -> None:
 
 def test_settings_that_are_no_mapping_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "bad.yaml"
-    path.write_text(FILE.partition("per:")[0] + "per: {data.task: {a: 3}}\n")
-    with pytest.raises(ScionError, match=r"bad.yaml: per.data.task is a mapping from its values to settings"):
-        points(str(path))
+    for per, words in (("{data.task: {a: 3}}", "per.data.task is a mapping from its values to settings"),
+                       ("[1]", "per is a mapping"), ("{data.tsak: {a: {optimizer.lr: 1}}}",
+                                                     "per.data.tsak: the configuration does not say data.tsak")):
+        path.write_text(FILE.partition("per:")[0] + f"per: {per}\n")
+        with pytest.raises(ScionError, match=f"bad.yaml: {words}"):
+            points(str(path))
+    path.write_text(FILE.partition("per:")[0] + "per: {seed_everything: {1: {optimizer.lr: 9.0}}}\n")
+    found = points(str(path), ["--over", "seed_everything=0,1"])  # numbers are known by what they print as
+    assert [point.config["optimizer"]["lr"] for point in found] == [0.5, 9.0]
 
 
 def made(results: dict[str, dict[str, list[float]]], split: str = "test") -> list[dict[str, Any]]:
@@ -115,6 +124,15 @@ def test_a_mean_that_lacks_a_task_is_not_shown() -> None:
     lines = {line.split("  ")[0]: line.split() for line in report.table(some).splitlines()}
     assert lines["mean of 3 tasks"][-2:] == ["70.0", "-"] and lines["second mean"][-1] == "40.0"
     assert "failed:" in " ".join(lines) and lines["b"][-1] == "-"
+
+
+def test_a_task_that_fails_everywhere_leaves_no_mean() -> None:
+    """It may belong to any group, and a mean over what is left would look like the whole one."""
+    some = made({"LoRA": {"a": [0.5], "c": [0.9]}})
+    some.append({"axes": {"peft": "LoRA", "data.task": "b", "seed_everything": 0}, "metrics": None, "error": "broken"})
+    lines = {line.split("  ")[0]: line.split() for line in report.table(some).splitlines()}
+    assert lines["a"][-1] == "50.0" and lines["b"][-1] == "-"
+    assert all(lines[name][-1] == "-" for name in ("first mean", "second mean", "mean of 3 tasks", "mean of 2 groups"))
 
 
 def test_many_settings_take_a_row_each_and_validation_names_the_best() -> None:

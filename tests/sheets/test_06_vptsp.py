@@ -319,6 +319,15 @@ def test_7_half_precision() -> None:
     assert torch.allclose(path_of(tuner).running.norm(dim=-1), torch.ones(6), atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float64])
+def test_7_one_precision_throughout(kind: torch.dtype) -> None:
+    tuner = tuner_with().to(kind)
+    loss = step(tuner, pictures=PICTURES.to(kind))
+    loss.backward()
+    assert path_of(tuner).running.dtype == kind and torch.isfinite(loss)
+    assert all(p.grad is not None and p.grad.dtype == kind for p in path_of(tuner).gate.parameters())
+
+
 # ------------------------------------------------------------------------------------------------- the table
 
 
@@ -486,3 +495,9 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     tuner._trainer = type("Trainer", (), {"world_size": 2})()  # type: ignore[assignment]
     with pytest.raises(ScionError, match="set trainer.devices to 1"):
         tuner.fit_aside()
+    with pytest.raises(ScionError, match="trainer.devices: 2 processes; samples are compared"):
+        tuner.setup("test")
+    two = tuner_with(task=Embedding(dim=8))
+    VPTSP(tokens=1, biases=False, name="second").attach(two.backbone)
+    with pytest.raises(ScionError, match="second: VPTSP stands beside the model already"):
+        two.fit_aside()

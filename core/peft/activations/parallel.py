@@ -134,7 +134,8 @@ class AdaptFormer(ParallelAdapter):
     Merges: no, the bottleneck is not linear
     Source: Chen et al. 2022, arXiv:2205.13535, section 3.2. Trained there by SGD, momentum 0.9, lr 0.1 batch / 256;
         recommended here: AdamW with the rate that PETL-AST takes for bottlenecks beside the MLP. In a post-norm block
-        the residual stream is what the MLP reads. Where a block scales its sublayers (LayerScale), the change is too.
+        the residual stream is what the MLP reads. Where a block scales its sublayers (LayerScale) or drops them
+        (stochastic depth), the change is scaled and dropped too.
         Bi-AdaptFormer (Jie et al. 2023, ICCV) is [AdaptFormer(bottleneck=32, biases=False), Quantize()]
 
     Args:

@@ -240,15 +240,15 @@ class SemanticPath(nn.Module):
             bias: the trained part of the proxies [all classes, dim].
             beta: its share.
         """
-        p = self.head(features)
+        p, kind = self.head(features), self.gate.from_input.weight.dtype
         with torch.autocast(p.device.type, enabled=False):
-            p = F.normalize(p.float(), dim=-1)
-            state = self.running[classes].float()
+            p = F.normalize(p.to(kind), dim=-1)
+            state = self.running[classes].to(kind)
             for sample in p.unbind(1):
                 state = self.gate(sample, state)
-            running = F.normalize(self.running.float().index_copy(0, classes, state), dim=-1)
+            running = F.normalize(self.running.to(kind).index_copy(0, classes, state), dim=-1)
             self.running.copy_(running.detach())
-            return F.normalize(beta * bias.float() + (1 - beta) * running, dim=-1)
+            return F.normalize(beta * bias.to(kind) + (1 - beta) * running, dim=-1)
 
 
 class Gate(nn.Module):
