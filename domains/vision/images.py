@@ -87,6 +87,8 @@ def _opened(file: Path) -> Image.Image:
         if file.stat().st_size == 0:
             raise ScionError(f"{file}: the picture file is empty (0 bytes); fetch it again or take it out of the list")
         picture = Image.open(file)
+    except ScionError:
+        raise
     except Image.DecompressionBombError:
         raise ScionError(_too_large(file)) from None
     except Image.UnidentifiedImageError:

@@ -108,6 +108,7 @@ def test_bad_files_are_named_in_one_line(kind: str, tmp_path: Path, monkeypatch:
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100 if kind == "bomb" else 1000)
     with pytest.raises(ScionError, match=words) as caught:
         read_picture(file)
+    assert str(caught.value).count(str(file)) == 1  # said once
     assert str(caught.value).startswith(f"{file}: ") and "\n" not in str(caught.value)
     assert not recwarn.list
 
