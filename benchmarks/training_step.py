@@ -34,9 +34,9 @@ from torch import Tensor, nn
 
 from core import peft as methods
 from core.anatomy import dissect
-from core.artifact import write_atomically
 from core.cost import describe
 from core.errors import ScionError, nearest
+from core.files import write_atomically
 
 DOCS = Path(__file__).parent.parent / "docs"
 LIMIT = 1.03

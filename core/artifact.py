@@ -9,10 +9,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
-import tempfile
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +19,7 @@ from torch import Tensor, nn
 
 from core.anatomy import dissect
 from core.errors import ScionError, listed
+from core.files import write_atomically
 from core.method import Home, PEFTMethod, decode_extra_state, methods_on, uncompiled
 
 FORMAT = 1
@@ -302,25 +301,7 @@ def _forgive_base(module: nn.Module, incompatible: Any) -> None:
     incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if name not in forgiven]
 
 
-# ------------------------------------------------------------------------------------------------- files
-
-
-def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
-    """Call ``write`` with a temporary name beside ``path``, flush the file to disk, then rename it into place."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    try:
-        write(Path(temporary))
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+# ------------------------------------------------------------------------------------------------- records
 
 
 @functools.cache  # a dozen milliseconds, and every adapter asks

@@ -66,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code: 0, 2 for bad input, 130 when interrupted."""
-    from core.errors import ScionError
+    from core.errors import ScionError, one_line
 
     main_parser = parser()
     words = list(sys.argv[1:] if argv is None else argv)
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             traceback.print_exc()
             return 2
-        print(f"lightning {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"lightning {arguments.command}: {one_line(error)}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # whoever reads our output, a `head` for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -10,6 +10,14 @@ class ScionError(ValueError):
     """Bad input. The command prints the message as one line and exits with code 2."""
 
 
+def one_line(text: object) -> str:
+    """``text`` on one line for a terminal: other characters than printable ones, escapes for instance, are spelled
+    out."""
+    words = " ".join(str(text).split())
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii")
+                   for letter in words)
+
+
 def nearest(word: str, known: Iterable[str], n: int = 3) -> str:
     """``" (did you mean 'a' or 'b'?)"`` for the names most like ``word``, or an empty string."""
     names = {str(name).lower(): str(name) for name in known}

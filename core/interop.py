@@ -496,7 +496,7 @@ def write_folder(folder: str | Path, config: dict[str, Any], tensors: dict[str, 
     """Both files of a peft adapter, the config last."""
     from safetensors.torch import save_file
 
-    from core.artifact import write_atomically
+    from core.files import write_atomically
 
     target = Path(folder)
     try:

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from core.anatomy import dissect
-from core.artifact import fingerprint, write_atomically
+from core.artifact import fingerprint
 from core.errors import ScionError, listed
+from core.files import write_atomically
 from core.method import methods_on, uncompiled
 
 FORMAT = 1

@@ -357,7 +357,7 @@ def _save(figure: Figure, path: str | Path, cropped: bool = False) -> None:
 
 
 def _write(path: str | Path, write: Callable[[Path], Any]) -> None:
-    from core.artifact import write_atomically
+    from core.files import write_atomically
 
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, write)

@@ -25,11 +25,12 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, TQDMProgressBar
 
 from core import pictures, report
-from core.artifact import adapter_bytes, read_adapter, restore, save_adapter, versions, write_atomically
+from core.artifact import adapter_bytes, read_adapter, restore, save_adapter, versions
 from core.backbone import Backbone
 from core.config import Point, find_class, make, typed
 from core.data import DataModule, bounded
 from core.errors import ScionError, listed, nearest
+from core.files import write_atomically
 from core.method import Home, PEFTMethod, methods_on
 from core.module import OUTSIDE, FineTuner, OptimizerSettings, ScheduleSettings, load_outside, outside, spec
 from core.spec import signature

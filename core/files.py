@@ -1,0 +1,157 @@
+"""Files that are whole or not there, that are what they are said to be, and that one process at a time works on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import stat
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from core.errors import ScionError
+
+LARGEST_JSON = 64 * 2**20
+"""Bytes beyond which a record is not read: ours have a few thousand."""
+
+
+# ------------------------------------------------------------------------------------------------- writing
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
+    """Call ``write`` with a temporary name beside ``path``, flush the file to disk, then rename it into place."""
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    try:
+        write(Path(temporary))
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: str | Path, value: Any, indent: int | None = 1) -> None:
+    """Write ``value`` as JSON, whole or not at all; numbers that are not finite are refused, since JSON has none."""
+    text = json.dumps(value, indent=indent, allow_nan=False) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+# ------------------------------------------------------------------------------------------------- reading
+
+
+def check_regular(path: str | Path) -> Path:
+    """``path``, refused where it is no regular file: opening a pipe would wait for ever.
+
+    Raises:
+        ScionError: names the file that is missing, a folder, a pipe or a device.
+        OSError: it cannot be looked at.
+    """
+    path = Path(path)
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise ScionError(f"{path}: no such file") from None
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
+        raise ScionError(f"{path}: {kind}, where a file is wanted")
+    return path
+
+
+def read_json(path: str | Path) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        ScionError: names the file that is missing, no regular file, unreadable, too large, or no JSON.
+    """
+    path = Path(path)
+    try:
+        if check_regular(path).stat().st_size > LARGEST_JSON:
+            raise ScionError(f"{path}: larger than {LARGEST_JSON >> 20} MiB, which no record of ours is")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ScionError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except ScionError:
+        raise
+    except (ValueError, RecursionError):
+        raise ScionError(f"{path}: damaged, not valid JSON") from None
+
+
+# ------------------------------------------------------------------------------------------------- locks
+
+
+_held: set[tuple[int, int]] = set()
+"""(device, inode) of the lock files that this process holds: the system's locks know processes, and a process that
+opens such a file a second time loses the lock as soon as it closes it."""
+
+
+@contextlib.contextmanager
+def locked(file: str | Path, busy: str, wait: Callable[[], Any] | None = None) -> Iterator[None]:
+    """Hold ``file`` as a lock while the context lasts; the system frees it when the process ends, however it ends.
+
+    The lock belongs to this process alone: worker processes that are forked from it do not hold it. The file is made
+    where it is not there, and taken away at the end. Where the file system has no locks, nothing is locked.
+
+    Args:
+        file: the lock's file; its folder must be there.
+        busy: the message where the lock is held.
+        wait: called once before waiting for another process; None does not wait.
+
+    Raises:
+        ScionError: the lock is held, and nobody is to wait for it.
+        OSError: the file cannot be made.
+    """
+    file, told = Path(file), False
+    while (handle := _try_lock(file)) is None:
+        if wait is None or _inode(file) in _held:
+            raise ScionError(busy)
+        if not told:
+            wait()
+            told = True
+        time.sleep(0.1)
+    status = os.fstat(handle)
+    _held.add((status.st_dev, status.st_ino))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(file)  # while the lock is held, so that nobody holds a lock on a file that is gone
+        os.close(handle)
+        _held.discard((status.st_dev, status.st_ino))
+
+
+def _inode(file: Path) -> tuple[int, int] | None:
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _try_lock(file: Path) -> int | None:
+    """The open lock file, or None where somebody holds it."""
+    import fcntl
+
+    if _inode(file) in _held:
+        return None
+    handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        os.close(handle)
+        return None
+    except OSError:  # a file system without locks
+        return handle
+    status = os.fstat(handle)
+    if _inode(file) != (status.st_dev, status.st_ino):  # its last holder has taken the file away meanwhile
+        os.close(handle)
+        return _try_lock(file)
+    return handle
