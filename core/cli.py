@@ -65,8 +65,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code: 0, 2 for bad input, 130 when interrupted."""
-    from core.errors import ScionError, one_line
+    """Run the command; returns the exit code: 0, 2 for what went wrong, 130 or 143 when interrupted."""
+    from core.errors import Interrupted, ScionError, bad_input, interruptible, one_line
 
     main_parser = parser()
     words = list(sys.argv[1:] if argv is None else argv)
@@ -83,21 +83,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest and arguments.command not in ("run", "describe"):
         main_parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        return _dispatch(arguments, rest)
-    except ScionError as error:
+        with interruptible():
+            return _dispatch(arguments, rest)
+    except BrokenPipeError:  # whoever reads our output, a `head` for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt as stop:
+        stop = stop if isinstance(stop, Interrupted) else Interrupted()
+        print(f"lightning {arguments.command}: {one_line(stop)}", file=sys.stderr)
+        return stop.code
+    except Exception as error:
         if debug:
             import traceback
 
             traceback.print_exc()
             return 2
-        print(f"lightning {arguments.command}: {one_line(error)}", file=sys.stderr)
+        known = error if isinstance(error, ScionError) else bad_input(error)
+        text = known or f"unexpected {type(error).__name__}: {error} (--debug shows where; please report it)"
+        print(f"lightning {arguments.command}: {one_line(text)}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # whoever reads our output, a `head` for one, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except KeyboardInterrupt:
-        print("interrupted; the same command with the same --run_dir goes on from the last checkpoint", file=sys.stderr)
-        return 130
 
 
 def _dispatch(arguments: argparse.Namespace, rest: list[str]) -> int:
@@ -106,7 +110,7 @@ def _dispatch(arguments: argparse.Namespace, rest: list[str]) -> int:
 
         found = points(arguments.config, rest)  # tells most mistakes before anything heavy is imported
         _quick_imports()
-        from core.run import run
+        from core.many_runs import run
 
         return run(found, arguments.run_dir, arguments.overwrite)
     if arguments.command in ("merge", "predict"):

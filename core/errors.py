@@ -3,11 +3,77 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import os
+import signal
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import ClassVar
 
 
 class ScionError(ValueError):
     """Bad input. The command prints the message as one line and exits with code 2."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was stopped by a signal: Ctrl-C, or SIGTERM, with which schedulers end a job.
+
+    Its text says how to go on. The command's exit code is 128 and the signal's number, 130 or 143.
+    """
+
+    received: ClassVar[int | None] = None
+    """The last signal."""
+
+    def __init__(self, number: int = signal.SIGINT, hint: str = "") -> None:
+        self.number = number
+        super().__init__(f"stopped by {signal.Signals(number).name}{f'; {hint}' if hint else ''}")
+
+    @property
+    def code(self) -> int:
+        return 128 + self.number
+
+    @classmethod
+    def last(cls) -> Interrupted:
+        """The one of the last signal."""
+        return cls(cls.received or signal.SIGINT)
+
+    @classmethod
+    def after(cls, stop: KeyboardInterrupt, hint: str) -> Interrupted:
+        """The one that ``stop`` was, with a hint how to go on."""
+        return cls(stop.number if isinstance(stop, Interrupted) else cls.received or signal.SIGINT, hint)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Within this context SIGTERM and Ctrl-C raise `Interrupted`. Elsewhere than in the main thread nothing changes."""
+    def stop(number: int, frame: object) -> None:
+        Interrupted.received = number
+        raise Interrupted(number)
+
+    Interrupted.received = None
+    before = {}
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.signal(number, stop)
+    except ValueError:
+        pass
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def bad_input(error: BaseException) -> ScionError | None:
+    """What the machine refuses (a file, memory), as bad input in one line; None for other errors."""
+    if isinstance(error, OSError):
+        reason = error.strerror or str(error) or type(error).__name__
+        return ScionError(f"{os.fsdecode(error.filename)}: {reason}" if error.filename else reason)
+    is_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    text = (str(error).strip().splitlines() or [""])[0]
+    if is_memory or (isinstance(error, RuntimeError) and "allocate memory" in str(error)):
+        return ScionError("out of memory; a smaller data.batch_size, or trainer.accumulate_grad_batches, takes less"
+                          + (f" ({text[:200]})" if text else ""))
+    return None
 
 
 def one_line(text: object) -> str:

@@ -6,37 +6,35 @@ its seed, and the last checkpoint brings back weights, optimizer, schedule, rand
 
 from __future__ import annotations
 
-import json
 import logging
-import shutil
+import math
+import signal
 import sys
 import time
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 import torch
-import yaml
-from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
 
 from core import pictures, report
 from core.artifact import adapter_bytes, read_adapter, restore, save_adapter, versions
 from core.backbone import Backbone
+from core.checkpoints import AtomicCheckpointIO, RunCheckpoints, read_checkpoint
 from core.config import Point, find_class, make, typed
 from core.data import DataModule, bounded
-from core.errors import ScionError, listed, nearest
-from core.files import write_atomically
+from core.errors import Interrupted, ScionError, listed, nearest
+from core.files import write_json
 from core.method import Home, PEFTMethod, methods_on
 from core.module import OUTSIDE, FineTuner, OptimizerSettings, ScheduleSettings, load_outside, outside, spec
+from core.run_folder import FORMAT, RunFolder, copy_adapter, read_done
+from core.run_log import RunLog
 from core.spec import signature
 from core.tasks import Task
 
-FORMAT = 1
 log = logging.getLogger("scion")
 
 
@@ -156,14 +154,6 @@ def stages_of(point: Point) -> list[Stage]:
 # ------------------------------------------------------------------------------------------------- callbacks
 
 
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Checkpoints that are either whole or not there."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
-
-
 class History(Checkpoint):
     """What was logged, epoch by epoch, and the time spent; both go on after a resume.
 
@@ -174,6 +164,7 @@ class History(Checkpoint):
         self.rows: list[dict[str, float]] = []
         self.before = 0.0
         self.started = time.perf_counter()
+        self._validated = False
 
     @property
     def seconds(self) -> float:
@@ -182,8 +173,14 @@ class History(Checkpoint):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.started = time.perf_counter()
 
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._validated = True
+
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         row = {key: round(float(value), 6) for key, value in trainer.callback_metrics.items() if value.numel() == 1}
+        if not self._validated:  # Lightning keeps those of an earlier epoch
+            row = {key: value for key, value in row.items() if not key.startswith("validation/")}
+        self._validated = False
         rate = max(group["lr"] for group in trainer.optimizers[0].param_groups)
         self.rows.append({"epoch": trainer.current_epoch, "step": trainer.global_step, **row, "lr": rate})
 
@@ -203,14 +200,24 @@ class Progress(TQDMProgressBar):
 
 
 class EpochLines(Checkpoint):
-    """One line an epoch, for where a moving bar cannot be seen."""
+    """One line an epoch: in the log, and on the screen where no moving bar can be seen.
+
+    Args:
+        shown: whether the line goes to the screen.
+    """
+
+    def __init__(self, shown: bool) -> None:
+        self.shown = shown
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         main = pl_module.task.selects[0] if isinstance(pl_module, FineTuner) else ""
         shown = {key: float(value) for key, value in trainer.callback_metrics.items()
                  if key in ("train/loss", "validation/loss") or key.endswith(f"/{main}")}
         text = "  ".join(f"{key} {value:.3f}" for key, value in sorted(shown.items()))
-        print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {text}", flush=True)
+        line = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {text}"
+        log.info(line)
+        if self.shown and trainer.is_global_zero:
+            print(line, flush=True)
 
 
 # ------------------------------------------------------------------------------------------------- one run
@@ -226,126 +233,184 @@ class Outcome:
     parameters: dict[str, int]
     metrics: dict[str, dict[str, float]]
     seconds: float
+    best_epoch: int | None = None
+    """The epoch that ``select: best`` has chosen."""
     tables: dict[str, Any] = field(default_factory=dict)
 
 
-def execute(point: Point, folder: Path, overwrite: bool = False) -> dict[str, Any]:
-    """Run a point in ``folder``, or go on with it there; returns the content of metrics.json.
+def execute(point: Point, path: Path, overwrite: bool = False) -> dict[str, Any]:
+    """Run a point in the folder ``path``, or go on with it there; returns the content of metrics.json.
+
+    Of several processes the first one writes; the others get an empty dictionary.
+
+    Nothing is written before the configuration, the data and the backbone have been found good.
 
     Raises:
-        ScionError: the folder holds a finished or another run and ``overwrite`` is off, or it cannot be written.
+        ScionError: the folder holds a finished or another run and ``overwrite`` is off, it cannot be written, or
+            something is wrong with the run.
     """
-    fresh = prepare_folder(point, folder, overwrite)
-    try:
-        return _execute(point, folder)
-    except ScionError:
-        if fresh and not list(folder.rglob("*.ckpt")):  # a mistake, told before anything was trained, leaves nothing
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-def _execute(point: Point, folder: Path) -> dict[str, Any]:
-    with logged(folder / "log.txt"):
+    folder = RunFolder(Path(path), point.hash, is_main_process())
+    goes_on = folder.state(overwrite) == "unfinished"
+    with RunLog() as messages:
         stages = stages_of(point)
-        rows: list[dict[str, Any]] = []
-        parts: dict[str, dict[str, Any]] = {}
-        outcome: Outcome | None = None
-        for i, stage in enumerate(stages):
-            home = folder / "stages" / stage.name if stage.name else folder
-            done = home / "done.json"
-            last = i == len(stages) - 1
-            if not last and done.is_file():
-                record = json.loads(done.read_text())
-            else:
-                outcome = _fit(point, stage, home, folder, test=last)
-                record = {"rows": outcome.rows, "parameters": outcome.parameters, "metrics": outcome.metrics,
-                          "seconds": outcome.seconds}
-                if not last:
-                    write_atomically(done, lambda path, record=record: path.write_text(json.dumps(record)))
-            rows += [{**row, **({"stage": stage.name} if stage.name else {})} for row in record["rows"]]
-            parts[stage.name] = {key: record[key] for key in ("parameters", "metrics", "seconds")}
-        assert outcome is not None
-        metrics = _finish(point, folder, outcome, rows, parts)
-    return metrics
+        results = _finished_stages(point, folder, stages) if goes_on or not folder.is_main and not overwrite else []
+        assembly = assemble(point, stages[len(results)].config)
+        config = {**point.config, "domain": point.domain, "run_dir": str(path)}
+        with folder.opened(config, overwrite):
+            if folder.is_main:
+                messages.write_to(folder.path / "log.txt")
+            if goes_on:
+                log.info("going on with the run in %s", folder.path)
+            return _run_stages(point, folder, stages, results, assembly)
 
 
-def prepare_folder(point: Point, folder: Path, overwrite: bool) -> bool:
-    """Make the run folder (True), or check that the run in it is this one, unfinished (False)."""
-    record = folder / "metrics.json"
-    if record.is_file() and not overwrite:
-        try:
-            before = json.loads(record.read_text())
-        except ValueError:
-            before = {}
-        if before.get("config_hash") != point.hash:
-            raise ScionError(f"run_dir: {folder} holds another run (config {before.get('config_hash')}, this is "
-                             f"{point.hash}); choose another folder or pass --overwrite")
-        if before.get("status") == "finished":
-            raise ScionError(f"run_dir: {folder} holds this run, finished; choose another folder or pass --overwrite")
-        log.info("going on with the run in %s", folder)
-        return False
-    try:
-        if overwrite and record.is_file():
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        config = {**point.config, "domain": point.domain, "run_dir": str(folder)}
-        write_atomically(folder / "config.yaml", lambda path: path.write_text(yaml.safe_dump(config, sort_keys=False)))
-        start = {"format": FORMAT, "status": "running", "config_hash": point.hash}
-        write_atomically(record, lambda path: path.write_text(json.dumps(start)))
-    except OSError as error:
-        raise ScionError(f"run_dir: {folder} cannot be written ({error.strerror})") from None
-    return True
+def is_main_process() -> bool:
+    """Whether this is the only or the first of the processes of a run; known from the environment that started it."""
+    from lightning.fabric.utilities.rank_zero import _get_rank
+
+    return not _get_rank()
 
 
-def _fit(point: Point, stage: Stage, home: Path, folder: Path, test: bool) -> Outcome:
+@dataclass
+class StageResult:
+    """What a finished stage leaves for the run's record."""
+
+    rows: list[dict[str, Any]]
+    parameters: dict[str, int]
+    metrics: dict[str, dict[str, float | None]]
+    seconds: float
+
+
+def _stage_home(folder: RunFolder, stage: Stage) -> Path:
+    return folder.path / "stages" / stage.name if stage.name else folder.path
+
+
+def _finished_stages(point: Point, folder: RunFolder, stages: list[Stage]) -> list[StageResult]:
+    """The results of the stages, from the first on, that were finished before an interruption."""
+    found: list[StageResult] = []
+    for stage in stages[:-1]:
+        done = _stage_home(folder, stage) / "done.json"
+        if not done.is_file():
+            break
+        record = read_done(done)
+        if record.get("config_hash", point.hash) != point.hash:
+            raise ScionError(f"{done}: of another configuration ({record['config_hash']}, this is {point.hash}); "
+                             "choose another folder or pass --overwrite")
+        found.append(StageResult(record["rows"], record["parameters"], record["metrics"], record["seconds"]))
+    return found
+
+
+def _run_stages(point: Point, folder: RunFolder, stages: list[Stage], results: list[StageResult], assembly: Assembly
+                ) -> dict[str, Any]:
+    """Fit the stages that have no result yet, the first of them with ``assembly``, and write the run's record."""
+    outcome: Outcome | None = None
+    for stage in stages[len(results):]:
+        is_last = stage is stages[-1]
+        outcome = _fit(point, stage, folder, assembly if outcome is None else assemble(point, stage.config), is_last)
+        result = StageResult(outcome.rows, outcome.parameters, outcome.metrics, outcome.seconds)
+        if not is_last and folder.is_main:
+            write_json(_stage_home(folder, stage) / "done.json", {"config_hash": point.hash, **vars(result)})
+        results.append(result)
+    assert outcome is not None
+    return _finish(point, folder, stages, results, outcome) if folder.is_main else {}
+
+
+def _fit(point: Point, stage: Stage, folder: RunFolder, assembly: Assembly, is_last: bool) -> Outcome:
     """Train one stage, from its start or its last checkpoint, and test it where it is the last and there is a test."""
-    assembly = assemble(point, stage.config)
-    tuner, methods = assembly.tuner, assembly.methods
-    if stage.start is not None:
-        methods = _begin_with(folder / "stages" / stage.start / "adapter", stage, tuner, methods)
-    for method in methods:
-        method.attach(tuner.backbone)
-    tuner.fit_head()
-    if stage.start is not None and "head" in stage.carry:
-        adapter = folder / "stages" / stage.start / "adapter"
-        load_outside(tuner, read_adapter(adapter)[1], str(adapter))
+    tuner, data = assembly.tuner, assembly.data
+    if stage.config["select"] == "best" and data.validation_set is None:
+        raise ScionError("select: best chooses by validation, and these data have no validation set; take 'last'")
+    methods = _attach(stage, folder, tuner, assembly.methods)
     if stage.name:
         log.info("stage %s", stage.name)
+    home = _stage_home(folder, stage)
     history = History()
-    trainer = _trainer(stage.config, home, [*methods, history], tuner.task.selects)
-    last = home / "checkpoints" / "last.ckpt"
-    for leftover in (home / "checkpoints").glob(".*"):
-        leftover.unlink()
-    trainer.fit(tuner, datamodule=assembly.data, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
-    rows = history.rows
-    validation = {key: value for key, value in (rows[-1] if rows else {}).items() if key.startswith("validation/")}
-    best = home / "checkpoints" / "best.ckpt"
-    if stage.config["select"] == "best" and best.is_file():
-        state = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
-        tuner.load_state_dict(state)
-        metric, mode = tuner.task.selects
-        validation = (max if mode == "max" else min)((row for row in rows if f"validation/{metric}" in row),
-                         key=lambda row: row[f"validation/{metric}"], default=validation)
-        validation = {key: value for key, value in validation.items() if key.startswith("validation/")}
-    tested: dict[str, float] = {}
-    tables: dict[str, Any] = {}
-    if test and assembly.data.test_set is not None:
-        found = trainer.test(tuner, datamodule=assembly.data, verbose=False)
-        tested = {key: float(value) for key, value in (found[0] if found else {}).items()}
-        tables = tuner.tables
+    stamp = {"format": FORMAT, "config_hash": point.hash, "stage": stage.name, "listing": _listing(data)}
+    checkpoints = _checkpoints(stage.config, home / "checkpoints", tuner.task.selects)
+    trainer = _trainer(stage.config, home, [*methods, history, checkpoints], stamp)
+    _train(trainer, assembly, checkpoints, stamp)
+    metrics = {"validation": _validation(history.rows, checkpoints.best_epoch), "test": {}}
+    if stage.config["select"] == "best":
+        _take_best(tuner, checkpoints, stamp)
+    if is_last and data.test_set is not None:
+        found = _undisturbed(trainer, lambda: trainer.test(tuner, datamodule=data, verbose=False))
+        metrics["test"] = _split(found[0] if found else {}, "test")
     parameters = count(tuner)
     for method in methods:
         if stage.advance and stage.name in method.stages:
             method.advance(tuner)
-    save_run_adapter(tuner, home / "adapter")
-    metrics = {"validation": _strip(validation), "test": _strip(tested)}
-    return Outcome(tuner, assembly.data, rows, parameters, metrics, history.seconds, tables)
+    if folder.is_main:
+        save_run_adapter(tuner, home / "adapter")
+    trainer.strategy.barrier("the adapter is written")  # the other processes read it in the next stage
+    return Outcome(tuner, data, history.rows, parameters, metrics, history.seconds, checkpoints.best_epoch,
+                   tuner.tables if is_last else {})
 
 
-def _strip(metrics: dict[str, float]) -> dict[str, float]:
-    return {key.partition("/")[2]: value for key, value in metrics.items()}
+def _attach(stage: Stage, folder: RunFolder, tuner: FineTuner, methods: list[PEFTMethod]) -> list[PEFTMethod]:
+    """Attach what an earlier stage left and this one's methods, and fit the head to them; returns all methods."""
+    before = folder.path / "stages" / stage.start / "adapter" if stage.start is not None else None
+    if before is not None:
+        methods = _begin_with(before, stage, tuner, methods)
+    for method in methods:
+        method.attach(tuner.backbone)
+    tuner.fit_head()
+    if before is not None and "head" in stage.carry:
+        load_outside(tuner, read_adapter(before)[1], str(before))
+    return methods
+
+
+def _listing(data: DataModule) -> str:
+    """What the data are, as a short hash."""
+    return getattr(data, "listing", "")
+
+
+def _train(trainer: L.Trainer, assembly: Assembly, checkpoints: RunCheckpoints, stamp: dict[str, Any]) -> None:
+    """Fit, from the last checkpoint where there is one."""
+    last = checkpoints.last_file if checkpoints.last_file.is_file() else None
+    if last is not None:
+        read_checkpoint(last, stamp)
+    _undisturbed(trainer, lambda: trainer.fit(assembly.tuner, datamodule=assembly.data, ckpt_path=last,
+                                              weights_only=True))
+    if not trainer.fast_dev_run and not trainer.global_step:
+        raise ScionError("trainer: not one step was made; check max_epochs, max_steps, max_time, limit_train_batches "
+                         "and the size of the data")
+
+
+def _undisturbed(trainer: L.Trainer, work: Callable[[], Any]) -> Any:
+    """What ``work`` with a Trainer returns. Lightning makes an exit of the process of a signal, and of its complaints
+    exceptions of its own."""
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+
+    try:
+        return work()
+    except SIGTERMException:
+        raise Interrupted(signal.SIGTERM) from None
+    except SystemExit:
+        if not trainer.interrupted:
+            raise
+        raise Interrupted.last() from None
+    except MisconfigurationException as error:
+        raise ScionError(f"trainer: {str(error).splitlines()[0]}") from None
+
+
+def _take_best(tuner: FineTuner, checkpoints: RunCheckpoints, stamp: dict[str, Any]) -> None:
+    if checkpoints.best_epoch is None:
+        raise ScionError("select: best, but no epoch was validated; validate, or take 'last'")
+    tuner.load_state_dict(read_checkpoint(checkpoints.best_file, stamp)["state_dict"])
+
+
+def _validation(rows: list[dict[str, float]], best_epoch: int | None) -> dict[str, float]:
+    """The validation metrics of the epoch that was chosen; without a choice the last ones."""
+    measured = [row for row in rows if any(key.startswith("validation/") for key in row)]
+    if best_epoch is not None:
+        measured = [row for row in measured if row["epoch"] == best_epoch]
+    return _split(measured[-1] if measured else {}, "validation")
+
+
+def _split(metrics: Any, split: str) -> dict[str, float]:
+    """The metrics of one split, by their names without it."""
+    start = f"{split}/"
+    return {key.removeprefix(start): float(value) for key, value in metrics.items() if key.startswith(start)}
 
 
 def _begin_with(adapter: Path, stage: Stage, tuner: FineTuner, methods: list[PEFTMethod]) -> list[PEFTMethod]:
@@ -377,31 +442,30 @@ def check_trainer(arguments: dict[str, Any]) -> None:
             raise ScionError(f"trainer.{name}: Lightning's Trainer has no such argument{nearest(name, known)}")
 
 
-def _trainer(config: dict[str, Any], home: Path, callbacks: list[L.Callback], selects: tuple[str, str]) -> L.Trainer:
-    arguments = dict(config["trainer"])
-    every = arguments.pop("checkpoint_every_n_steps", None)
-    (home / "checkpoints").mkdir(parents=True, exist_ok=True)
-    where: dict[str, Any] = {"dirpath": home / "checkpoints", "enable_version_counter": False}
-    if arguments.pop("enable_checkpointing", True):
-        callbacks.append(ModelCheckpoint(filename="last", save_on_train_epoch_end=True, every_n_epochs=1, **where))
-        if every:
-            callbacks.append(ModelCheckpoint(filename="last", every_n_train_steps=every, **where))
-    if config["select"] == "best":
-        callbacks.append(ModelCheckpoint(filename="best", monitor=f"validation/{selects[0]}", mode=selects[1],
-                                         save_weights_only=True, **where))
-    if arguments.pop("enable_progress_bar", True):
-        callbacks.append(Progress(refresh_rate=5) if sys.stderr.isatty() else EpochLines())
+def _checkpoints(config: dict[str, Any], folder: Path, selects: tuple[str, str]) -> RunCheckpoints:
+    arguments = config["trainer"]
+    metric, mode = selects
+    best = (f"validation/{metric}", mode) if config["select"] == "best" else None
+    writes = arguments.get("enable_checkpointing") is not False and not arguments.get("fast_dev_run")
+    return RunCheckpoints(folder, arguments.get("checkpoint_every_n_steps"), best, last=writes)
+
+
+def _trainer(config: dict[str, Any], home: Path, callbacks: list[L.Callback], stamp: dict[str, Any]) -> L.Trainer:
     from lightning.pytorch.loggers import TensorBoardLogger
 
-    logger = TensorBoardLogger(save_dir=home, name="tensorboard", version="")
+    arguments = {key: value for key, value in config["trainer"].items()
+                 if key not in (*OUR_ARGUMENTS, "enable_checkpointing")}
+    shows = arguments.pop("enable_progress_bar", None) is not False
+    has_bar = shows and sys.stderr.isatty()
+    callbacks = [*callbacks, EpochLines(shows and not has_bar), *([Progress(refresh_rate=5)] if has_bar else [])]
     arguments = {"devices": 1, "log_every_n_steps": 10, "num_sanity_val_steps": 0, "enable_model_summary": False,
                  **arguments}
     try:
-        return L.Trainer(callbacks=callbacks, logger=logger, plugins=[AtomicCheckpointIO()], default_root_dir=home,
-                         enable_progress_bar=any(isinstance(c, TQDMProgressBar) for c in callbacks),
-                         enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks), **arguments)
-    except (TypeError, ValueError, L.pytorch.utilities.exceptions.MisconfigurationException) as error:  # type: ignore[attr-defined]
-        raise ScionError(f"trainer: {str(error).splitlines()[0]}") from None
+        return L.Trainer(callbacks=callbacks, logger=TensorBoardLogger(save_dir=home, name="tensorboard", version=""),
+                         plugins=[AtomicCheckpointIO(stamp)], default_root_dir=home, enable_progress_bar=has_bar,
+                         enable_checkpointing=True, **arguments)
+    except Exception as error:  # Lightning refuses bad values by exceptions of many kinds
+        raise ScionError(f"trainer: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
 
 
 def count(tuner: FineTuner) -> dict[str, int]:
@@ -427,39 +491,49 @@ def save_run_adapter(tuner: FineTuner, folder: Path) -> None:
     save_adapter(methods_on(tuner), folder, outside(tuner), model)
 
 
-def _finish(point: Point, folder: Path, outcome: Outcome, rows: list[dict[str, Any]], parts: dict[str, Any]
+def _finish(point: Point, folder: RunFolder, stages: list[Stage], results: list[StageResult], outcome: Outcome
             ) -> dict[str, Any]:
     """Write pictures and metrics.json, the latter last: it makes the run a finished one."""
-    tuner, data = outcome.tuner, outcome.data
+    tuner, data, path = outcome.tuner, outcome.data, folder.path
     home: Home = tuner.backbone.peft  # type: ignore[assignment]
     title = f"{point.name} on {tuner.backbone.origin.get('name')}, {report.data_named(data.origin)}"
-    report.curves(rows, folder / "curves.png", title)
+    rows = [{**row, **({"stage": stage.name} if stage.name else {})}
+            for stage, result in zip(stages, results, strict=True) for row in result.rows]
+    report.curves(rows, path / "curves.png", title)
     confusion = outcome.tables.get("test/confusion")
     if confusion is not None:
-        report.confusion(confusion, data.classes, folder / "confusion.png", title)
-    pictures.of_run(tuner, data, folder / "pictures.png", title)
-    write_atomically(folder / "data_state.json", lambda path: path.write_text(json.dumps(data.state())))
+        report.confusion(confusion, data.classes, path / "confusion.png", title)
+    pictures.of_run(tuner, data, path / "pictures.png", title)
+    write_json(path / "data_state.json", data.state(), indent=None)
+    write_json(path / "history.json", [_finite(row) for row in rows], indent=None)
+    if stages[-1].name:  # the last stage's adapter is the run's
+        copy_adapter(_stage_home(folder, stages[-1]) / "adapter", path / "adapter")
     notes = [origin["note"] for origin in (data.origin, tuner.backbone.origin) if "note" in origin]
     metrics = {
         "format": FORMAT, "status": "finished", "config_hash": point.hash, "select": point.config["select"],
-        "data": {**data.origin, **({"skipped": bounded(data.skipped, 1000)} if data.skipped else {})},
-        "backbone": {**tuner.backbone.origin, "fingerprint": home.fingerprint},
+        "data": dict(data.origin), "backbone": {**tuner.backbone.origin, "fingerprint": home.fingerprint},
         "peft": [method.spec() for method in tuner.methods], "parameters": outcome.parameters,
-        "adapter_bytes": adapter_bytes(_last_adapter(folder, parts)),
-        "metrics": outcome.metrics, "seconds": round(sum(part["seconds"] for part in parts.values()), 2),
-        "peak_memory_bytes": peak_memory(), "versions": versions(), "warnings": notes,
-        **({"stages": parts} if len(parts) > 1 else {}),
+        "adapter_bytes": adapter_bytes(path / "adapter"),
+        "metrics": {split: _finite(values) for split, values in outcome.metrics.items()},
+        "seconds": round(sum(result.seconds for result in results), 2), "peak_memory_bytes": peak_memory(),
+        "versions": versions(), "warnings": notes,
     }
-    if len(parts) > 1:  # the last stage's adapter is the run's
-        shutil.copytree(_last_adapter(folder, parts), folder / "adapter", dirs_exist_ok=True)
-    write_atomically(folder / "history.json", lambda path: path.write_text(json.dumps(rows)))
-    write_atomically(folder / "metrics.json", lambda path: path.write_text(json.dumps(metrics, indent=1) + "\n"))
+    if data.skipped:
+        metrics["data"]["skipped"] = bounded(data.skipped, 1000)
+    if outcome.best_epoch is not None:
+        metrics["selected_epoch"] = outcome.best_epoch
+    if len(stages) > 1:
+        metrics["stages"] = {stage.name: {"parameters": result.parameters, "metrics": result.metrics,
+                                          "seconds": result.seconds}
+                             for stage, result in zip(stages, results, strict=True)}
+    write_json(path / "metrics.json", metrics)
     return metrics
 
 
-def _last_adapter(folder: Path, parts: dict[str, Any]) -> Path:
-    name = list(parts)[-1]
-    return folder / "stages" / name / "adapter" if name else folder / "adapter"
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """``values`` with None for numbers that JSON does not have."""
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in values.items()}
 
 
 def peak_memory() -> int:
@@ -472,79 +546,9 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-# ------------------------------------------------------------------------------------------------- many runs
+def __getattr__(name: str) -> Any:
+    if name == "run":  # which runs several; it stood here before
+        from core.many_runs import run
 
-
-def run(points: list[Point], run_dir: str | None = None, overwrite: bool = False) -> int:
-    """Run one point, or all points of ``over``, and print what came out. Returns the exit code."""
-    point = points[0]
-    stem = Path(point.source).stem
-    if len(points) == 1 and not point.axes:
-        folder = Path(run_dir or point.config.get("run_dir") or _free(Path("runs") / stem / point.name))
-        metrics = execute(point, folder, overwrite)
-        print(report.summary(metrics))
-        print(f"Everything is in {folder}")
-        return 0
-    folder = Path(run_dir or point.config.get("run_dir") or _free(Path("runs") / stem / "over"))
-    results: list[dict[str, Any]] = []
-    failed = 0
-    for i, one in enumerate(points):
-        home = folder / one.name
-        print(f"[{i + 1}/{len(points)}] {one.name}", flush=True)
-        before = _finished(home, one)
-        error = None
-        try:
-            metrics = before if before and not overwrite else execute(one, home, overwrite)
-        except ScionError as problem:  # the other points can still run
-            metrics, error, failed = None, str(problem), failed + 1
-            print(f"{one.name}: {problem}", flush=True)
-        results.append({"axes": one.axes, "metrics": metrics, "error": error})
-    print(report.table(results, folder))
-    print(f"Everything is in {folder}")
-    return 2 if failed else 0
-
-
-def _finished(folder: Path, point: Point) -> dict[str, Any] | None:
-    try:
-        metrics = json.loads((folder / "metrics.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return metrics if metrics.get("status") == "finished" and metrics.get("config_hash") == point.hash else None
-
-
-def _free(path: Path) -> Path:
-    """``path`` with the first number behind it that is not taken."""
-    k = 0
-    while (candidate := path.with_name(f"{path.name}-{k}")).exists():
-        k += 1
-    return candidate
-
-
-# ------------------------------------------------------------------------------------------------- log
-
-
-@contextmanager
-def logged(file: Path) -> Iterator[None]:
-    """Write our log and Python's warnings to ``file``, and keep Lightning's chatter off the screen."""
-    handler = logging.FileHandler(file)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    loggers = [log, logging.getLogger("lightning.pytorch"), logging.getLogger("py.warnings")]
-    chatter = logging.getLogger("lightning.pytorch")
-    level, propagate = chatter.level, chatter.propagate
-    for logger in loggers:
-        logger.addHandler(handler)
-    log.setLevel(logging.INFO)
-    chatter.setLevel(logging.WARNING)
-    with warnings.catch_warnings():
-        for text in (".*does not have many workers.*", ".*LeafSpec.*", ".*isinstance.treespec.*", ".*is not a Tensor.*",
-                     ".*eval mode.*", ".*Total length of .*zero.*", ".*smaller than the logging interval.*",
-                     ".*Checkpoint directory.*", ".*Detected call of .lr_scheduler.*"):
-            warnings.filterwarnings("ignore", text)
-        try:
-            yield
-        finally:
-            for logger in loggers:
-                logger.removeHandler(handler)
-            handler.close()
-            chatter.setLevel(level)
-            chatter.propagate = propagate
+        return run
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

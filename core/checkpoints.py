@@ -1,0 +1,177 @@
+"""A run's checkpoints: written whole, stamped with the run they belong to, checked before anything is read from them.
+
+``last.ckpt`` is where an interrupted run goes on; ``best.ckpt`` holds the weights of the best epoch so far, for
+``select: best``. Which epoch that was is kept in ``last.ckpt``: ``best`` is written first, so that a run killed between
+the two does the epoch again and comes to the same choice.
+"""
+
+from __future__ import annotations
+
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import Checkpoint
+
+from core.errors import ScionError
+from core.files import check_regular, write_atomically
+
+STAMP = "scion"
+"""Key of the stamp in a checkpoint."""
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Checkpoints that are either whole or not there.
+
+    Args:
+        stamp: what each of them says of its run (see `read_checkpoint`).
+    """
+
+    def __init__(self, stamp: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        self.stamp = stamp or {}
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write ``checkpoint`` with the stamp.
+
+        Raises:
+            ScionError: it cannot be written; the file that was there before is still there.
+        """
+        stamped = {**checkpoint, STAMP: self.stamp}
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, lambda temporary: torch.save(stamped, temporary))
+        except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError where the disk is full
+            reason = getattr(error, "strerror", None) or _why(Path(path), error)
+            raise ScionError(f"{path}: the checkpoint cannot be written ({reason}); the one before is kept, and the "
+                             "same command goes on from it") from None
+
+
+def _why(path: Path, error: Exception) -> str:
+    if "write" in str(error) and shutil.disk_usage(path.parent).free < 2**20:
+        return "no space left on the disk"
+    return str(error).splitlines()[0][:200]
+
+
+def read_checkpoint(path: Path, stamp: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The content of a checkpoint of ours, on the CPU.
+
+    Args:
+        path: the file.
+        stamp: what it has to say of its run. One without any stamp, of an earlier version, is taken as it is.
+
+    Raises:
+        ScionError: names the file that is damaged (each record in it has a checksum), or belongs to another
+            configuration or other data.
+    """
+    damaged = f"{path}: the checkpoint is damaged; delete it to begin again from the start, or pass --overwrite"
+    try:
+        with zipfile.ZipFile(check_regular(path)) as packed:
+            if packed.testzip() is not None:
+                raise ScionError(damaged)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ScionError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except ScionError:
+        raise
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception:  # torch.load, zipfile and zlib tell of damage in a dozen ways
+        raise ScionError(damaged) from None
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise ScionError(damaged)
+    found = checkpoint.get(STAMP)
+    if stamp and isinstance(found, dict):
+        _compare(path, found, stamp)
+    return checkpoint
+
+
+def _compare(path: Path, found: dict[str, Any], stamp: dict[str, Any]) -> None:
+    if found.get("config_hash") != stamp["config_hash"] or found.get("stage") != stamp["stage"]:
+        raise ScionError(f"{path}: the checkpoint belongs to another configuration ({found.get('config_hash')}, this "
+                         f"is {stamp['config_hash']}); choose another folder or pass --overwrite")
+    if found.get("listing") != stamp["listing"]:
+        raise ScionError(f"{path}: the run began with other data than there are now (files were added, removed or "
+                         "changed); put them back, or start again with --overwrite")
+
+
+def stamp_of(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of its run; empty where it says nothing.
+
+    Raises:
+        ScionError: it is damaged.
+    """
+    found = read_checkpoint(path).get(STAMP)
+    return found if isinstance(found, dict) else {}
+
+
+class RunCheckpoints(Checkpoint):
+    """Writes ``last.ckpt`` at the end of each epoch and, where asked for, every so many steps, and ``best.ckpt``.
+
+    It has to come behind the callbacks whose state of the same moment a checkpoint should hold.
+
+    Args:
+        folder: where the checkpoints go.
+        every_n_steps: optimizer steps between two checkpoints within an epoch; None is at its end alone.
+        best: metric and ``min`` or ``max`` by which the best epoch is chosen; None keeps the last alone.
+        last: whether ``last.ckpt`` is written.
+    """
+
+    def __init__(self, folder: Path, every_n_steps: int | None = None, best: tuple[str, str] | None = None,
+                 last: bool = True) -> None:
+        self.folder, self.every_n_steps, self.best, self.writes_last = folder, every_n_steps, best, last
+        self.best_epoch: int | None = None
+        self.best_score: float | None = None
+        self._saved_step = -1
+
+    @property
+    def last_file(self) -> Path:
+        return self.folder / "last.ckpt"
+
+    @property
+    def best_file(self) -> Path:
+        return self.folder / "best.ckpt"
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any,
+                           batch_idx: int) -> None:
+        step = trainer.global_step
+        if not self.writes_last or not self.every_n_steps or step % self.every_n_steps or step == self._saved_step:
+            return
+        if self._is_followed_by_more(trainer):
+            return
+        self._saved_step = step
+        trainer.save_checkpoint(self.last_file)
+
+    @staticmethod
+    def _is_followed_by_more(trainer: L.Trainer) -> bool:
+        """Whether the epoch's end or a validation comes next: a run that went on from here would leave that out."""
+        loop = trainer.fit_loop.epoch_loop
+        if trainer.is_last_batch or loop._is_training_done or trainer.should_stop:
+            return True
+        return loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.best is not None:
+            self._keep_best(trainer, *self.best)
+        if self.writes_last:
+            trainer.save_checkpoint(self.last_file)
+
+    def _keep_best(self, trainer: L.Trainer, metric: str, mode: str) -> None:
+        if metric not in trainer.callback_metrics:  # not validated yet
+            return
+        score = float(trainer.callback_metrics[metric])
+        before = self.best_score
+        if before is not None and not (score > before if mode == "max" else score < before):
+            return
+        self.best_epoch, self.best_score = trainer.current_epoch, score
+        trainer.save_checkpoint(self.best_file, weights_only=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best_epoch": self.best_epoch, "best_score": self.best_score}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best_epoch, self.best_score = state_dict["best_epoch"], state_dict["best_score"]
