@@ -126,7 +126,7 @@ class RunCheckpoints(Checkpoint):
         self.folder, self.every_n_steps, self.best, self.writes_last = folder, every_n_steps, best, last
         self.best_epoch: int | None = None
         self.best_score: float | None = None
-        self._saved_step = -1
+        self._steps = 0
 
     @property
     def last_file(self) -> Path:
@@ -136,15 +136,17 @@ class RunCheckpoints(Checkpoint):
     def best_file(self) -> Path:
         return self.folder / "best.ckpt"
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._steps = trainer.global_step
+
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any,
                            batch_idx: int) -> None:
-        step = trainer.global_step
-        if not self.writes_last or not self.every_n_steps or step % self.every_n_steps or step == self._saved_step:
+        before, self._steps = self._steps, trainer.global_step
+        if not self.writes_last or not self.every_n_steps or self._steps % self.every_n_steps:
             return
-        if self._is_followed_by_more(trainer):
-            return
-        self._saved_step = step
-        trainer.save_checkpoint(self.last_file)
+        has_stepped = before != self._steps  # gradients that are still adding up are in no checkpoint
+        if has_stepped and not self._is_followed_by_more(trainer):
+            trainer.save_checkpoint(self.last_file)
 
     @staticmethod
     def _is_followed_by_more(trainer: L.Trainer) -> bool:

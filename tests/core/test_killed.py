@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.core.tiny_run import PointOf, child, finish, weights
+
 ALL = bool(os.environ.get("SCION_ALL"))
 OPTIONS = {
     "LoRA": ["--peft.dropout", "0.1"],                          # a static one, with noise
@@ -39,117 +41,11 @@ QUICK = ("LoRA", "TriAdaptLoRA", "SpIEL", "VQT")
 """Those that the quick tier kills more often, and at random: plain, growing, with moving indices, in two stages."""
 ONCE = ("AdaLoRA", "GaLore", "IST", "LadderSideTuning")
 """Those that it kills once: with running scores, an optimizer, over another method, with data first."""
-PARTS = '''
-import torch
-from torch.utils.data import TensorDataset
-from core.backbone import Backbone
-from core.data import DataModule
-
-
-class Squares(DataModule):
-    """Noise with one of four patches bright."""
-
-    def load(self):
-        generator = torch.Generator().manual_seed(0)
-        images, targets = torch.randn(96, 3, 16, 16, generator=generator), torch.arange(96) % 4
-        for image, target in zip(images, targets):
-            row, column = divmod(int(target), 2)
-            image[:, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8] += 1
-        self.train_set = TensorDataset(images[:48], targets[:48])
-        self.validation_set = TensorDataset(images[48:64], targets[48:64])
-        self.test_set = TensorDataset(images[64:], targets[64:])
-        self.classes, self.origin = list("abcd"), {"source": "mini", "name": "squares"}
-
-    def example(self, batch_size=1):
-        return torch.zeros(batch_size, 3, 16, 16)
-
-    def read(self, file):
-        raise NotImplementedError
-
-
-class SmallViT(Backbone):
-    def __init__(self, name="small", pretrained=False):
-        super().__init__()
-        import timm
-
-        self.model = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=16, depth=2,
-                                       num_heads=2, num_classes=0, drop_path_rate=0.2)
-        self.dim, self.origin = 16, {"name": name, "pretrained": pretrained, "kind": "random"}
-
-    def forward(self, inputs):
-        return self.model(inputs)
-'''
-CONFIG = """
-model: {backbone: killed_parts.SmallViT, task: {class_path: Classification, init_args: {dropout: 0.1}}}
-data: {class_path: killed_parts.Squares, init_args: {batch_size: 8}}
-peft: LoRA
-optimizer: {lr: 1.0e-2}
-trainer: {max_epochs: 3, checkpoint_every_n_steps: 2, enable_progress_bar: false, accelerator: cpu}
-"""
-
-
-@pytest.fixture(scope="module")
-def point_of(tmp_path_factory: pytest.TempPathFactory):
-    home = tmp_path_factory.mktemp("parts")
-    (home / "killed_parts.py").write_text(PARTS)
-    (home / "killed.yaml").write_text(CONFIG)
-    from core import report, run
-    from core.config import points
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(home)
-        # drawing takes longer than training here
-        patch.setattr(report, "_save", lambda *figure_and_path, **options: None)
-        point = points(str(home / "killed.yaml"))[0]
-        run.execute(point, tmp_path_factory.mktemp("warm"))  # imports what a child would import, and time with it
-        yield lambda *overrides: points(str(home / "killed.yaml"), list(overrides))[0]
-
-
-def child(point, folder: Path, stop_after: int | None = None) -> int:
-    """Fork a process that runs ``point`` in ``folder``; with ``stop_after`` it dies right behind that checkpoint."""
-    from core import run
-
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
-    try:
-        quiet = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(quiet, 1)
-        os.dup2(quiet, 2)
-        if stop_after is not None:
-            save, written = run.AtomicCheckpointIO.save_checkpoint, [0]
-
-            def counted(self, *args, **kwargs):
-                save(self, *args, **kwargs)
-                written[0] += 1
-                if written[0] == stop_after:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-            run.AtomicCheckpointIO.save_checkpoint = counted
-        run.execute(point, folder)
-        code = 0
-    finally:
-        os._exit(code)
-
-
-def weights(folder: Path) -> bytes:
-    return (folder / "adapter" / "adapter.safetensors").read_bytes()
-
-
-def finish(point, folder: Path) -> bytes:
-    import json
-
-    record = folder / "metrics.json"
-    if not record.is_file() or json.loads(record.read_text())["status"] == "running":
-        _, status = os.waitpid(child(point, folder), 0)
-        assert status == 0, "the resumed run failed"
-    return weights(folder)
 
 
 @pytest.mark.parametrize("method", [
     pytest.param(name, marks=() if name in QUICK + ONCE else pytest.mark.slow) for name in METHODS])
-def test_killed_behind_a_checkpoint(point_of, tmp_path: Path, method: str) -> None:
+def test_killed_behind_a_checkpoint(point_of: PointOf, tmp_path: Path, method: str) -> None:
     from core import run
 
     point = point_of("--peft", method, *OPTIONS.get(method, []))
@@ -165,7 +61,7 @@ def test_killed_behind_a_checkpoint(point_of, tmp_path: Path, method: str) -> No
 
 @pytest.mark.parametrize("method", [
     pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in METHODS])
-def test_killed_at_random(point_of, tmp_path: Path, method: str) -> None:
+def test_killed_at_random(point_of: PointOf, tmp_path: Path, method: str) -> None:
     from core import run
 
     point = point_of("--peft", method, *OPTIONS.get(method, []))
