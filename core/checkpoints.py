@@ -7,7 +7,6 @@ the two does the epoch again and comes to the same choice.
 
 from __future__ import annotations
 
-import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -46,15 +45,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, lambda temporary: torch.save(stamped, temporary))
         except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError where the disk is full
-            reason = getattr(error, "strerror", None) or _why(Path(path), error)
-            raise ScionError(f"{path}: the checkpoint cannot be written ({reason}); the one before is kept, and the "
-                             "same command goes on from it") from None
+            kept = "; the one before is kept, and the same command goes on from it" if Path(path).exists() else ""
+            raise ScionError(f"{path}: the checkpoint cannot be written ({_why(error)}){kept}") from None
 
 
-def _why(path: Path, error: Exception) -> str:
-    if "write" in str(error) and shutil.disk_usage(path.parent).free < 2**20:
+def _why(error: Exception) -> str:
+    if "inline_container" in str(error):  # that is how torch's writer says that the disk took less than it was given
         return "no space left on the disk"
-    return str(error).splitlines()[0][:200]
+    return getattr(error, "strerror", None) or str(error).splitlines()[0][:200]
 
 
 def read_checkpoint(path: Path, stamp: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -121,6 +121,7 @@ class RunFolder:
         if not self.is_main:
             yield
             return
+        state: State | None = None
         with contextlib.ExitStack() as stack:
             try:
                 stack.callback(self._unmake)
@@ -130,6 +131,8 @@ class RunFolder:
                 state = self.state(overwrite)
                 self._begin(state, config)
             except OSError as error:
+                if state == "new":
+                    self.clear()
                 raise ScionError(f"run_dir: {self.path} cannot be written ({error.strerror or error})") from None
             try:
                 yield
