@@ -509,6 +509,7 @@ def _finish(point: Point, folder: RunFolder, stages: list[Stage], results: list[
     if stages[-1].name:  # the last stage's adapter is the run's
         copy_adapter(_stage_home(folder, stages[-1]) / "adapter", path / "adapter")
     notes = [origin["note"] for origin in (data.origin, tuner.backbone.origin) if "note" in origin]
+    notes += _shortened(stages[-1].config["trainer"])
     metrics = {
         "format": FORMAT, "status": "finished", "config_hash": point.hash, "select": point.config["select"],
         "data": dict(data.origin), "backbone": {**tuner.backbone.origin, "fingerprint": home.fingerprint},
@@ -528,6 +529,15 @@ def _finish(point: Point, folder: RunFolder, stages: list[Stage], results: list[
                              for stage, result in zip(stages, results, strict=True)}
     write_json(path / "metrics.json", metrics)
     return metrics
+
+
+def _shortened(arguments: dict[str, Any]) -> list[str]:
+    """What of the Trainer's arguments lets a run see only a part of its data."""
+    whole = {"fast_dev_run": (None, False, 0), "overfit_batches": (None, 0), "limit_train_batches": (None, 1.0),
+             "limit_val_batches": (None, 1.0), "limit_test_batches": (None, 1.0)}
+    given = {name: arguments[name] for name in whole if name in arguments}
+    return [f"trainer.{name} {value}: not all of the data was used" for name, value in given.items()
+            if not any(value == one and type(value) is type(one) for one in whole[name])]
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
