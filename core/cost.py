@@ -30,7 +30,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from core.errors import ScionError
-from core.method import home_in, methods_on, random_states, restore_random_states
+from core.method import home_in, methods_on
+from core.random_state import random_states, restore_random_states
 
 Inputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 Loss = Callable[[Any], Tensor]

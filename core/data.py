@@ -2,16 +2,18 @@
 
 Lightning's checkpoints hold neither random states nor a position in the data. Here the order of an epoch is a function
 of (seed, epoch) alone and a loader knows how many batches of it were handed out, so a resumed run sees the batches that
-the unbroken run would have seen. Random augmentation must be a function of (seed, epoch, index) in the same way: a
-dataset that augments defines ``set_epoch``.
+the unbroken run would have seen. Several processes share that order, and read together what one would read. Random
+augmentation must be a function of (seed, epoch, index) in the same way: a dataset that augments defines ``set_epoch``.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +21,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from core.errors import ScionError
 from core.spec import Recorded
@@ -27,18 +29,44 @@ from core.spec import Recorded
 Source = Literal["auto", "real", "mini"]
 
 
-class EpochSampler(Sampler[int]):
+@dataclass(frozen=True)
+class Share:
+    """What one process has of a joint batch, which all processes read together."""
+
+    own: int
+    """Samples of the joint batch that are this process's; with none it reads one that does not count."""
+    joint: int
+    """Samples of the joint batch."""
+    processes: int
+
+    @property
+    def weight(self) -> float:
+        """What the mean loss of the own samples is multiplied by, so that the mean of this product over all processes
+        is the mean loss of the joint batch."""
+        return self.own * self.processes / self.joint
+
+
+class EpochSampler(DistributedSampler):
     """Indices of one epoch, shuffled by (seed, epoch); after a resume in mid-epoch the first ``skip`` are left out.
 
-    Lightning calls ``set_epoch`` at each epoch's start. Under several processes Lightning wraps it, and each process
-    reads its own share.
+    Lightning calls ``set_epoch`` at each epoch's start. Several processes take turns in one order: process r of n reads
+    its samples r, r + n, r + 2 n, ..., so that their batches together are those of one process with the joint batch,
+    the last short one included. All read the same number of batches: where the last one has fewer samples than there
+    are processes, those without one read a sample twice, and `share` says so.
+
+    Being a ``DistributedSampler`` by name only, it is not wrapped by Lightning, which would shuffle once more and
+    repeat samples without saying which.
     """
 
     def __init__(self, size: int, shuffle: bool, seed: int) -> None:
         self.size, self.shuffle, self.seed = size, shuffle, seed
         self.epoch = 0
+        self.batch_size = 1
+        """Samples of a batch in each process; a loader sets its own."""
+        self.process: tuple[int, int] | None = None
+        """This process's number, and how many there are; None asks torch."""
         self.resumed: tuple[int, int] = (-1, 0)
-        """(epoch, samples of it that were handed out before the interruption)."""
+        """(epoch, samples of it that this process was handed out before the interruption)."""
         self.listeners: list[Callable[[int], None]] = []
 
     @property
@@ -52,29 +80,53 @@ class EpochSampler(Sampler[int]):
         for listener in self.listeners:
             listener(epoch)
 
+    def processes(self) -> tuple[int, int]:
+        """This process's number, and how many there are."""
+        if self.process is not None:
+            return self.process
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return torch.distributed.get_rank(), torch.distributed.get_world_size()
+        return 0, 1
+
     def order(self) -> list[int]:
-        """The indices of the present epoch."""
+        """The indices of the present epoch, of all processes together."""
         if not self.shuffle:
             return list(range(self.size))
         generator = torch.Generator().manual_seed(seed_of(self.seed, "epoch", self.epoch))
         return torch.randperm(self.size, generator=generator).tolist()
 
+    def own(self) -> list[int]:
+        """The indices that this process reads in the present epoch."""
+        rank, processes = self.processes()
+        order = self.order()
+        mine = order[rank::processes]
+        repeated = mine or order
+        return mine + repeated[-1:] * (len(self) - len(mine))
+
+    def share(self, batch: int) -> Share:
+        """What this process has of the joint batch with this number in the epoch."""
+        rank, processes = self.processes()
+        whole = self.batch_size * processes
+        joint = min(whole, self.size - batch * whole)
+        return Share(len(range(rank, joint, processes)), joint, processes)
+
     def __iter__(self) -> Iterator[int]:
-        return iter(self.order()[self.skip:])
+        return iter(self.own()[self.skip:])
 
     def __len__(self) -> int:
-        return self.size
+        rank, processes = self.processes()
+        mine = len(range(rank, self.size, processes))
+        batches = math.ceil(self.size / (self.batch_size * processes))
+        return mine + (math.ceil(mine / self.batch_size) < batches)
 
 
-class ClassSampler(EpochSampler, DistributedSampler):
+class ClassSampler(EpochSampler):
     """Batches of ``batch_size // per_class`` different classes, each with ``per_class`` samples in a row.
 
     The order of an epoch is a function of (seed, epoch). It has ``samples // batch_size`` batches, at least one; under
     several processes each reads whole batches of its own, as many as the others. Classes come up in proportion to their
     sizes and a class's samples in shuffled rounds, so that all samples are used about equally often (a class that would
     have to come up twice in a batch, less). A class of fewer than ``per_class`` samples repeats them.
-
-    Being a ``DistributedSampler`` by name only, it is not wrapped by Lightning, which would cut the classes up.
 
     Args:
         targets: the class of each sample, any whole numbers.
@@ -100,14 +152,8 @@ class ClassSampler(EpochSampler, DistributedSampler):
         self.batch_size, self.per_class = batch_size, per_class
         self.members = [members[target] for target in sorted(members)]
 
-    @staticmethod
-    def processes() -> tuple[int, int]:
-        """This process's number, and how many there are."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return torch.distributed.get_rank(), torch.distributed.get_world_size()
-        return 0, 1
-
     def order(self) -> list[int]:
+        """The indices that this process reads in the present epoch."""
         rank, world = self.processes()
         generator = torch.Generator().manual_seed(seed_of(self.seed, "classes", self.epoch))
         rates = self._rates(self.batch_size // self.per_class)
@@ -144,6 +190,13 @@ class ClassSampler(EpochSampler, DistributedSampler):
         taken, pool[:] = pool[:self.per_class], pool[self.per_class:]
         return taken
 
+    def own(self) -> list[int]:
+        return self.order()
+
+    def share(self, batch: int) -> Share:
+        _, world = self.processes()
+        return Share(self.batch_size, self.batch_size * world, world)
+
     def __len__(self) -> int:
         _, world = self.processes()
         return max(self.size // (self.batch_size * world), 1) * self.batch_size
@@ -154,24 +207,40 @@ class EpochLoader(DataLoader):
 
     given = 0
 
-    def _order(self) -> EpochSampler | None:
-        return self.sampler if isinstance(self.sampler, EpochSampler) else None
+    @property
+    def epoch_sampler(self) -> EpochSampler | None:
+        """The house's sampler, where it is in use."""
+        if not isinstance(self.sampler, EpochSampler):
+            return None
+        self.sampler.batch_size = self.batch_size or 1
+        return self.sampler
+
+    def __len__(self) -> int:
+        _ = self.epoch_sampler  # which knows how many samples there are once it knows the size of a batch
+        return super().__len__()
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        order = self._order()
-        self.given = order.skip // (self.batch_size or 1) if order else 0
+        order = self.epoch_sampler
+        self.given = order.skip // order.batch_size if order else 0
         for batch in super().__iter__():
             self.given += 1
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        order = self._order()
+        order = self.epoch_sampler
         return {"epoch": order.epoch if order else 0, "given": self.given}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        order = self._order()
+        order = self.epoch_sampler
         if order:
-            order.resumed = (state["epoch"], state["given"] * (self.batch_size or 1))
+            order.resumed = (state["epoch"], state["given"] * order.batch_size)
+
+    def indices(self, batch: int) -> list[int]:
+        """Where in the dataset the samples of a batch of the present epoch stand; empty where the order is unknown."""
+        order = self.epoch_sampler
+        if order is None:
+            return []
+        return order.own()[batch * order.batch_size:(batch + 1) * order.batch_size]
 
 
 def seed_of(*parts: object) -> int:
@@ -289,6 +358,9 @@ class DataModule(Recorded, LightningDataModule, ABC):
     def loader(self, dataset: Dataset, train: bool) -> EpochLoader:
         """A loader in the house's order, that of ``sampler``."""
         sampler = self.sampler(dataset, train)
+        if self.trainer is not None:  # one of a single process may follow one of several in the same program
+            where = self.trainer.distributed_sampler_kwargs or {}
+            sampler.process = where.get("rank", 0), where.get("num_replicas", 1)
         if train and hasattr(dataset, "set_epoch"):
             sampler.listeners.append(dataset.set_epoch)  # type: ignore[attr-defined]
         return EpochLoader(dataset, batch_size=self.batch_size, sampler=sampler, num_workers=self.num_workers,

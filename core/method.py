@@ -25,11 +25,13 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 
+from core import exact_resume
 from core import graft as grafts
 from core.anatomy import NORMS, Anatomy, Site, check_layers, check_roles, dissect
 from core.data import seed_of
 from core.errors import ScionError, listed, nearest
 from core.graft import Graft
+from core.random_state import random_states, restore_random_states, seeded
 from core.spec import Recorded, plain
 
 if TYPE_CHECKING:
@@ -698,6 +700,14 @@ class PEFTMethod(Recorded, Callback, ABC):
                           f"method.loss_terms(self, batch, outputs) to yours, or use core.FineTuner", stacklevel=2)
         if self.attached:
             self.root.peft.keep_float32 = True  # type: ignore[union-attr]
+        self._resume = None
+        self._convert_early(trainer, pl_module)
+
+    def _convert_early(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Once all methods are attached: they begin with the weights as they are."""
+        last = [callback for callback in trainer.callbacks if isinstance(callback, PEFTMethod)][-1:]  # type: ignore[attr-defined]
+        if last and last[0] is self:
+            exact_resume.convert_early(trainer, pl_module)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if self.attached:
@@ -733,6 +743,7 @@ class PEFTMethod(Recorded, Callback, ABC):
                 assert root is not None
                 self.attach(root)
                 del pl_module._scion_configured
+                self._convert_early(pl_module.trainer, pl_module)
 
         pl_module.__dict__["configure_model"] = configure_model
 
@@ -836,16 +847,14 @@ class PEFTMethod(Recorded, Callback, ABC):
             raise ScionError(f"{self.name}: no gradient reaches {names}: the module that holds it is never called, or "
                              "what follows does not depend on it")
 
-    # Lightning restores neither random states nor, where the optimizer's setup has asked for the number of steps, the
-    # place in the data: both travel in the checkpoint and are put back when training starts again.
+    # What Lightning's checkpoints leave out is kept by the module where that is a `FineTuner`, and here otherwise.
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        loader: Any = trainer.train_dataloader
-        place = loader.state_dict() if hasattr(loader, "state_dict") else None
         resume = checkpoint.setdefault("resume", {"methods": {}})
-        resume |= {"random_states": random_states(), "loader": place}
         if self.is_scheduled:
             resume["methods"][self.name] = {"steps": self.steps, **self.training_state()}
+        if "processes" not in resume and not _resumes_exactly(pl_module):
+            exact_resume.save(trainer, checkpoint)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._resume = checkpoint.get("resume")
@@ -867,21 +876,25 @@ class PEFTMethod(Recorded, Callback, ABC):
         if mine:
             self.steps = mine.pop("steps")
             self.load_training_state(mine)
-        restore_random_states(resume["random_states"])
-        loader: Any = trainer.train_dataloader
-        if resume["loader"] is not None and hasattr(loader, "load_state_dict"):
-            loader.load_state_dict(resume["loader"])
+        if not _resumes_exactly(pl_module):
+            exact_resume.restore(trainer, resume)
 
     def _prepare(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """`prepare` on the Trainer's data, which afterwards stands where it stood."""
+        """`prepare` on the Trainer's data and in its precision; data and random states afterwards stand where they
+        stood. Several processes see the same samples, and draw alike."""
         if not self.prepares or self.prepared or not self.attached or not hasattr(pl_module, "methods"):
             return
         loader: Any = trainer.train_dataloader
         generator = torch.Generator().manual_seed(seed_of(self.seed, self.name, "prepare"))
         order = torch.randperm(len(loader.dataset), generator=generator).tolist()
+
+        def loss(batch: Any) -> Tensor:
+            with trainer.precision_plugin.forward_context():
+                return pl_module.loss(batch)
+
         states = random_states()
-        self.prepare((trainer.strategy.batch_to_device(loader.collate_fn([loader.dataset[i]])) for i in order),
-                     pl_module.loss)
+        restore_random_states(exact_resume.gather(states, trainer)[0])
+        self.prepare((training_batch(trainer, [i]) for i in order), loss)
         restore_random_states(states)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -1041,45 +1054,16 @@ def key_of(name: str) -> str:
     return f"{key}_" if hasattr(nn.Module, key) or key in ("training", "methods", "method", "heads", "flags") else key
 
 
-@contextlib.contextmanager
-def seeded(*parts: object) -> Iterator[None]:
-    """The global random state seeded by the given names, and back as it was afterwards."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed_of(*parts))
-        yield
+def training_batch(trainer: L.Trainer, indices: Iterable[int]) -> Any:
+    """These samples of the training set as a training step gets them: one batch, in the Trainer's precision and on its
+    device."""
+    loader: Any = trainer.train_dataloader
+    batch = loader.collate_fn([loader.dataset[i] for i in indices])
+    return trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
 
 
-def random_states() -> dict[str, Any]:
-    """The states of Python's, NumPy's and torch's generators, loadable with ``weights_only=True``."""
-    import random
-
-    import numpy
-
-    kind, keys, *rest = numpy.random.get_state()
-    states: dict[str, Any] = {"torch": torch.get_rng_state(), "python": _listed(random.getstate()),
-                              "numpy": [kind, torch.from_numpy(keys.astype("int64")), *rest]}  # type: ignore[union-attr]
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state_all()
-    return states
-
-
-def restore_random_states(states: dict[str, Any]) -> None:
-    """Undo of `random_states`."""
-    import random
-
-    import numpy
-
-    torch.set_rng_state(states["torch"].cpu())
-    version, internal, gauss = states["python"]
-    random.setstate((version, tuple(internal), gauss))
-    kind, keys, *rest = states["numpy"]
-    numpy.random.set_state((kind, keys.cpu().numpy().astype("uint32"), *rest))
-    if "cuda" in states and torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
-
-
-def _listed(value: Any) -> Any:
-    return [_listed(v) for v in value] if isinstance(value, tuple) else value
+def _resumes_exactly(pl_module: Any) -> bool:
+    return getattr(pl_module, "resumes_exactly", False)
 
 
 def is_overridden(module: Any, hook: str) -> bool:

@@ -7,22 +7,26 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as L
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from core import exact_resume
 from core.anatomy import dissect
 from core.artifact import keep_only_owned, read_adapter, restore, split_checkpoint
 from core.backbone import Backbone
-from core.data import seed_of
+from core.data import EpochLoader, Share, seed_of
 from core.errors import ScionError, listed, nearest
 from core.graft import Graft, checkpoint_activations
 from core.method import PEFTMethod, home_in, key_of, methods_on
 from core.optim import Together, steps_of
+from core.random_state import part_random_states
 from core.spec import plain
-from core.tasks.base import Task
+from core.tally import LossSum, compute, joint, load_metric_states, mean_loss, metric_states
+from core.tasks.base import STAGES, Task
 
 
 @dataclass
@@ -68,6 +72,40 @@ class ScheduleSettings:
         return self.final + (1 - self.final) * falling
 
 
+@dataclass
+class Losses:
+    """A batch's outputs and the parts of its loss."""
+
+    outputs: Tensor
+    source: str
+    """Whose the main loss is: the task's, or that of a method in its place."""
+    main: Tensor
+    terms: list[tuple[str, Tensor]]
+    """What methods add, by their names."""
+
+    def __post_init__(self) -> None:
+        self.total = self.main
+        for _, term in self.terms:
+            self.total = self.total + term
+
+    def culprit(self) -> str:
+        """Which part is not finite, for a message."""
+        for name, value in [(f"the loss of {self.source}", self.main),
+                            *((f"the term that {name} adds to the loss", term) for name, term in self.terms)]:
+            if not bool(torch.isfinite(value)):
+                return f"{name} is {float(value)}"
+        return f"the loss is {float(self.total)}"
+
+
+def _broken_rows(values: Any, rows: int) -> list[int]:
+    """Which rows of a batch hold values that are not finite."""
+    found = torch.zeros(rows, dtype=torch.bool)
+    for tensor in tree_leaves(values):
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.shape[:1] == (rows,):
+            found |= ~torch.isfinite(tensor.detach()).reshape(rows, -1).all(1).cpu()
+    return found.nonzero().flatten().tolist()
+
+
 class FineTuner(L.LightningModule):
     """A backbone, a task on its features, and whatever methods are attached to the backbone.
 
@@ -105,6 +143,14 @@ class FineTuner(L.LightningModule):
         self.schedule = schedule if isinstance(schedule, ScheduleSettings) else ScheduleSettings(**(schedule or {}))
         self.aside = nn.ModuleDict()
         """What methods put beside the model for training alone, by their names (`PEFTMethod.beside`)."""
+        self.sums = {stage: LossSum() for stage in STAGES}
+        """The loss of the present epoch so far, by stage."""
+        self.share = 1.0
+        """What this process's loss of the present batch is multiplied by (`core.data.Share.weight`)."""
+        self.tables: dict[str, Tensor] = {}
+        """Metrics that are no single number (a confusion matrix), as last computed."""
+        self._broken: dict[str, str] = {}  # stage -> what was first found not finite in validation or test
+        self._resume: dict[str, Any] | None = None
         self.checkpointing = checkpointing
         if checkpointing:
             checkpoint_activations(self.backbone)
@@ -158,7 +204,10 @@ class FineTuner(L.LightningModule):
                              "others in one process, so 1 is wanted for this task")
         self.fit_head()
         if stage == "fit":
+            self._resume = None
             self.fit_aside()
+        if trainer is not None:
+            exact_resume.convert_early(trainer, self)
 
     def fit_aside(self) -> None:
         """Make what the attached methods want beside the model for training, where it is not there yet."""
@@ -178,54 +227,101 @@ class FineTuner(L.LightningModule):
 
     def loss(self, batch: Any) -> Tensor:
         """The task's loss of a batch plus what the methods add to it; logs nothing."""
-        return self._losses(batch)[1]
+        return self._losses(batch).total
 
-    def _losses(self, batch: Any, training: bool = False) -> tuple[Tensor, Tensor]:
+    def _losses(self, batch: Any, training: bool = False) -> Losses:
         inputs, targets = batch
         outputs = self(inputs)
-        terms = [method.loss_terms(self, batch, outputs) for method in self.methods]  # of this pass, before any other
-        own = (method.training_loss(self, batch, outputs) for method in self.methods if training and method.is_trained)
-        loss = next((found for found in own if found is not None), None)
-        loss = self.task.loss(outputs, targets) if loss is None else loss
-        for term in terms:
-            loss = loss if term is None else loss + term
-        return outputs, loss
+        terms = [(method.name, method.loss_terms(self, batch, outputs)) for method in self.methods]  # of this pass
+        own = ((method.name, method.training_loss(self, batch, outputs)) for method in self.methods
+               if training and method.is_trained)
+        source, main = next((found for found in own if found[1] is not None), ("the task", None))
+        main = self.task.loss(outputs, targets) if main is None else main
+        return Losses(outputs, source, main, [(name, term) for name, term in terms if term is not None])
 
-    def _step(self, batch: Any, stage: str) -> Tensor | None:
-        if self.task.compares and stage != "train":
-            self.task.collection(stage).update(self(batch[0]).detach(), batch[1])
-            return None
-        outputs, loss = self._losses(batch, training=stage == "train")
-        targets = batch[1]
+    def training_step(self, batch: Any, index: int) -> Tensor | None:
+        share = self._share("train", batch, index)
+        self.share = share.weight
+        losses = self._losses(batch, training=True)
+        self._stop_unless_finite(losses, batch, index)
+        self._count("train", losses, batch[1], share)
+        return losses.total if share.weight == 1 else losses.total * share.weight
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        self._evaluate("validation", batch, index)
+
+    def test_step(self, batch: Any, index: int) -> None:
+        self._evaluate("test", batch, index)
+
+    def _evaluate(self, stage: str, batch: Any, index: int) -> None:
+        share = self._share(stage, batch, index)
+        if not share.own:
+            return
+        if self.task.compares:
+            outputs = self(batch[0]).detach()
+            self.task.collection(stage).update(outputs, batch[1])
+            losses = Losses(outputs, "the task", outputs.float().sum(), [])
+        else:
+            losses = self._losses(batch)
+            self._count(stage, losses, batch[1], share)
+        if stage not in self._broken and not bool(torch.isfinite(losses.total)):
+            self._broken[stage] = self._not_finite(losses, stage, batch, index)
+
+    # --------------------------------------------------------------------------------- what an epoch adds up
+
+    def _share(self, stage: str, batch: Any, index: int) -> Share:
+        """How much of the joint batch is this process's."""
+        loader = self._loader(stage)
+        if loader is None or loader.epoch_sampler is None:
+            return Share(len(batch[1]), len(batch[1]), 1)
+        return loader.epoch_sampler.share(index)
+
+    def _loader(self, stage: str) -> EpochLoader | None:
+        names = {"train": "train_dataloader", "validation": "val_dataloaders", "test": "test_dataloaders"}
+        loader = getattr(self._trainer, names[stage], None)
+        return loader if isinstance(loader, EpochLoader) else None
+
+    def _count(self, stage: str, losses: Losses, targets: Tensor, share: Share) -> None:
+        """Take a batch into the epoch's loss and metrics, if its samples are this process's."""
+        if not share.own:
+            return
         hard = targets
         if targets.is_floating_point():  # class weights, of mixup for one, or the zeros and ones of several labels
             hard = (targets >= 0.5).int() if self.task.multilabel else targets.argmax(-1)
-        metrics = self.task.collection(stage)
-        metrics.update(outputs.detach(), hard)
-        self.log(f"{stage}/loss", loss.detach(), on_step=False, on_epoch=True, batch_size=len(targets),
-                 prog_bar=stage == "train")
-        return loss
+        self.task.collection(stage).update(losses.outputs.detach(), hard)
+        self.sums[stage].add(losses.total, len(targets))
 
-    def training_step(self, batch: Any, index: int) -> Tensor | None:
-        return self._step(batch, "train")
+    def _begin_epoch(self, stage: str) -> None:
+        self.sums[stage].reset()
+        self.task.collection(stage).reset()
+        self._broken.pop(stage, None)
 
-    def validation_step(self, batch: Any, index: int) -> None:
-        self._step(batch, "validation")
+    def _epoch_state(self, stage: str) -> dict[str, Any]:
+        """What this process has added up so far in an epoch."""
+        return {"loss": self.sums[stage].state(), "metrics": metric_states(self.task.collection(stage))}
 
-    def test_step(self, batch: Any, index: int) -> None:
-        self._step(batch, "test")
-
-    def _log_metrics(self, stage: str) -> None:
-        metrics = self.task.collection(stage)
-        for name, value in metrics.compute().items():
-            if value.dim() == 0:
-                self.log(f"{stage}/{name}", value, prog_bar=name == self.task.selects[0])
-            else:
+    def _log_epoch(self, stage: str) -> None:
+        """Log the mean loss and the metrics of an epoch, over all processes."""
+        metrics, losses, broken = self.task.collection(stage), [self.sums[stage].state()], [self._broken.get(stage)]
+        if self.trainer.world_size > 1:
+            parts = exact_resume.gather({**self._epoch_state(stage), "broken": broken[0]}, self.trainer)
+            losses, broken = [part["loss"] for part in parts], [part["broken"] for part in parts]
+            metrics = joint(metrics, [part["metrics"] for part in parts])
+        for told in broken:
+            if told is not None:
+                raise ScionError(f"{self._when(stage)}: {told}")
+        found: dict[str, Tensor] = {}
+        if any(loss["samples"] for loss in losses):
+            found["loss"] = mean_loss(losses).to(self.device)
+        for name, value in {**found, **compute(metrics)}.items():
+            if value.dim():
                 self.tables[f"{stage}/{name}"] = value.cpu()
-        metrics.reset()
-
-    tables: dict[str, Tensor]
-    """Metrics that are no single number (a confusion matrix), as last computed."""
+                continue
+            if not bool(torch.isfinite(value)):
+                raise ScionError(f"{self._when(stage)}: {name} is {float(value)}")
+            shown = stage == "train" if name == "loss" else name == self.task.selects[0]
+            self.log(f"{stage}/{name}", value, prog_bar=shown)
+        self._begin_epoch(stage)
 
     def on_fit_start(self) -> None:
         self.tables = {}
@@ -233,14 +329,115 @@ class FineTuner(L.LightningModule):
     def on_test_start(self) -> None:
         self.tables = {}
 
+    def on_train_epoch_start(self) -> None:  # a resumed run that goes on in mid-epoch does not come here
+        self._begin_epoch("train")
+
+    def on_validation_epoch_start(self) -> None:
+        self._begin_epoch("validation")
+
+    def on_test_epoch_start(self) -> None:
+        self._begin_epoch("test")
+
     def on_train_epoch_end(self) -> None:
-        self._log_metrics("train")
+        self._log_epoch("train")
 
     def on_validation_epoch_end(self) -> None:
-        self._log_metrics("validation")
+        self._log_epoch("validation")
 
     def on_test_epoch_end(self) -> None:
-        self._log_metrics("test")
+        self._log_epoch("test")
+
+    # --------------------------------------------------------------------------------- what is not finite
+
+    def _when(self, stage: str) -> str:
+        """Which stage, for a message, and in training which epoch."""
+        what = {"train": "training"}.get(stage, stage)
+        return f"{what}, epoch {self.trainer.current_epoch + 1}" if self.trainer.state.fn == "fit" else what
+
+    def _stop_unless_finite(self, losses: Losses, batch: Any, index: int) -> None:
+        """Stop at the first loss that is not finite, before it moves a weight; all processes stop together."""
+        trainer, finite = self._trainer, torch.isfinite(losses.total.detach())
+        together = trainer is not None and trainer.world_size > 1
+        if together:
+            everywhere = finite.float()
+            torch.distributed.all_reduce(everywhere, torch.distributed.ReduceOp.MIN)
+        else:
+            everywhere = finite
+        if bool(everywhere):
+            return
+        told = None if bool(finite) else self._not_finite(losses, "train", batch, index)
+        told = next(filter(None, exact_resume.gather(told, trainer) if together else [told]))
+        step = f", step {trainer.global_step + 1}" if trainer is not None else ""
+        raise ScionError(f"{self._when('train') if trainer is not None else 'training'}{step}: {told}")
+
+    def _not_finite(self, losses: Losses, stage: str, batch: Any, index: int) -> str:
+        """Which part of a batch's loss is not finite, and for which samples."""
+        inputs, targets = batch
+        broken = _broken_rows(inputs, len(targets))
+        part = "the inputs are not finite"
+        if not broken:
+            broken = _broken_rows(losses.outputs, len(targets))
+            part = "the outputs of the head are not finite"
+            if broken and _broken_rows(self._features(inputs), len(targets)):
+                part = "the features of the backbone are not finite"
+        if not broken:
+            part = losses.culprit()
+        names = self._sample_names(stage, index, broken or list(range(len(targets))))
+        hint = "look at the samples" if 0 < len(broken) < len(targets) else (
+            "a smaller optimizer.lr may help, or a look at the samples")
+        return f"{part} ({listed(names, 4)}); {hint}"
+
+    def _features(self, inputs: Any) -> Tensor:
+        training = self.training
+        with torch.no_grad():
+            self.eval()
+            features = self.backbone(inputs)
+            self.train(training)
+        return features
+
+    def _sample_names(self, stage: str, index: int, rows: list[int]) -> list[str]:
+        """What the samples in these rows of a batch are called: their files, where the data know them."""
+        loader = self._loader(stage)
+        places = loader.indices(index) if loader is not None else []
+        if loader is None or not places:
+            return [f"row {row} of batch {index}" for row in rows]
+        name_of = getattr(self.trainer.datamodule, "name_of", None)
+        return [name_of(loader.dataset, places[row]) if name_of else f"sample {places[row]}" for row in rows]
+
+    def _check_trained(self, consequence: str) -> None:
+        """Refuse to go on with trained tensors that are not finite."""
+        optimizers = self.trainer.optimizers if self._trainer is not None else []
+        held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+        trained = {name: p.detach() for name, p in self.named_parameters() if p.requires_grad or id(p) in held}
+        if not trained or bool(torch.stack([torch.isfinite(p).all() for p in trained.values()]).all()):
+            return
+        broken = [name for name, p in trained.items() if not bool(torch.isfinite(p).all())]
+        raise ScionError(f"{listed(broken, 2)}: values that are not finite; {consequence}")
+
+    def on_train_end(self) -> None:
+        self._check_trained("the training came to nothing")
+
+    # --------------------------------------------------------------------------------- resuming
+
+    resumes_exactly: ClassVar[bool] = True
+    """It keeps random states and the place in the data itself, so that its methods need not."""
+
+    def on_train_start(self) -> None:
+        """All callbacks have begun by now, and methods have seen their data."""
+        resume, self._resume = self._resume, None
+        if resume is None:
+            exact_resume.go_on_with_loops(self.trainer)
+            part_random_states(self.global_rank)
+            return
+        own = exact_resume.restore(self.trainer, resume)
+        if "train" in own:
+            self.sums["train"].load(own["train"]["loss"])
+            load_metric_states(self.task.collection("train"), own["train"]["metrics"])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._check_trained("no checkpoint is written, and the last one stays")
+        if self._trainer is not None and "optimizer_states" in checkpoint:
+            exact_resume.save(self.trainer, checkpoint, {"train": self._epoch_state("train")})
 
     # --------------------------------------------------------------------------------- optimizer
 
@@ -313,6 +510,8 @@ class FineTuner(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Rebuild the methods that the checkpoint holds, where they are not attached yet, and the head for them."""
+        if self._trainer is not None and self._trainer.state.fn == "fit":
+            self._resume = checkpoint.get("resume")
         if not any("._extra_state" in name for name in checkpoint["state_dict"]):
             return
         record, tensors = split_checkpoint(checkpoint["state_dict"], "the checkpoint")

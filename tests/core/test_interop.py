@@ -17,8 +17,9 @@ from core import load_adapter
 from core.compose import Route
 from core.errors import ScionError
 from core.interop import CONFIG, TENSORS, Place, form_of, from_peft, is_peft, to_peft
-from core.method import PEFTMethod, methods_on, seeded
+from core.method import PEFTMethod, methods_on
 from core.peft import make, method_class, registry
+from core.random_state import seeded
 from tests import models
 from tests.interop_table import (
     LIMIT,

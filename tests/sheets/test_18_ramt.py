@@ -166,7 +166,7 @@ def test_two_gradients_equal_manual_ones(tmp_path: Path) -> None:
                     for sum_, part in zip(total, torch.autograd.grad(loss, method.scores, retain_graph=True),
                                           strict=True):
                         sum_ += part / 2
-            from core.method import seeded
+            from core.random_state import seeded
 
             with seeded(method.seed, method.name, method.steps):
                 expected = [dropped(a, b, torch.rand(a.shape), 1.0) for a, b in zip(*wanted, strict=True)]

@@ -13,7 +13,8 @@ from core import graft as grafts
 from core.anatomy import Anatomy, Site
 from core.errors import ScionError
 from core.graft import Graft
-from core.method import PEFTMethod, key_of, seeded
+from core.method import PEFTMethod, key_of
+from core.random_state import seeded
 
 LEARNING_RATES = {"heads": 5e-3, "offsets": 1e-2}
 

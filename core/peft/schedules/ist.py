@@ -10,7 +10,7 @@ from torch import Tensor
 from core.anatomy import dissect
 from core.data import seed_of
 from core.errors import ScionError
-from core.method import Home, PEFTMethod
+from core.method import Home, PEFTMethod, training_batch
 
 
 class IST(PEFTMethod):
@@ -169,7 +169,7 @@ class IST(PEFTMethod):
         losses: list[float] = []
         with torch.no_grad(), torch.random.fork_rng():
             chosen = torch.randperm(len(loader.dataset), generator=generator)[:number].tolist()
-            batch = trainer.strategy.batch_to_device(loader.collate_fn([loader.dataset[i] for i in chosen]))
+            batch = training_batch(trainer, chosen)
             module.eval()
             try:
                 for layers in sets:

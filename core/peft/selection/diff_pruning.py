@@ -15,6 +15,7 @@ from core.errors import ScionError
 from core.graft import Graft
 from core.method import PEFTMethod, key_of
 from core.peft.selection.full import all_parameters
+from core.random_state import draw_for_all
 from core.sparse import SparseGraft, check_budget, described, entries_of
 
 LOW, HIGH, EDGE = -1.5, 1.5, 1e-4
@@ -25,7 +26,7 @@ def gate(a: Tensor, noise: bool) -> Tensor:
     """Hard concrete gates in [0, 1]: clip(sigmoid(a + log u - log(1 - u)) (HIGH - LOW) + LOW, 0, 1); u = 1/2 without
     noise."""
     if noise:
-        u = torch.empty_like(a).uniform_(EDGE, 1 - EDGE)
+        u = draw_for_all(lambda: torch.empty_like(a).uniform_(EDGE, 1 - EDGE), a.device)
         a = a + u.log() - (1 - u).log()
     return (torch.sigmoid(a) * (HIGH - LOW) + LOW).clamp(0, 1)
 

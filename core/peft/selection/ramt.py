@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from core.anatomy import Anatomy, Site
 from core.errors import ScionError
 from core.graft import Graft
-from core.method import PEFTMethod, seeded
+from core.method import PEFTMethod
+from core.random_state import seeded
 
 if TYPE_CHECKING:
     import lightning.pytorch as L
@@ -116,7 +117,8 @@ class RAMT(PEFTMethod):
         if self.drop and self.is_trained and torch.is_grad_enabled() and outputs.requires_grad:
             with torch.no_grad(), self.disabled():
                 teacher = module(batch[0]).softmax(-1)
-            against = torch.autograd.grad(F.cross_entropy(outputs, teacher), self.scores, retain_graph=True)
+            share = getattr(module, "share", 1.0)  # of a short joint batch a process may have more samples than another
+            against = torch.autograd.grad(share * F.cross_entropy(outputs, teacher), self.scores, retain_graph=True)
             self.against = [a + b for a, b in zip(self.against or [0.0] * len(against), against, strict=True)]
         return self.l2 * torch.stack([scores.norm() for scores in self.scores]).sum() if self.l2 else None
 

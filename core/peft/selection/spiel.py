@@ -181,14 +181,15 @@ class SpIEL(PEFTMethod):
     def _observe(self, graft: SparseGraft, gradient: Tensor) -> None:
         gradient = gradient.to(graft.values.dtype)
         if graft.site.name not in self.sums:
+            gradient = _mean(gradient)
             index = gradient.abs().topk(len(graft.index)).indices
-            if _together():  # all processes sum at the first one's candidates
-                dist.broadcast(index, 0)
             zeros = torch.zeros_like(graft.values)
             self.sums[graft.site.name] = {"index": index.to(graft.index.dtype), "sum": zeros, "square": zeros.clone(),
                                           "samples": torch.zeros(())}
+            mine = gradient[index]
+        else:
+            mine = _mean(gradient[self.sums[graft.site.name]["index"]])
         sums = self.sums[graft.site.name]
-        mine = gradient[sums["index"]]
         sums["sum"] += mine
         sums["square"] += mine**2
         sums["samples"] += 1
@@ -216,10 +217,6 @@ class SpIEL(PEFTMethod):
         sums = self.sums.get(graft.site.name)
         if sums is None:  # no gradient came in the whole window
             return
-        if _together():
-            for name in ("sum", "square"):
-                dist.all_reduce(sums[name])
-                sums[name] /= dist.get_world_size()
         stays = torch.ones_like(graft.index, dtype=torch.bool)
         stays[dropped] = False
         free = ~torch.isin(sums["index"], graft.index[stays])
@@ -266,8 +263,13 @@ class SpIEL(PEFTMethod):
                      for name, sums in state["sums"].items()}
 
 
-def _together() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+def _mean(gradient: Tensor) -> Tensor:
+    """The mean over all processes: gradients are summed here before `DistributedDataParallel` averages them."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return gradient
+    total = gradient.clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
 
 
 def _betas(optimizer: Optimizer, parameter: Tensor) -> tuple[float, float]:

@@ -14,6 +14,7 @@ from core.errors import ScionError
 from core.graft import Attention, Graft
 from core.interop import Inexpressible, PeftForm, Place, Plan
 from core.method import PEFTMethod
+from core.random_state import dropout_for_all
 
 
 class Reparametrization(nn.Module):
@@ -54,7 +55,7 @@ class PrefixGraft(Graft):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, x: Tensor, attention: Attention) -> Tensor:
         heads = self.site.heads
         assert heads is not None
-        prefix = self.dropout(self.values()).to(k.dtype)
+        prefix = dropout_for_all(self.dropout, self.values()).to(k.dtype)
         prefix = torch.unflatten(prefix, 1, (2, heads.key, heads.width)).permute(1, 2, 0, 3)
         if k.shape[1] != heads.key:  # grouped queries: k may arrive repeated
             prefix = prefix.repeat_interleave(k.shape[1] // heads.key, dim=1)

@@ -13,6 +13,7 @@ from core.errors import ScionError
 from core.graft import Attention, Graft, run_at
 from core.method import PEFTMethod
 from core.prompts import Prompted, Values
+from core.random_state import dropout_for_all
 
 
 class DeepPrompts(Graft):
@@ -29,7 +30,7 @@ class DeepPrompts(Graft):
 
     def tokens(self) -> Tensor:
         """The prompts [1 or samples, tokens, dim]."""
-        return self.dropout(self.prompt)[None]
+        return dropout_for_all(self.dropout, self.prompt)[None]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, x: Tensor, attention: Attention) -> Tensor:
         block = self.site.around

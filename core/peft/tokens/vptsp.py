@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from core.anatomy import Anatomy, Site
 from core.errors import ScionError
 from core.graft import Attention, Graft
-from core.method import PEFTMethod, key_of, seeded
+from core.method import PEFTMethod, key_of
 from core.peft.selection.bitfit import BitFit
 from core.peft.tokens.vpt import DeepPrompts
+from core.random_state import seeded
 
 
 class SwappedPrompts(DeepPrompts):

@@ -14,6 +14,7 @@ from core.anatomy import Anatomy, Site
 from core.errors import ScionError
 from core.graft import Graft
 from core.method import PEFTMethod
+from core.random_state import dropout_for_all
 
 
 class Factors(nn.Module):
@@ -59,7 +60,7 @@ class FacTGraft(Graft):
         x = x.to(shared.U.dtype)
         if site.kind == "conv":
             up, down = self.factors()
-            change = site.low_rank(x, down, self.dropout(up))
+            change = site.low_rank(x, down, dropout_for_all(self.dropout, up))
         else:
             beyond = self.inputs * shared.U.shape[1] - site.in_features
             sliced = torch.unflatten(F.pad(x, (0, beyond)) if beyond else x, -1, (self.inputs, -1))

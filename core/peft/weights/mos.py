@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from core.anatomy import Anatomy, Site
 from core.errors import ScionError
 from core.graft import Graft
-from core.method import seeded
 from core.peft.weights.lora import LoRA, LoRAGraft
+from core.random_state import seeded
 
 
 class Pool(nn.Module):

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from core.anatomy import Site
 from core.errors import ScionError
 from core.graft import Graft
-from core.method import home_of, seeded
+from core.method import home_of
 from core.optim import steps_of
 from core.peft.weights.lora import LoRA, orthogonality
+from core.random_state import seeded
 
 Scale = Literal["alpha/rank", "alpha/reference"]
 

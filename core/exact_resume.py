@@ -1,0 +1,115 @@
+"""What Lightning's checkpoints leave out, so that a resumed run goes on exactly as the unbroken one would have.
+
+A checkpoint keeps under ``resume``: of each process its random states and what the module adds (the running sums of an
+epoch), the place in the data, the last values that were logged, and the methods' own training state. Three things in
+Lightning's loops are put right when training starts again:
+
+- With ``max_steps`` a checkpoint of an epoch's end is taken for one in mid-epoch: the epoch would end once more.
+- Behind an epoch's last batch, validation and the epoch's end would be left out.
+- Behind a batch that validation follows, it would be left out.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.loops.evaluation_loop import RestartStage as ValidationRestart
+from lightning.pytorch.loops.loop import _Loop
+from lightning.pytorch.loops.training_epoch_loop import RestartStage as BatchRestart
+from lightning.pytorch.plugins.precision import DoublePrecision
+
+from core.random_state import part_random_states, random_states, restore_random_states
+
+
+def gather(value: Any, trainer: L.Trainer) -> list[Any]:
+    """``value`` of each process, in their order; all call this together. Tensors must lie on the CPU."""
+    if trainer.world_size == 1 or not dist.is_initialized():
+        return [value]
+    found: list[Any] = [None] * trainer.world_size
+    dist.all_gather_object(found, value)
+    return found
+
+
+def save(trainer: L.Trainer, checkpoint: dict[str, Any], own: dict[str, Any] | None = None) -> None:
+    """Put into ``checkpoint`` what `restore` needs, and what this process adds; all processes call this together."""
+    resume = checkpoint.setdefault("resume", {"methods": {}})
+    loader: Any = trainer.train_dataloader
+    resume["loader"] = loader.state_dict() if hasattr(loader, "state_dict") else None
+    resume["processes"] = gather({"random_states": random_states(), **(own or {})}, trainer)
+    resume["logged"] = {name: value.detach().cpu().clone() for name, value in trainer.callback_metrics.items()}
+
+
+def restore(trainer: L.Trainer, resume: dict[str, Any]) -> dict[str, Any]:
+    """Go on where `save` was called; gives back what this process had added. To be called when training starts."""
+    go_on_with_loops(trainer)
+    loader: Any = trainer.train_dataloader
+    if resume["loader"] is not None and hasattr(loader, "load_state_dict"):
+        loader.load_state_dict(resume["loader"])
+    trainer.callback_metrics.update({name: value.to(trainer.strategy.root_device)
+                                     for name, value in resume.get("logged", {}).items()})
+    processes = resume.get("processes") or [{"random_states": resume["random_states"]}]  # as checkpoints once were
+    rank, number = trainer.global_rank, trainer.world_size
+    if number == len(processes):
+        restore_random_states(processes[rank]["random_states"])
+        return processes[rank]
+    warnings.warn(f"the checkpoint was written by {len(processes)} processes, and this run has {number}: it goes on, "
+                  "but not exactly as the unbroken run would have", stacklevel=2)
+    restore_random_states(processes[0]["random_states"])
+    part_random_states(rank)
+    return {}
+
+
+def convert_early(trainer: L.Trainer, module: torch.nn.Module) -> None:
+    """Make ``module`` double where the Trainer will: it loads a checkpoint first, into tensors that would round it."""
+    if isinstance(trainer.precision_plugin, DoublePrecision):
+        module.double()
+
+
+# ------------------------------------------------------------------------------------------------- Lightning's loops
+
+
+def go_on_with_loops(trainer: L.Trainer) -> None:
+    """Let Lightning's loops, loaded from a checkpoint and reset, go on where the checkpoint was written; a second call
+    changes nothing."""
+    fit, epoch = trainer.fit_loop, trainer.fit_loop.epoch_loop
+    if fit.restarted_on_epoch_end:
+        _begin_next_epoch(trainer)
+    elif fit.restarted_mid_epoch and epoch.restarted_on_train_batch_end:
+        _finish_batch(trainer)
+
+
+def _begin_next_epoch(trainer: L.Trainer) -> None:
+    """The checkpoint was written at an epoch's end, before that was counted as completed."""
+    fit = trainer.fit_loop
+    fit.epoch_progress.increment_completed()
+    _Loop.restarting.fset(fit, False)  # type: ignore[attr-defined]  # FitLoop's own setter refuses under max_steps
+    fit.reset_restart_stage()
+    fit.epoch_loop.reset_restart_stage()
+
+
+def _finish_batch(trainer: L.Trainer) -> None:
+    """The checkpoint was written behind a batch, before what follows it: validation, and the epoch's end."""
+    fit, epoch = trainer.fit_loop, trainer.fit_loop.epoch_loop
+    fetcher = fit._data_fetcher
+    assert fetcher is not None
+    last = epoch.batch_progress.is_last_batch
+    if last:  # FitLoop.reset has taken the epoch for completed
+        for progress in (fit.epoch_progress.total, fit.epoch_progress.current):
+            progress.processed -= 1  # type: ignore[attr-defined]
+            progress.completed -= 1
+    due = epoch._should_check_val_fx(fetcher)
+    if not (last or due):
+        return
+    epoch.batch_progress.increment_completed()
+    epoch._restart_stage = BatchRestart.RESTARTED_ON_LAST
+    if due:  # as if it had been interrupted before its first batch
+        epoch.val_loop.batch_progress.reset_on_run()
+        epoch.val_loop._restart_stage = ValidationRestart.RESTARTED_MID_EVALUATION
+        return
+    fetcher.done = True
+    if not epoch._should_accumulate():
+        epoch._batches_that_stepped += 1

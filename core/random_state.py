@@ -1,0 +1,95 @@
+"""The random state: seeded for a while, kept and restored, and shared out among several processes."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from core.data import seed_of
+
+
+@contextlib.contextmanager
+def seeded(*parts: object) -> Iterator[None]:
+    """The global random state seeded by the given names, and back as it was afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed_of(*parts))
+        yield
+
+
+def random_states() -> dict[str, Any]:
+    """The states of Python's, NumPy's and torch's generators, loadable with ``weights_only=True``."""
+    kind, keys, *rest = numpy.random.get_state()
+    states: dict[str, Any] = {"torch": torch.get_rng_state(), "python": _listed(random.getstate()),
+                              "numpy": [kind, torch.from_numpy(keys.astype("int64")), *rest]}  # type: ignore[union-attr]
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
+
+
+def restore_random_states(states: dict[str, Any]) -> None:
+    """Undo of `random_states`."""
+    torch.set_rng_state(states["torch"].cpu())
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = states["numpy"]
+    numpy.random.set_state((kind, keys.cpu().numpy().astype("uint32"), *rest))
+    if "cuda" in states and torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
+
+
+def _listed(value: Any) -> Any:
+    return [_listed(v) for v in value] if isinstance(value, tuple) else value
+
+
+# ------------------------------------------------------------------------------------------------- several processes
+
+
+def part_random_states(rank: int) -> None:
+    """Give each process draws of its own (dropout masks of its own samples); the first one's stay as they are."""
+    if rank == 0:
+        return
+    seed = seed_of(torch.initial_seed(), "process", rank)
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def draw_for_all(draw: Callable[[], Tensor], device: torch.device) -> Tensor:
+    """What ``draw`` gives in the first process, in every one: for what all samples of a joint batch share.
+
+    It is to be called by all processes at the same point, as a forward in training is.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return draw()
+    on_cuda = device.type == "cuda"
+    own = torch.cuda.get_rng_state(device) if on_cuda else torch.get_rng_state()
+    first = own.to(device, copy=True)
+    dist.broadcast(first, 0)
+    if dist.get_rank() == 0:
+        return draw()
+    _set_state(first.cpu(), device)
+    try:
+        return draw()
+    finally:
+        _set_state(own, device)
+
+
+def _set_state(state: Tensor, device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)
+
+
+def dropout_for_all(dropout: nn.Dropout, x: Tensor) -> Tensor:
+    """``dropout`` of a tensor that all samples share, a prompt for instance: one mask for the joint batch."""
+    if not dropout.training or not dropout.p:
+        return dropout(x)
+    return draw_for_all(lambda: dropout(x), x.device)
