@@ -1,12 +1,12 @@
 """What Lightning's checkpoints leave out, so that a resumed run goes on exactly as the unbroken one would have.
 
 A checkpoint keeps under ``resume``: of each process its random states and what the module adds (the running sums of an
-epoch), the place in the data, the last values that were logged, and the methods' own training state. Three things in
-Lightning's loops are put right when training starts again:
+epoch), the place in the data, the last values that were logged, and the methods' own training state. Lightning's loops
+(2.6) are put right when training starts again:
 
 - With ``max_steps`` a checkpoint of an epoch's end is taken for one in mid-epoch: the epoch would end once more.
-- Behind an epoch's last batch, validation and the epoch's end would be left out.
-- Behind a batch that validation follows, it would be left out.
+- Behind an epoch's last batch, or the last step of all, validation and the epoch's end would be left out.
+- Behind any other batch that validation follows, that would be left out.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ def save(trainer: L.Trainer, checkpoint: dict[str, Any], own: dict[str, Any] | N
     loader: Any = trainer.train_dataloader
     resume["loader"] = loader.state_dict() if hasattr(loader, "state_dict") else None
     resume["processes"] = gather({"random_states": random_states(), **(own or {})}, trainer)
+    resume["step"], resume["within_epoch"] = trainer.global_step, _within_epoch(trainer)
     resume["logged"] = {name: value.detach().cpu().clone() for name, value in trainer.callback_metrics.items()}
 
 
@@ -72,10 +73,36 @@ def convert_early(trainer: L.Trainer, module: torch.nn.Module) -> None:
 # ------------------------------------------------------------------------------------------------- Lightning's loops
 
 
+class OneMoreStep(L.Callback):
+    """Keeps a run open whose last step is taken while its epoch has not ended: the epoch's end is yet to come."""
+
+    def __init__(self, trainer: L.Trainer) -> None:
+        self.max_steps = trainer.max_steps
+        trainer.fit_loop.epoch_loop.max_steps = self.max_steps + 1
+        trainer.callbacks.append(self)  # type: ignore[attr-defined]
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.fit_loop.epoch_loop.max_steps = self.max_steps
+        trainer.callbacks.remove(self)  # type: ignore[attr-defined]
+
+
+def keep_open(trainer: L.Trainer, resume: dict[str, Any] | None) -> None:
+    """To be called when fitting starts, before Lightning finds that ``max_steps`` is reached."""
+    if resume is not None and resume.get("within_epoch") and 0 <= trainer.max_steps <= resume["step"]:
+        OneMoreStep(trainer)
+
+
+def _within_epoch(trainer: L.Trainer) -> bool:
+    progress: Any = trainer.fit_loop.epoch_progress.current
+    return progress.processed < progress.started
+
+
 def go_on_with_loops(trainer: L.Trainer) -> None:
     """Let Lightning's loops, loaded from a checkpoint and reset, go on where the checkpoint was written; a second call
     changes nothing."""
     fit, epoch = trainer.fit_loop, trainer.fit_loop.epoch_loop
+    if _all_steps_taken(trainer) and fit._data_fetcher is not None:
+        fit._data_fetcher.done = True
     if fit.restarted_on_epoch_end:
         _begin_next_epoch(trainer)
     elif fit.restarted_mid_epoch and epoch.restarted_on_train_batch_end:
@@ -96,8 +123,8 @@ def _finish_batch(trainer: L.Trainer) -> None:
     fit, epoch = trainer.fit_loop, trainer.fit_loop.epoch_loop
     fetcher = fit._data_fetcher
     assert fetcher is not None
-    last = epoch.batch_progress.is_last_batch
-    if last:  # FitLoop.reset has taken the epoch for completed
+    last = epoch.batch_progress.is_last_batch or _all_steps_taken(trainer)
+    if epoch.batch_progress.is_last_batch:  # FitLoop.reset has taken the epoch for completed
         for progress in (fit.epoch_progress.total, fit.epoch_progress.current):
             progress.processed -= 1  # type: ignore[attr-defined]
             progress.completed -= 1
@@ -113,3 +140,7 @@ def _finish_batch(trainer: L.Trainer) -> None:
     fetcher.done = True
     if not epoch._should_accumulate():
         epoch._batches_that_stepped += 1
+
+
+def _all_steps_taken(trainer: L.Trainer) -> bool:
+    return any(isinstance(callback, OneMoreStep) for callback in trainer.callbacks)  # type: ignore[attr-defined]

@@ -827,6 +827,8 @@ class PEFTMethod(Recorded, Callback, ABC):
         self._following, self._around, self._late = None, None, []
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not _resumes_exactly(pl_module):
+            exact_resume.keep_open(trainer, self._resume)
         if self.attached:
             self._waiting = {name: t for name, t in self.trainable().items() if name not in self.idle()}
             self._backwards = 0

@@ -325,6 +325,7 @@ class FineTuner(L.LightningModule):
 
     def on_fit_start(self) -> None:
         self.tables = {}
+        exact_resume.keep_open(self.trainer, self._resume)
 
     def on_test_start(self) -> None:
         self.tables = {}
