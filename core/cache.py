@@ -1,5 +1,6 @@
-"""What is computed from files or fetched, kept in a folder: each file whole or not there, made by one process at a time,
-and made again where it turns out to be damaged.
+"""What is computed from files or fetched, kept in a folder.
+
+Each file is whole or not there, is made by one process at a time, and is made again where it turns out to be damaged.
 
 A file is written as `.writing-<name>-...`, a folder as `.download-<name>-...`, while its maker holds the lock
 `.<name>.lock`. The lock ends with its maker: what lies there without one is thrown away by whoever comes next.
@@ -94,8 +95,9 @@ def making(file: Path, what: str) -> Iterator[None]:
             room = "" if error.strerror == os.strerror(error.errno or 0) else f" ({error.strerror})"
             raise ScionError(f"cache: {folder}: disk full{room} where the {what} should go; free some, or {ELSEWHERE} "
                              "on another disk") from None
-        raise ScionError(f"cache: {error.filename2 or error.filename or folder} cannot be written ({error.strerror or error}); "
-                         f"{ELSEWHERE} that can") from None
+        place = error.filename2 or error.filename or folder
+        raise ScionError(f"cache: {place} cannot be written ({error.strerror or error}); {ELSEWHERE} that can"
+                         ) from None
 
 
 @rank_zero_only

@@ -322,8 +322,8 @@ class DataModule(Recorded, LightningDataModule, ABC):
 
     @property
     def listing(self) -> str:
-        """A short hash of what the data are: the same on another machine, another one where samples came, went or
-        changed. Known when the data are loaded; here what they are measured on, the classes and the sizes of the sets."""
+        """A short hash of what the data are, known when they are loaded: the same on another machine, another one where
+        samples came, went or changed. Here it is of the data's name, the classes and the sizes of the sets."""
         import hashlib
         import json
 

@@ -169,7 +169,10 @@ def _unpack(file: Path, target: Path, most: int) -> None:
             unpacked += member.size
             if unpacked > most:
                 raise ValueError(f"the archive unpacks to more than {most / 1e9:g} GB")
-            packed.extract(member, target, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+            if hasattr(tarfile, "data_filter"):
+                packed.extract(member, target, filter="data")
+            else:  # Python before 3.11.4
+                packed.extract(member, target)
 
 
 def _check_member(target: Path, name: str, plain: bool) -> None:

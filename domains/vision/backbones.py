@@ -301,7 +301,7 @@ def _shapes_in(file: Path, most: int) -> dict[str, tuple[int, ...]]:
                 shape, _, kind = (npy.read_array_header_1_0 if first else npy.read_array_header_2_0)(stream)
             if kind.hasobject:
                 raise ScionError(f"{member} is a pickled object, which is not read")
-            size += math.prod(shape) * kind.itemsize
+            size += math.prod(map(abs, shape)) * kind.itemsize
             if size > most:
                 raise ScionError(f"it unpacks to more than {most / 1e6:,.0f} MB, far more than the architecture has")
             shapes[member.removesuffix(".npy")] = shape
