@@ -222,9 +222,12 @@ class EpochLoader(DataLoader):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         order = self.epoch_sampler
         self.given = order.skip // order.batch_size if order else 0
-        for batch in super().__iter__():
-            self.given += 1
-            yield batch
+        try:
+            for batch in super().__iter__():
+                self.given += 1
+                yield batch
+        except ScionError as error:  # a loader process has put its traceback before the one line
+            raise ScionError(str(error).rpartition("ScionError: ")[2].strip()) from error
 
     def state_dict(self) -> dict[str, int]:
         order = self.epoch_sampler

@@ -100,6 +100,8 @@ def download(archive: Archive, title: str, cache: Path, check: Callable[[Path], 
             try:
                 _compare(archive, title, _fetch(archive, title, file))
                 _unpack(file, Path(scratch) if archive.inside else folder, archive.most)
+                if not folder.is_dir():
+                    raise ValueError(f"the archive holds no folder {archive.folder}")
             except ScionError:
                 raise
             except OSError as error:
