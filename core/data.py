@@ -12,7 +12,7 @@ import logging
 import math
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -222,9 +222,12 @@ class EpochLoader(DataLoader):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         order = self.epoch_sampler
         self.given = order.skip // order.batch_size if order else 0
-        for batch in super().__iter__():
-            self.given += 1
-            yield batch
+        try:
+            for batch in super().__iter__():
+                self.given += 1
+                yield batch
+        except ScionError as error:  # a loader process has put its traceback before the one line
+            raise ScionError(str(error).rpartition("ScionError: ")[2].strip()) from error
 
     def state_dict(self) -> dict[str, int]:
         order = self.epoch_sampler
@@ -247,7 +250,8 @@ def seed_of(*parts: object) -> int:
     """A 63-bit seed from any names and numbers, the same on every machine and in every process."""
     import hashlib
 
-    digest = hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
+    text = "\0".join(map(str, parts))
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()  # names of files need not be text
     return int.from_bytes(digest[:8], "little") >> 1
 
 
@@ -318,6 +322,23 @@ class DataModule(Recorded, LightningDataModule, ABC):
     def peek(self) -> list[str] | None:
         """The classes, if they can be named without reading samples; None otherwise."""
         return None
+
+    @property
+    def listing(self) -> str:
+        """A short hash of what the data are, known when they are loaded: the same on another machine, another one where
+        samples came, went or changed. Here it is of the data's name, the classes and the sizes of the sets."""
+        import hashlib
+        import json
+
+        origin = {key: value for key, value in self.origin.items() if key != "note"}
+        sets = [getattr(self, f"{which}_set", None) for which in ("train", "validation", "test")]
+        sizes = [len(part) if isinstance(part, Sized) else None for part in sets]
+        return hashlib.sha256(json.dumps([origin, self.classes, sizes]).encode()).hexdigest()[:16]
+
+    def name_of(self, dataset: Dataset, index: int) -> str:
+        """What people call a sample of one of the sets: its file, where the dataset has ``names``, else its number."""
+        names = getattr(dataset, "names", None)
+        return str(names[index]) if names is not None else f"sample {index}"
 
     def state(self) -> dict[str, Any]:
         """What ``read`` needs to know of the training data (lengths, statistics), as JSON; a run keeps it."""

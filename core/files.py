@@ -10,21 +10,29 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from core.errors import ScionError
 
 LARGEST_JSON = 64 * 2**20
 """Bytes beyond which a record is not read: ours have a few thousand."""
+LARGEST_TEXT = 512 * 2**20
+"""Bytes beyond which a table or a list is not read: one of two million files has some hundred million."""
 
 
 # ------------------------------------------------------------------------------------------------- writing
 
 
-def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
-    """Call ``write`` with a temporary name beside ``path``, flush the file to disk, then rename it into place."""
+def write_atomically(path: str | Path, write: Callable[[Path], Any], prefix: str | None = None) -> None:
+    """Call ``write`` with a temporary name beside ``path``, flush the file to disk, then rename it into place.
+
+    Args:
+        path: the file.
+        write: writes it under the name that it is given.
+        prefix: of that name; None is a dot and the file's own.
+    """
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=path.suffix, dir=path.parent)
+    handle, temporary = tempfile.mkstemp(prefix=prefix or f".{path.name[:100]}.", suffix=path.suffix, dir=path.parent)
     os.close(handle)
     try:
         write(Path(temporary))
@@ -66,6 +74,61 @@ def check_regular(path: str | Path) -> Path:
     return path
 
 
+def open_regular(path: str | Path) -> BinaryIO:
+    """A regular file, open for reading bytes. Nothing else is opened: a pipe would wait for ever, a device might act.
+
+    Raises:
+        ScionError: a folder, a pipe, a device, or no name of a file at all.
+        OSError: it is missing or cannot be read.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except ValueError:  # a NUL in the name
+        raise ScionError(f"{path}: no name of a file") from None
+    if stat.S_ISREG(mode):
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        if stat.S_ISREG(os.fstat(handle).st_mode):  # nobody has put something else into its place meanwhile
+            return open(handle, "rb")
+        os.close(handle)
+    kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
+    raise ScionError(f"{path}: {kind}, where a file is wanted")
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a file in UTF-8, with or without a byte order mark; the ends of its lines stay as they are.
+
+    Raises:
+        ScionError: names the file that is missing, no regular file, unreadable, too large, or no such text.
+    """
+    try:
+        with open_regular(path) as file:
+            data = file.read(LARGEST_TEXT + 1)
+    except OSError as error:
+        raise ScionError(f"{path}: cannot be read ({error.strerror or error})") from None
+    if len(data) > LARGEST_TEXT:
+        raise ScionError(f"{path}: larger than {LARGEST_TEXT >> 20} MiB, which no table or list is")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ScionError(f"{path}: cannot be read as text in UTF-8 (byte {error.start} is none); save it so") from None
+    if "\0" in text:
+        raise ScionError(f"{path}: cannot be read as text in UTF-8 (it holds a NUL character); save it so")
+    return text
+
+
+def files_below(folder: str | Path) -> tuple[list[Path], list[Path]]:
+    """The files below ``folder`` that are not hidden, sorted, and the folders among them that cannot be listed.
+
+    Links to files count as files; links to folders are not followed, so that a circle of them ends.
+    """
+    files: list[Path] = []
+    closed: list[Path] = []
+    for place, folders, names in os.walk(folder, onerror=lambda error: closed.append(Path(error.filename))):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files += [Path(place, name) for name in names if not name.startswith(".")]
+    return sorted(files), sorted(closed)
+
+
 def read_json(path: str | Path) -> Any:
     """The value in a JSON file.
 
@@ -94,11 +157,12 @@ opens such a file a second time loses the lock as soon as it closes it."""
 
 
 @contextlib.contextmanager
-def locked(file: str | Path, busy: str, wait: Callable[[], Any] | None = None) -> Iterator[None]:
+def locked(file: str | Path, busy: str, wait: Callable[[], Any] | None = None) -> Iterator[bool]:
     """Hold ``file`` as a lock while the context lasts; the system frees it when the process ends, however it ends.
 
     The lock belongs to this process alone: worker processes that are forked from it do not hold it. The file is made
-    where it is not there, and taken away at the end. Where the file system has no locks, nothing is locked.
+    where it is not there, and taken away at the end. Where the file system has no locks, nothing is locked, and the
+    context's value is False.
 
     Args:
         file: the lock's file; its folder must be there.
@@ -110,17 +174,18 @@ def locked(file: str | Path, busy: str, wait: Callable[[], Any] | None = None) -
         OSError: the file cannot be made.
     """
     file, told = Path(file), False
-    while (handle := _try_lock(file)) is None:
+    while (lock := _try_lock(file)) is None:
         if wait is None or _inode(file) in _held:
             raise ScionError(busy)
         if not told:
             wait()
             told = True
         time.sleep(0.1)
+    handle, firm = lock
     status = os.fstat(handle)
     _held.add((status.st_dev, status.st_ino))
     try:
-        yield
+        yield firm
     finally:
         with contextlib.suppress(OSError):
             os.unlink(file)  # while the lock is held, so that nobody holds a lock on a file that is gone
@@ -136,8 +201,8 @@ def _inode(file: Path) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def _try_lock(file: Path) -> int | None:
-    """The open lock file, or None where somebody holds it."""
+def _try_lock(file: Path) -> tuple[int, bool] | None:
+    """The open lock file, and whether its file system has locks; None where somebody holds it."""
     import fcntl
 
     if _inode(file) in _held:
@@ -149,9 +214,9 @@ def _try_lock(file: Path) -> int | None:
         os.close(handle)
         return None
     except OSError:  # a file system without locks
-        return handle
+        return handle, False
     status = os.fstat(handle)
     if _inode(file) != (status.st_dev, status.st_ino):  # its last holder has taken the file away meanwhile
         os.close(handle)
         return _try_lock(file)
-    return handle
+    return handle, True

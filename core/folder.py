@@ -5,6 +5,7 @@ Files may lie as they lie. What cannot be read is left out and named.
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from dataclasses import replace
@@ -12,8 +13,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from core.data import seed_of
-from core.errors import ScionError, listed, nearest
-from core.labelled import PARTS, LabelledData, Parts, Sample, at_least_two, ordered, read_csv
+from core.errors import ScionError, listed, nearest, one_line
+from core.labelled import PARTS, LabelledData, Parts, Sample, as_text, at_least_two, ordered, read_csv
 
 SETS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
         "dev": "validation", "test": "test", "testing": "test"}
@@ -90,15 +91,15 @@ class FolderData(LabelledData):
     # ------------------------------------------------------------------------------ which files, which labels
 
     def layout(self, root: Path) -> Path:
-        if root.is_file() and root.suffix.lower() in (".csv", ".tsv"):
+        if os.path.isfile(root) and root.suffix.lower() in (".csv", ".tsv"):
             self.table_file = self.table_file or root.name
             return root.parent
-        if not root.is_dir():
+        if not os.path.isdir(root):
             raise ScionError(f"data.root: no folder {root}")
         return root
 
     def table(self, root: Path) -> tuple[list[Any], list[str]]:
-        if self.table_file is None and self.label_pattern is None and (root / "metadata.csv").is_file():
+        if self.table_file is None and self.label_pattern is None and os.path.isfile(root / "metadata.csv"):
             self.table_file = "metadata.csv"
         samples = self._by_pattern(root, self.label_pattern) if self.label_pattern else \
             self._by_table(root, root / self.table_file) if self.table_file else self._by_subfolders(root)
@@ -129,7 +130,7 @@ class FolderData(LabelledData):
         return tuple(dict.fromkeys(part.strip() for part in text.split(self.separator) if part.strip()))
 
     def _by_subfolders(self, root: Path) -> list[Any]:
-        folders = subfolders(root)
+        folders = self.subfolders(root)
         hint = self._hint(root)
         if not folders:
             raise ScionError(f"data.root: {root} has no subfolders; wanted: one for each class, or data.table, or "
@@ -144,13 +145,14 @@ class FolderData(LabelledData):
                     raise ScionError(f"data.root: of the sets {root} has {listed(sorted(names))} and none to {which}")
         samples = []
         for place, which in sets.items():
-            for folder in subfolders(place):
+            for folder in folders if place == root else self.subfolders(place):
                 files = self.files(folder)
                 if not files:
                     raise ScionError(f"data.root: no {self.files_are} in the folder {folder}{hint}")
-                samples += [self._sample(root, file, self._labels(folder.name), which) for file in files]
-            self.skipped += [f"{file}: lies in no class folder" for file in self.files(place)
-                             if file.parent == place]
+                labels = self._labels(as_text(folder.name))
+                samples += [self._sample(root, file, labels, which) for file in files]
+            self.skipped += [one_line(f"{file}: lies in no class folder") for file in self.files(place)
+                             if file.parent == place and file not in folders]
         return samples
 
     def _hint(self, root: Path) -> str:
@@ -166,9 +168,9 @@ class FolderData(LabelledData):
             match = pattern.search(file.relative_to(root).as_posix())
             label = match and (match.groupdict().get("label") or match.group(1))
             if label:
-                samples.append(self._sample(root, file, self._labels(label)))
+                samples.append(self._sample(root, file, self._labels(as_text(label))))
             else:
-                self.skipped.append(f"{file}: data.label_pattern finds no label in its name")
+                self.skipped.append(one_line(f"{file}: data.label_pattern finds no label in its name"))
         if not samples:
             raise ScionError(f"data.label_pattern: {pattern.pattern!r} finds a label in none of {len(files)} files, "
                              f"the first is {files[0].relative_to(root).as_posix()}")
@@ -178,7 +180,7 @@ class FolderData(LabelledData):
         return self.kind(file, file.relative_to(root).as_posix(), labels, group)
 
     def _by_table(self, root: Path, table: Path) -> list[Any]:
-        if not table.is_file():
+        if not os.path.lexists(table):
             raise ScionError(f"data.table: no file {table}")
         rows = read_csv(table)
         names = {key: self._column(key, list(rows[0]), table) for key in self.columns}
@@ -201,7 +203,7 @@ class FolderData(LabelledData):
                 raise ScionError(f"{table}, line {line}: {name} stands in line {lines[key]} already; one line a file "
                                  "(several labels of a file go into one field, see data.separator)")
             file = root / name
-            if not file.is_file() and (table.parent / name).is_file():
+            if not os.path.isfile(file) and os.path.isfile(table.parent / name):
                 file = table.parent / name
             samples.append(self.kind(file, key, labels, group, **further))
         return samples
@@ -260,8 +262,8 @@ class FolderData(LabelledData):
         return {which: sorted(rows) for which, rows in found.items() if rows or which != "validation"}
 
     def named(self, samples: list[Any], classes: list[str]) -> str:
-        root = (self.root or Path(self.folder)).expanduser().resolve()
-        name = root.parent.name if root.is_file() else root.name
+        root = Path(os.path.realpath(os.path.expanduser(self.root or self.folder)))
+        name = as_text(root.parent.name if os.path.isfile(root) else root.name)
         kinds = "labels" if self.multilabel else "classes"
         return f"{name} ({len(samples)} {self.samples_are}, {len(classes)} {kinds})"
 
@@ -271,12 +273,6 @@ def _pattern(name: str, text: str | None) -> re.Pattern[str] | None:
         return None if text is None else re.compile(text)
     except re.error as error:
         raise ScionError(f"data.{name}: {text!r} is no regular expression ({error})") from None
-
-
-def subfolders(folder: Path) -> list[Path]:
-    """Without hidden ones, and what a Mac's zip leaves behind."""
-    return sorted(child for child in folder.iterdir()
-                  if child.is_dir() and child.name[0] != "." and child.name != "__MACOSX")
 
 
 def stratified(rows: list[int], samples: list[Any], shares: dict[str, float], seed: int) -> Parts:

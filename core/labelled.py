@@ -9,19 +9,23 @@ unreadable files, tables and lists.
 from __future__ import annotations
 
 import csv
+import hashlib
+import io
+import json
 import os
-import tempfile
 import warnings
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from core.data import DataModule, Source, seed_of
-from core.errors import ScionError, listed, nearest
+from core.errors import ScionError, listed, nearest, one_line
+from core.files import files_below, open_regular, read_text
 from core.network import Archive, download, reachable
 
 PARTS = ("train", "validation", "test")
@@ -69,6 +73,8 @@ class LabelledData(DataModule):
     """What people call them: clips, pictures."""
     files_are: ClassVar[str] = "file"
     """What one file is: a sound file, a picture."""
+    suffixes: ClassVar[frozenset[str]] = frozenset()
+    """Endings of such files, in small letters."""
     mini_is: ClassVar[str] = "generated samples"
     """What the mini holds."""
 
@@ -95,11 +101,12 @@ class LabelledData(DataModule):
             raise ScionError(f"data.shots: {shots} training {self.samples_are} a class are too few; at least 1, or "
                              "null for all")
         self.shots, self.skip_bad = shots, skip_bad
-        self.cache = Path(cache or os.environ.get("SCION_CACHE") or "~/.cache/scion").expanduser() / self.domain
+        self.cache = Path(os.path.expanduser(cache or os.environ.get("SCION_CACHE") or "~/.cache/scion")) / self.domain
         self.notes: list[str] = []
         """What has to be known of the data beside their name."""
         self._place: Path | Literal["mini", "download"] | None = None
         self._listing: tuple[list[Any], list[str], dict[int, str]] | None = None
+        self._contents: str | None = None
 
     # ------------------------------------------------------------------------------ what a benchmark defines
 
@@ -152,6 +159,34 @@ class LabelledData(DataModule):
 
     # ------------------------------------------------------------------------------ what the core asks
 
+    def files(self, folder: Path) -> list[Path]:
+        """What is of this kind below ``folder`` by its ending, without hidden ones. Pipes and folders that cannot be
+        listed are among them, so that they are named as what cannot be read."""
+        files, closed = files_below(folder)
+        return sorted([file for file in files if file.suffix.lower() in self.suffixes] + closed)
+
+    def subfolders(self, folder: Path) -> list[Path]:
+        """The folders in ``folder``, without hidden ones and what a Mac's zip leaves behind. A link back to a folder
+        that it lies in is left out and named: its files would be counted twice."""
+        found = []
+        for child in sorted(folder.iterdir()):
+            if not os.path.isdir(child) or child.name[0] == "." or child.name == "__MACOSX":
+                continue
+            if child.is_symlink() and Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(child)):
+                reason: dict[int, str] = {}
+                with noted(reason, 0, self.skip_bad):
+                    raise ScionError(f"{child}: a link back to a folder that it lies in")
+                self.skipped += reason.values()
+                continue
+            found.append(child)
+        return found
+
+    @property
+    def listing(self) -> str:
+        if not self._loaded:
+            self.setup()
+        return self._contents or super().listing
+
     def peek(self) -> list[str] | None:
         """The classes, from the table where one is at hand."""
         place = self.where()
@@ -163,36 +198,43 @@ class LabelledData(DataModule):
 
     def load(self) -> None:
         place = self.where()
-        if place == "mini":
-            self.load_mini()
-        else:
-            self._load_real(self._download() if place == "download" else place)
+        with plainly():
+            if place == "mini":
+                self.load_mini()
+            else:
+                self._load_real(self._download() if place == "download" else place)
 
     # ------------------------------------------------------------------------------ where the data come from
 
     def where(self) -> Path | Literal["mini", "download"]:
         """Where the samples come from, asked once."""
-        if self._place is not None:
-            return self._place
-        ready = self.cache / (self.archive.folder if self.archive else self.folder or self.title)
-        if self.source == "mini":
-            self._place = "mini"
-        elif self.root is not None:  # given explicitly: it is this or nothing
-            place = self.layout(self.root.expanduser())
-            self.look(place)
-            self._place = place
-        elif ready.is_dir():
-            self._place = self.layout(ready)
-        elif self.archive and reachable(self.archive.url):
-            self._place = "download"
-        elif self.source == "real":
-            raise ScionError(f"data.source real: {self.absent}; {self.obtain or 'give a data.root'}")
-        else:
-            self._place = "mini"
-            warnings.warn(self.fallback, stacklevel=2)
+        if self._place is None:
+            with plainly():
+                self._place = self._find()
         if self._place == "mini":
             self.multilabel = False  # a sample of the mini is one thing
         return self._place
+
+    def _find(self) -> Path | Literal["mini", "download"]:
+        ready = self.cache / (self.archive.folder if self.archive else self.folder or self.title)
+        if self.source == "mini":
+            return "mini"
+        if self.root is not None:  # given explicitly: it is this or nothing
+            place = self.layout(Path(os.path.expanduser(self.root)))
+            self.look(place)
+            return place
+        if os.path.isdir(ready):
+            try:
+                return self.layout(ready)
+            except ScionError as error:
+                raise ScionError(f"{error}; this is the copy in the cache: take it away to have it fetched or made up "
+                                 "for again") from None
+        if self.archive and reachable(self.archive.url):
+            return "download"
+        if self.source == "real":
+            raise ScionError(f"data.source real: {self.absent}; {self.obtain or 'give a data.root'}")
+        warnings.warn(self.fallback, stacklevel=4)
+        return "mini"
 
     @property
     def absent(self) -> str:
@@ -224,10 +266,13 @@ class LabelledData(DataModule):
     def look(self, root: Path) -> tuple[list[Any], list[str], dict[int, str]]:
         """The samples, the classes, and by row what is seen to be bad without decoding it; read once."""
         if self._listing is None:
-            samples, classes = self.table(root)
-            bad: dict[int, str] = {}
-            self.survey(samples, bad)
-            self._listing = samples, classes, bad
+            with plainly():
+                samples, classes = self.table(root)
+                for sample in samples:
+                    check_name(sample.file)
+                bad: dict[int, str] = {}
+                self.survey(samples, bad)
+                self._listing = samples, classes, bad
         return self._listing
 
     def _load_real(self, root: Path) -> None:
@@ -255,6 +300,7 @@ class LabelledData(DataModule):
         self.origin = {"source": "real", "name": self.named(good, classes) + shots}
         if self.notes or notes:
             self.origin["note"] = "; ".join([*self.notes, *notes])
+        self._contents = contents_of(root, self.classes, samples, parts)
         self.fill(samples, parts, wanted)
 
     def check_parts(self, samples: list[Any], parts: Parts, bad: dict[int, str]) -> None:
@@ -338,38 +384,51 @@ def by_folds(samples: list[Any], fold: int, validation_fold: int | str | None) -
 
 def folder_with(root: Path, marker: str, inside: Sequence[str], title: str) -> Path:
     """``root``, or a folder of one of the names ``inside`` it, that holds ``marker``."""
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise ScionError(f"data.root: no folder {root}")
     for folder in (root, *(root / name for name in inside)):
-        if (folder / marker).exists():
+        if os.path.exists(folder / marker):
             return folder
     raise ScionError(f"data.root: no {marker} in {root} (wanted: {title}'s layout, see the domain's README.md)")
+
+
+END = "the end of the table"
 
 
 def read_csv(file: Path, columns: Sequence[str] = ()) -> list[dict[str, str]]:
     """The rows of a table with a header, values without blanks around them; commas, semicolons or tabs between them.
 
     Raises:
-        ScionError: the file cannot be read, lacks one of ``columns``, or has no rows.
+        ScionError: the file cannot be read, lacks one of ``columns``, has no rows, or ends within quotation marks.
     """
+    text = read_text(file)
+    header = next(iter(io.StringIO(text, newline="")), "")
+    # read after the table: where a mark of quotation is not closed it is not found as a row of its own
+    lines = csv.reader(chain(io.StringIO(text, newline=""), [END]), delimiter=max(",;\t", key=header.count))
+    rows: list[list[str]] = []
+    begins, last = 0, 0
     try:
-        with file.open(newline="", encoding="utf-8-sig") as handle:
-            header = handle.readline()
-            handle.seek(0)
-            lines = [row for row in csv.reader(handle, delimiter=max(",;\t", key=header.count)) if row]
-            names = [name.strip() for name in lines[0]] if lines else []
-            rows = [dict(zip(names, (value.strip() for value in line), strict=False)) for line in lines[1:]]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ScionError(f"{file}: cannot be read as a table ({error})") from None
+        for row in lines:
+            begins, last = last + 1, lines.line_num
+            rows.append(row)
+    except csv.Error as error:
+        raise ScionError(f"{file}, line {lines.line_num}: cannot be read as a table ({error})") from None
+    if rows.pop() != [END]:
+        raise ScionError(f"{file}, line {begins}: a mark of quotation is opened and not closed")
+    rows = [row for row in rows if row]
+    names = [name.strip() for name in rows[0]] if rows else []
+    twice = next((name for name, times in Counter(names).items() if name and times > 1), None)
+    if twice is not None:
+        raise ScionError(f"{file}: two columns are called {twice!r}; which one is meant?")
     lacking = [column for column in columns if column not in names]
     if lacking:
         raise ScionError(f"{file}: {'empty' if not names else 'no column ' + listed(lacking)}"
                          f"{nearest(lacking[0], names)}; wanted are the columns {listed(columns)}")
     if not names:
         raise ScionError(f"{file}: empty; a table with a header wanted")
-    if not rows:
+    if len(rows) == 1:
         raise ScionError(f"{file}: no rows below the header")
-    return rows
+    return [dict(zip(names, (value.strip() for value in row), strict=False)) for row in rows[1:]]
 
 
 class Numbered:
@@ -403,7 +462,32 @@ def at_least_two(classes: list[str], where: object) -> list[str]:
 def ordered(names: Iterable[str]) -> list[str]:
     """Names without repetition, in the order of their numbers where all of them are whole numbers, else of letters."""
     found = sorted(set(names))
-    return sorted(found, key=int) if all(name.isdecimal() for name in found) else found
+    # Python makes no number of thousands of digits
+    return sorted(found, key=int) if all(name.isdecimal() and len(name) < 100 for name in found) else found
+
+
+def as_text(name: str) -> str:
+    """A name of a folder as text: bytes of it that are none are spelled out."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def contents_of(root: Path, classes: Sequence[str], samples: Sequence[Any], parts: Parts) -> str:
+    """A short hash of which files are in which set with which labels, and of their sizes.
+
+    Files are named as the data set names them, so that it is the same wherever the folder lies.
+    """
+    sets = {row: which for which, rows in parts.items() for row in rows}
+    digest = hashlib.sha256(json.dumps(list(classes)).encode())
+    for row, sample in enumerate(samples):
+        name = sample.name
+        if os.path.isabs(name):
+            name = os.path.relpath(sample.file, root)
+        try:
+            size = os.stat(sample.file).st_size
+        except OSError:
+            size = None
+        digest.update(json.dumps([name, size, sample.labels, sample.group, sets.get(row)]).encode())
+    return digest.hexdigest()[:16]
 
 
 # ------------------------------------------------------------------------------------------------- files
@@ -417,17 +501,51 @@ def noted(bad: dict[int, str], row: int, skip_bad: bool) -> Iterator[None]:
     except ScionError as error:
         if not skip_bad:
             raise ScionError(f"{error} (data.skip_bad: true leaves such files out)") from None
-        bad[row] = str(error)
+        bad[row] = one_line(error)
 
 
 @contextmanager
-def replaced(file: Path) -> Iterator[Path]:
-    """Another name to write ``file`` under first, so that no one ever reads half of it."""
-    handle, name = tempfile.mkstemp(dir=file.parent, prefix=".writing-")
-    os.close(handle)
+def plainly() -> Iterator[None]:
+    """What the system says of files and memory as one line."""
     try:
-        yield Path(name)
-        os.replace(name, file)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        yield
+    except OSError as error:
+        raise ScionError(f"data: {error.filename or 'a file'} cannot be read ({error.strerror or error})") from None
+    except (MemoryError, RuntimeError) as error:
+        if not _short_of_memory(error):
+            raise
+        raise ScionError(one_line(f"data: not enough memory ({error})")) from None
+
+
+@contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Where memory is short while ``file`` is read, say so. That is not the file's fault: it is not left out for it."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not _short_of_memory(error):
+            raise
+        raise MemoryError(f"while {file} was read") from None
+
+
+def _short_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or "can't allocate memory" in str(error)  # the latter is torch's
+
+
+def check_name(file: Path) -> None:
+    """Refuse what no file can be called: lists in JSON and MATLAB's form may hold any characters."""
+    try:
+        if b"\0" not in os.fsencode(file):
+            return
+    except UnicodeEncodeError:
+        pass
+    raise ScionError(f"{one_line(file)}: no name of a file, it holds characters that none can have")
+
+
+def readable(file: str | Path) -> bool:
+    """Whether a file can be opened now. What cannot, for it is not there or not allowed, may be there another time."""
+    try:
+        with open_regular(file):
+            return True
+    except (OSError, ScionError):
+        return False

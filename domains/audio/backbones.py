@@ -11,6 +11,7 @@ https://arxiv.org/abs/2312.03694, where the feature is the mean over all tokens.
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -144,15 +145,15 @@ def _random(name: str) -> Model:
     with torch.device("cpu"):
         from transformers import ASTConfig, ASTModel
 
-    if name in SHAPES:
-        config = ASTConfig(**SHAPES[name])
-    elif (Path(name) / "config.json").is_file():
-        config = ASTConfig.from_pretrained(name)
-    else:
+    if name not in SHAPES and not os.path.isfile(Path(name) / "config.json"):
         raise ScionError(f"backbone.name: no shapes are known for {name!r}{nearest(name, SHAPES)}; with pretrained: "
                          f"false a folder with config.json or one of {listed(SHAPES)} is wanted")
-    config._attn_implementation = "sdpa"
-    model = ASTModel(config)
+    try:
+        config = ASTConfig(**SHAPES[name]) if name in SHAPES else ASTConfig.from_pretrained(name)
+        config._attn_implementation = "sdpa"
+        model = ASTModel(config)
+    except Exception as error:  # of a folder's config.json, which may hold anything
+        raise ScionError(f"backbone.name: {name!r}: its config.json gives no AST ({_line(error)})") from None
     embeddings = model.embeddings
     # transformers leaves these zero, for a checkpoint to fill; AST's authors draw them
     for table in (embeddings.position_embeddings, embeddings.cls_token, embeddings.distillation_token):
@@ -174,7 +175,10 @@ def _auto() -> tuple[str, str | None]:
 def _cached(name: str) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
-    return all(isinstance(try_to_load_from_cache(name, file), str) for file in ("config.json", "model.safetensors"))
+    try:
+        return all(isinstance(try_to_load_from_cache(name, file), str) for file in ("config.json", "model.safetensors"))
+    except ValueError:
+        raise ScionError(f"backbone.name: {name!r} is no name of a model on the hub, as OWNER/NAME") from None
 
 
 def _pretrained(name: str) -> tuple[Model, str]:
@@ -184,8 +188,8 @@ def _pretrained(name: str) -> tuple[Model, str]:
             raise ScionError("backbone.name: nano's weights are missing here; make them by python -m "
                              "domains.audio.make_nano (half an hour)")
         return _load(NANO, name, "its files are damaged"), "nano"
-    if Path(name).exists() or name.startswith((".", "/", "~")):
-        folder = Path(name).expanduser()
+    if os.path.exists(name) or name.startswith((".", "/", "~")):
+        folder = Path(os.path.expanduser(name))
         if not (folder / "config.json").is_file():
             raise ScionError(f"backbone.name: no config.json in the folder {folder}")
         if not (folder / "model.safetensors").is_file() and not (folder / "model.safetensors.index.json").is_file():
@@ -236,8 +240,12 @@ def _load(where: str | Path, name: str, otherwise: str, **options: Any) -> Model
     except ScionError:
         raise
     except Exception as error:  # from hub, config, safetensors or torch: whatever it was, the file cannot be used
-        reason = str(error).strip().splitlines()
-        raise ScionError(f"backbone.name: {name!r}: {otherwise} ({reason[0][:200] if reason else error!r})") from None
+        raise ScionError(f"backbone.name: {name!r}: {otherwise} ({_line(error)})") from None
     if report["missing_keys"]:
         raise ScionError(f"backbone.name: {name!r} lacks {listed(sorted(report['missing_keys']), 3)}: not a whole AST")
     return model
+
+
+def _line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else repr(error)

@@ -8,8 +8,12 @@ SpecAugment and mixup (https://arxiv.org/abs/1710.09412).
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-from collections.abc import Sequence
+import math
+import os
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -19,9 +23,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from core import cache as caches
 from core.data import Source, seed_of
 from core.errors import ScionError
-from core.labelled import LabelledData, Parts, Sample, few, noted, replaced
+from core.files import open_regular
+from core.labelled import LabelledData, Parts, Sample, few, naming, noted, plainly, readable
 from domains.audio import features
 
 
@@ -49,10 +55,13 @@ class Clips(Dataset):
         mixup: alpha of Beta(alpha, alpha), or 0. With mixup a target is a vector of class weights [classes].
         classes: how many there are; only mixup asks.
         seed: of the augmentation.
+        names: what people call each of the set's clips; None where they have no names.
     """
 
     def __init__(self, banks: Any, targets: Sequence[int | Tensor], rows: list[int], mean: float, std: float,
-                 masks: tuple[int, int] | None = None, mixup: float = 0.0, classes: int = 0, seed: int = 0) -> None:
+                 masks: tuple[int, int] | None = None, mixup: float = 0.0, classes: int = 0, seed: int = 0,
+                 names: Sequence[str] | None = None) -> None:
+        self.names = names
         self.banks, self.targets, self.rows = banks, targets, rows
         self.mean, self.std = mean, std
         self.masks, self.mixup, self.classes, self.seed = masks, mixup, classes, seed
@@ -70,7 +79,11 @@ class Clips(Dataset):
 
     def _weights(self, index: int) -> Tensor:
         target = self.targets[self.rows[index]]
-        return target if isinstance(target, Tensor) else torch.eye(self.classes)[target]
+        if isinstance(target, Tensor):
+            return target
+        weights = torch.zeros(self.classes)
+        weights[target] = 1
+        return weights
 
     def __getitem__(self, index: int) -> tuple[Tensor, int | Tensor]:
         bank, target = self._bank(index), self.targets[self.rows[index]]
@@ -107,6 +120,7 @@ class AudioData(LabelledData):
 
     domain = "audio"
     samples_are, files_are, mini_is = "clips", "sound file", "ten synthetic sounds"
+    suffixes = features.SUFFIXES
     length: ClassVar[int | None]
     """Frames of its protocol; None where the files decide."""
 
@@ -161,11 +175,8 @@ class AudioData(LabelledData):
         """The beginning of one sound file of any rate, length and number of channels -> [frames, 128]."""
         if self.normalise == "dataset" and not self._measured:
             self.setup()
-        return features.normalise(_bank(Path(file), 0.0, self.frames), self.mean, self.std)
-
-    def files(self, folder: Path) -> list[Path]:
-        """The sound files below ``folder``."""
-        return sound_files(folder)
+        with plainly():
+            return features.normalise(_bank(Path(file), 0.0, self.frames), self.mean, self.std)
 
     def state(self) -> dict[str, Any]:
         return {"frames": self.frames, "mean": self.mean, "std": self.std}
@@ -228,12 +239,15 @@ class AudioData(LabelledData):
         targets: list[Any] = [0] * len(banks)
         for row, index in place.items():
             labels = [position[label] for label in samples[row].labels]
-            targets[index] = torch.eye(len(self.classes))[labels].sum(0) if self.multilabel else labels[0]
+            targets[index] = _marks(labels, len(self.classes)) if self.multilabel else labels[0]
         rows = {which: [place[row] for row in found] for which, found in parts.items()}
+        names = {which: [_name(samples[row]) for row in found] for which, found in parts.items()}
         self._statistics(banks, rows["train"])
-        self.train_set = self._clips(banks, targets, rows["train"], train=True)
-        self.validation_set = self._clips(banks, targets, rows["validation"]) if "validation" in rows else None
-        self.test_set = self._clips(banks, targets, rows["test"])
+        self.train_set = self._clips(banks, targets, rows["train"], names["train"], train=True)
+        self.validation_set = None
+        if "validation" in rows:
+            self.validation_set = self._clips(banks, targets, rows["validation"], names["validation"])
+        self.test_set = self._clips(banks, targets, rows["test"], names["test"])
 
     def _statistics(self, banks: Any, rows: list[int]) -> None:
         """With ``normalise: dataset``, mean and standard deviation over the training clips, padding included."""
@@ -243,37 +257,55 @@ class AudioData(LabelledData):
             mean, square = np.mean(moments, axis=0)
             self.mean, self.std = float(mean), float(np.sqrt(max(square - mean**2, 1e-12)))
 
-    def _clips(self, banks: Any, targets: list[Any], rows: list[int], train: bool = False) -> Clips:
+    def _clips(self, banks: Any, targets: list[Any], rows: list[int], names: list[str] | None = None,
+               train: bool = False) -> Clips:
         masks = None
         if train and self.specaugment:
             masks = self.frequency_mask, round(self.time_mask * min(self.frames / (self.length or 500), 1))
         return Clips(banks, targets, rows, self.mean, self.std, masks, self.mixup if train else 0.0,
-                     len(self.classes), self.seed or 0)
+                     len(self.classes), self.seed or 0, names)
+
+
+def _marks(labels: list[int], classes: int) -> Tensor:
+    """[classes], 1 at each of ``labels``."""
+    marks = torch.zeros(classes)
+    marks[labels] = 1
+    return marks
+
+
+def _name(clip: Clip) -> str:
+    return f"{clip.file} from {clip.start:g} s" if clip.start else str(clip.file)
 
 
 # ------------------------------------------------------------------------------------------------- files
 
 
 def _bank(file: Path, start: float, frames: int) -> Tensor:
+    """A clip's filterbank before normalisation [frames, 128].
+
+    Raises:
+        ScionError: names the file that cannot be read, or whose values are so large that nothing comes of them.
+    """
     seconds = features.samples(frames) / features.RATE
-    return features.filterbank(features.read_waveform(file, seconds, start), frames=frames)
+    with naming(file):
+        waveform = features.read_waveform(file, seconds, start)
+        bank = features.filterbank(waveform, frames=frames)
+    if not torch.isfinite(bank).all():
+        raise ScionError(f"{file}: the sound file's values are too large (up to {float(waveform.abs().max()):.0e}, and "
+                         "sound lies in -1 .. 1)")
+    return bank
 
 
 def glance(clip: Clip) -> float:
     """The file's length in seconds; raises for what can be seen without decoding the sound: missing, empty, or no sound
     file at all."""
-    import soundfile
-
-    if not clip.file.is_file():
+    if not os.path.lexists(clip.file):
         raise ScionError(f"{clip.file}: the table lists it, but there is no such file")
-    try:
-        if clip.file.stat().st_size > 0:
-            info = soundfile.info(clip.file)
-            seconds = info.frames / info.samplerate - clip.start
-            if seconds > 0 and not features.missing_bytes(clip.file):
-                return seconds
-    except soundfile.LibsndfileError:
-        pass
+    with features.open_sound(clip.file) as sound:
+        seconds = sound.frames / sound.samplerate - clip.start
+        whole = seconds > 0 and not features.missing_bytes(clip.file)
+    if whole:
+        return seconds
     return len(features.read_waveform(clip.file, 0.1, clip.start)) / features.RATE  # says what is wrong
 
 
@@ -293,26 +325,26 @@ def fitting(seconds: Sequence[float]) -> int:
 
 def _store(clips: Sequence[Clip], frames: int, cache: Path) -> Path:
     """The file that keeps the filterbanks of these very clips."""
-    folders: dict[Path, Path] = {}
+    folders: dict[Path, str] = {}
     listing: list[Any] = []
     for clip in clips:
-        folder = folders.setdefault(clip.file.parent, Path())
-        if folder == Path():  # resolving each of a hundred thousand files would take seconds
-            folder = folders[clip.file.parent] = clip.file.parent.resolve()
-        name = str(folder / clip.file.name)
+        folder = clip.file.parent
+        if folder not in folders:  # resolving each of a hundred thousand files would take seconds
+            folders[folder] = os.path.realpath(folder)
+        name = os.path.join(folders[folder], clip.file.name)
         try:
             status = clip.file.stat()
             listing.append((name, status.st_size, status.st_mtime_ns, clip.start))
         except OSError:
             listing.append(name)
-    key = hashlib.sha256(json.dumps(["kaldi-2", features.RATE, features.BINS, frames, listing]).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps(["kaldi-3", features.RATE, features.BINS, frames, listing]).encode()).hexdigest()
     return cache / f"{key[:32]}.npy"
 
 
 def stored(clips: Sequence[Clip], frames: int, cache: Path) -> bool:
-    """Whether the cache holds the filterbanks of these clips."""
+    """Whether the cache seems to hold the filterbanks of these clips."""
     store = _store(clips, frames, cache)
-    return store.is_file() and store.with_suffix(".json").is_file()
+    return os.path.isfile(store) and os.path.isfile(_notes(store))
 
 
 def filterbanks(clips: Sequence[Clip], frames: int, cache: Path, skip_bad: bool = False,
@@ -321,9 +353,9 @@ def filterbanks(clips: Sequence[Clip], frames: int, cache: Path, skip_bad: bool 
     """Filterbanks of ``clips`` [clips, frames, 128] before normalisation, from the cache or computed and put there.
 
     The cache's key is the settings and each file's name, size and time of change. Values are kept in half precision
-    (an error of at most 0.004 in the logarithm) and stay on disk until they are asked for, while they are computed too.
-    Two processes may do this at once: each writes a file of its own and the last one to rename wins, with the same
-    content.
+    (an error of at most 0.004 in the logarithm) and stay on disk until they are asked for; they are written one after
+    the other, never mapped while the file grows, for a map on a full disk ends the process. What is in the cache is
+    checked by its size and checksum, and made again where it is damaged.
 
     Args:
         clips: in the order of the rows.
@@ -336,37 +368,82 @@ def filterbanks(clips: Sequence[Clip], frames: int, cache: Path, skip_bad: bool 
     Returns:
         The banks of all rows, or of ``wanted`` in its order, and for each unreadable file its row and the reason; what
         stands in the place of such a file is zero.
+
+    Raises:
+        ScionError: a file cannot be read, or the cache cannot be written.
     """
     bad = dict(bad or {})
     if wanted is not None and not stored(clips, frames, cache):
         known = {index: bad[row] for index, row in enumerate(wanted) if row in bad}
         banks, found = filterbanks([clips[row] for row in wanted], frames, cache, skip_bad, known)
         return banks, {wanted[index]: reason for index, reason in found.items()}
-    from tqdm import tqdm
-
     store = _store(clips, frames, cache)
-    notes = store.with_suffix(".json")
-    if not (store.is_file() and notes.is_file()):
-        cache.mkdir(parents=True, exist_ok=True)
-        with replaced(store) as scratch, features.one_thread():
-            banks = np.lib.format.open_memmap(scratch, "w+", np.float16, (len(clips), frames, features.BINS))
-            for row in tqdm(range(len(clips)), "filterbanks", unit="clip", leave=False):
-                if row not in bad:
-                    with noted(bad, row, skip_bad):
-                        banks[row] = _bank(clips[row].file, clips[row].start, frames).numpy()
-            banks.flush()
-            del banks
-            with replaced(notes) as file:
-                file.write_text(json.dumps(bad))
-    found = {int(row): reason for row, reason in json.loads(notes.read_text()).items()}
+    banks, found = caches.kept(store, f"filterbanks of {len(clips)} clips",
+                               read=lambda: _read(store, clips, frames),
+                               make=lambda: _make(store, clips, frames, skip_bad, bad))
     for row, reason in found.items():
         with noted({}, row, skip_bad):
             raise ScionError(reason)
-    return np.load(store, mmap_mode="r"), found
+    return banks, found
 
 
-def sound_files(folder: Path) -> list[Path]:
-    """Files below ``folder`` that are sounds by their ending, sorted; hidden ones are left out."""
-    return [file for file in sorted(folder.rglob("*"))
-            if file.suffix.lower() in features.SUFFIXES and file.is_file()
-            and not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+def _notes(store: Path) -> Path:
+    return store.with_suffix(".json")
+
+
+def _read(store: Path, clips: Sequence[Clip], frames: int) -> tuple[np.ndarray, dict[int, str]]:
+    """The banks in a file of the cache and the unreadable files, checked; raises what ``core.cache.kept`` asks for."""
+    if not os.path.lexists(store):
+        raise FileNotFoundError(store)
+    notes = caches.read_note(_notes(store))
+    shape = (len(clips), frames, features.BINS)
+    try:
+        with open_regular(store) as file:
+            size, checksum = 0, 0
+            while block := file.read(1 << 20):
+                size, checksum = size + len(block), zlib.crc32(block, checksum)
+    except ScionError as error:
+        raise caches.Damaged(str(error)) from None
+    if (size, checksum) != (notes["size"], notes["crc32"]):
+        raise caches.Damaged(f"damaged, {size} bytes of {notes['size']}" if size != notes["size"]
+                             else "damaged, its checksum is another")
+    banks = np.load(store, mmap_mode="r")
+    if banks.shape != shape or banks.dtype != np.float16:
+        raise caches.Damaged(f"{banks.dtype} {banks.shape} instead of float16 {shape}")
+    if any(readable(clips[row].file) for row in notes["closed"]):
+        raise caches.Damaged("files that could not be opened then can be now")
+    return banks, {int(row): reason for row, reason in notes["bad"].items()}
+
+
+def _make(store: Path, clips: Sequence[Clip], frames: int, skip_bad: bool, bad: dict[int, str]) -> None:
+    """Compute the banks into a file of the cache, and note what was written and which files could not be read."""
+    from tqdm import tqdm
+
+    bad = dict(bad)
+    shape = (len(clips), frames, features.BINS)
+    caches.check_room(store.parent, 2 * math.prod(shape))
+    size, checksum = 0, 0
+
+    def blocks() -> Iterator[bytes]:
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, {"descr": "<f2", "fortran_order": False, "shape": shape})
+        yield header.getvalue()
+        for row in tqdm(range(len(clips)), "filterbanks", unit="clip", leave=False):
+            bank = np.zeros(shape[1:])
+            if row not in bad:
+                with noted(bad, row, skip_bad):
+                    bank = _bank(clips[row].file, clips[row].start, frames).numpy()
+            yield bank.astype("<f2").tobytes()
+
+    def write(scratch: Path) -> None:
+        nonlocal size, checksum
+        with scratch.open("wb") as file:
+            for block in blocks():
+                file.write(block)
+                size, checksum = size + len(block), zlib.crc32(block, checksum)
+
+    with features.one_thread():
+        caches.write(store, write)
+    # what could not even be opened may come back unchanged: then it is tried again
+    closed = [row for row in bad if not readable(clips[row].file)]
+    caches.write_note(_notes(store), {"size": size, "crc32": checksum, "closed": closed, "bad": bad})

@@ -11,6 +11,7 @@ cuts of one recording lie in one fold, so folds must never be mixed.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,7 +51,7 @@ class ESC50(AudioData):
 
     def layout(self, root: Path) -> Path:
         folder = folder_with(root, "meta/esc50.csv", ["ESC-50-master"], self.title)
-        if not (folder / "audio").is_dir():
+        if not os.path.isdir(folder / "audio"):
             raise ScionError(f"data.root: no folder audio in {folder}")
         return folder
 

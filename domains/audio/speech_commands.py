@@ -15,7 +15,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from core.errors import ScionError
-from core.labelled import Parts, at_least_two, folder_with
+from core.files import read_text
+from core.labelled import Parts, as_text, at_least_two, folder_with
 from core.network import Archive
 from domains.audio.clips import AudioData, Clip
 
@@ -57,8 +58,8 @@ class SpeechCommands(AudioData):
             if not names:
                 raise ScionError(f"data.root: no .wav file in the folder {root / word}")
             names |= {name for name in group if name.startswith(f"{word}/")}  # listed and absent: told when looked at
-            clips += [Clip(root / name, name, (word,), group.get(name, "train")) for name in sorted(names)]
-        return clips, words
+            clips += [Clip(root / name, name, (as_text(word),), group.get(name, "train")) for name in sorted(names)]
+        return clips, [as_text(word) for word in words]
 
     def parts(self, clips: list[Clip], bad: set[int]) -> Parts:
         return {which: [row for row, clip in enumerate(clips) if clip.group == which] for which in ("train", *LISTS)}
@@ -68,10 +69,7 @@ class SpeechCommands(AudioData):
 
 
 def _lines(file: Path) -> list[str]:
-    try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ScionError(f"{file}: cannot be read as a list ({error})") from None
+    lines = [line.strip() for line in read_text(file).splitlines() if line.strip()]
     if not lines:
         raise ScionError(f"{file}: empty; one word/file.wav a line wanted")
     return lines

@@ -12,6 +12,7 @@ documentation: ``metadata/UrbanSound8K.csv`` (slice_file_name, fsID, start, end,
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,7 +47,7 @@ class UrbanSound8K(AudioData):
 
     def layout(self, root: Path) -> Path:
         folder = folder_with(root, TABLE, ["UrbanSound8K"], self.title)
-        if not (folder / "audio").is_dir():
+        if not os.path.isdir(folder / "audio"):
             raise ScionError(f"data.root: no folder audio in {folder}")
         return folder
 

@@ -11,6 +11,8 @@ refused. Source: https://github.com/huggingface/pytorch-image-models.
 
 from __future__ import annotations
 
+import math
+import os
 import re
 import warnings
 import zipfile
@@ -137,18 +139,18 @@ def _source(name: str, pretrained: bool, form: str) -> _Source:
             raise ScionError(f"backbone.name: {name}'s weights are missing here; make them by python -m "
                              "domains.vision.make_nano")
         return _from_folder("nano", name, NANO / name, True)
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(name))
+    if os.path.isdir(path):
         return _from_folder(kind, name, path, pretrained)
-    if path.is_file() or name.startswith((".", "/", "~")):
+    if os.path.isfile(path) or name.startswith((".", "/", "~")):
         raise ScionError(f"backbone.name: {name!r} is a file of weights alone; write ARCHITECTURE@{name}"
-                         if path.is_file() else f"backbone.name: no folder {name}")
+                         if os.path.isfile(path) else f"backbone.name: no folder {name}")
     bare = name.removeprefix("hf-hub:").removeprefix("timm/")
     architecture, at, rest = bare.partition("@")
     if at and bare == name and "/" not in architecture:
-        file = Path(rest).expanduser()
+        file = Path(os.path.expanduser(rest))
         _check_known(architecture)
-        if not file.is_file():
+        if not os.path.isfile(file):
             raise ScionError(f"backbone.name: no file {rest}")
         return _Source(kind, name, architecture, file if pretrained else None, _form_of(file, form))
     if "/" in bare or (bare != name and not _timm().is_model(bare)):
@@ -214,7 +216,10 @@ def _cached(repository: str, file: str) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
     repository, _, revision = repository.partition("@")
-    found = try_to_load_from_cache(repository, file, revision=revision or None)
+    try:
+        found = try_to_load_from_cache(repository, file, revision=revision or None)
+    except ValueError:
+        raise ScionError(f"backbone.name: {repository!r} is no name of a model on the hub, as OWNER/NAME") from None
     return Path(found) if isinstance(found, str) else None
 
 
@@ -249,12 +254,16 @@ def _weights_of(name: str, config: dict[str, Any]) -> Path:
     if not url:
         raise ScionError(f"backbone.name: timm has no weights of {name}; give a tag, a file, or pretrained: false")
     file = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
-    if not file.is_file():
+    if not os.path.isfile(file):
         if not reachable(url):
             raise ScionError(f"backbone.name: {name!r} is not in the cache and {url} does not answer; connect, or take "
                              "a local file or the built-in nano")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(file))
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(file))
+        except Exception as error:  # from the net or the disk: whatever it was, the file is not to be had
+            raise ScionError(f"backbone.name: {name!r}: {url} does not come to {file.parent} ({_line(error)})"
+                             ) from None
     return file
 
 
@@ -274,15 +283,17 @@ def _read(source: _Source, file: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
+def _shapes_in(file: Path, most: int) -> dict[str, tuple[int, ...]]:
     """The shapes of the arrays in an npz file, from their headers.
 
     Raises:
-        ScionError: one of them is a pickled object.
+        ScionError: one of them is a pickled object, or together they have more than ``most`` bytes: a few packed ones
+            may stand for any number.
     """
     from numpy.lib import format as npy
 
     shapes: dict[str, tuple[int, ...]] = {}
+    size = 0
     with zipfile.ZipFile(file) as archive:
         for member in archive.namelist():
             with archive.open(member) as stream:
@@ -290,6 +301,9 @@ def _shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
                 shape, _, kind = (npy.read_array_header_1_0 if first else npy.read_array_header_2_0)(stream)
             if kind.hasobject:
                 raise ScionError(f"{member} is a pickled object, which is not read")
+            size += math.prod(map(abs, shape)) * kind.itemsize
+            if size > most:
+                raise ScionError(f"it unpacks to more than {most / 1e6:,.0f} MB, far more than the architecture has")
             shapes[member.removesuffix(".npy")] = shape
     return shapes
 
@@ -382,7 +396,8 @@ def _load_npz(source: _Source, file: Path, arguments: dict[str, Any]) -> Model:
     if not hasattr(model, "load_pretrained"):
         raise ScionError(f"backbone.name: {source.name!r}: timm reads no npz file into a {type(model).__name__}")
     try:
-        shapes = _shapes_in(file)
+        # four bytes a number, and room for a classifier of many classes
+        shapes = _shapes_in(file, 4 * 4 * sum(parameter.numel() for parameter in model.parameters()) + 2**26)
         blocks = {match[1] for name in shapes if (match := re.search(r"Transformer/encoderblock_(\d+)/", name))}
         if blocks and len(blocks) != len(model.blocks):
             raise ScionError(f"{len(blocks)} blocks in the file, {len(model.blocks)} in the architecture")

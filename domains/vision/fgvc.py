@@ -13,6 +13,7 @@ them ``train.json``, ``val.json`` and ``test.json``, each an object of paths and
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from torch import Tensor
 
 from core.data import Source
 from core.errors import ScionError, listed, nearest
-from core.labelled import Parts, Sample, at_least_two, folder_with
+from core.files import read_text
+from core.labelled import Parts, Sample, as_text, at_least_two, folder_with
 from domains.vision.images import Augment, ImageData, Normalise, Resize
 
 LISTS = {"train": "train.json", "validation": "val.json", "test": "test.json"}
@@ -107,14 +109,15 @@ class FGVC(ImageData):
         if argument != "dataset":
             return super().choices(argument, arguments)
         data = cls(**arguments)
-        there = data.source == "real" or data.root or (data.cache / "FGVC").is_dir()
+        there = data.source == "real" or data.root or os.path.isdir(data.cache / "FGVC")
         return list(BENCHMARKS) if data.source != "mini" and there else [data.dataset]
 
     # ------------------------------------------------------------------------------ its files
 
     def layout(self, root: Path) -> Path:
         own = (key_of(self.dataset), _plain(self.benchmark.folder), *self.benchmark.names)
-        inside = [child.name for child in sorted(root.iterdir()) if _plain(child.name) in own] if root.is_dir() else []
+        children = sorted(os.listdir(root)) if os.path.isdir(root) else []
+        inside = [name for name in children if _plain(name) in own]
         return folder_with(root, LISTS["train"], inside, f"{self.title} and VPT's lists")
 
     def table(self, root: Path) -> tuple[list[Sample], list[str]]:
@@ -128,9 +131,9 @@ class FGVC(ImageData):
                 if seen.setdefault(path, which) != which:
                     raise ScionError(f"{root / LISTS[which]}: {path} stands in {LISTS[seen[path]]} already")
         first = next(iter(lists["train"]))
-        place = next((folder for folder in (root / self.benchmark.place, root) if (folder / first).is_file()),
+        place = next((folder for folder in (root / self.benchmark.place, root) if os.path.isfile(folder / first)),
                      root / self.benchmark.place)
-        pairs = {(label, Path(path).parent.name) for found in lists.values() for path, label in found.items()}
+        pairs = {(label, as_text(Path(path).parent.name)) for found in lists.values() for path, label in found.items()}
         each = len(pairs) == len(numbers) == len({name for _, name in pairs})  # a folder for each class
         names = dict(pairs) if each else {label: str(label) for label in numbers}
         samples = [Sample(place / path, path, (names[label],), which) for which, found in lists.items()
@@ -171,17 +174,33 @@ def read_list(file: Path) -> dict[str, int]:
     Raises:
         ScionError: the file is missing or no such list; names the path whose label is no whole number.
     """
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not os.path.lexists(file):
         raise ScionError(f"data.root: no {file.name} in {file.parent} (VPT's lists are train.json, val.json and "
-                         "test.json)") from None
-    except (OSError, ValueError) as error:
+                         "test.json)")
+    try:
+        found = json.loads(read_text(file), object_pairs_hook=_once)
+    except _Twice as error:
+        raise ScionError(f"{file}: {error} stands there twice") from None
+    except (ValueError, RecursionError) as error:
         raise ScionError(f"{file}: cannot be read as JSON ({error})") from None
     if not isinstance(found, dict) or not found:
         raise ScionError(f"{file}: an object of paths and labels wanted, as {{\"images/1.jpg\": 0}}, found "
                          f"{'an empty one' if found == {} else type(found).__name__}")
     for path, label in found.items():
-        if isinstance(label, bool) or not (isinstance(label, int) or (isinstance(label, str) and label.isdecimal())):
-            raise ScionError(f"{file}: the label of {path} is {label!r}, a whole number wanted")
+        short = isinstance(label, str) and label.isdecimal() and len(label) < 20
+        if isinstance(label, bool) or not (isinstance(label, int) or short):
+            raise ScionError(f"{file}: the label of {path} is {repr(label)[:80]}, a whole number wanted")
     return {path: int(label) for path, label in found.items()}
+
+
+class _Twice(Exception):
+    """A path that a list gives two labels."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for path, label in pairs:
+        if path in found:
+            raise _Twice(path)
+        found[path] = label
+    return found

@@ -26,9 +26,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from core import cache as caches
 from core.data import Source, seed_of
 from core.errors import ScionError, listed, nearest
-from core.labelled import LabelledData, Parts, Sample, few, noted, replaced
+from core.files import open_regular
+from core.labelled import LabelledData, Parts, Sample, few, naming, noted, plainly, readable
 
 Resize = Literal["squash", "crop"]
 Interpolation = Literal["bicubic", "bilinear"]
@@ -38,6 +40,8 @@ Normalise = Literal["none", "imagenet", "inception"]
 SUFFIXES = frozenset(f".{name}" for name in (
     "jpg jpeg jpe jfif png bmp gif tif tiff webp ppm pgm pbm pnm").split())
 """Endings of picture files."""
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
+"""What a file may be, whatever its name says. Pillow knows forty more, some of which start other programs."""
 STATISTICS = {"none": ((0.0,) * 3, (1.0,) * 3), "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
               "inception": ((0.5,) * 3, (0.5,) * 3)}
 """Mean and standard deviation of each channel, of values in 0 .. 1."""
@@ -68,26 +72,27 @@ def read_picture(file: str | Path) -> Tensor:
 
 def load_picture(file: Path) -> Image.Image:
     """``read_picture`` as Pillow's picture in mode RGB."""
-    picture = _opened(file)
-    try:
-        with picture:
-            return _coloured(picture, file)
-    except ScionError:
-        raise
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError, MemoryError) as error:
-        raise ScionError(f"{file}: the picture is cut short or damaged ({_line(error)}); fetch it again or take it out "
-                         "of the list") from None
+    with naming(file):
+        picture = _opened(file)
+        try:
+            with picture:
+                return _coloured(picture, file)
+        except (ScionError, MemoryError):
+            raise
+        except Exception as error:  # of a damaged picture any of Pillow's readers raises whatever comes
+            raise ScionError(f"{file}: the picture is cut short or damaged ({_line(error)}); fetch it again or take it "
+                             "out of the list") from None
 
 
 def _opened(file: Path) -> Image.Image:
     """The file's header, checked; the pixels are not read yet."""
     try:
-        if file.is_dir():
-            raise ScionError(f"{file}: a folder, where a picture file is wanted")
-        if file.stat().st_size == 0:
-            raise ScionError(f"{file}: the picture file is empty (0 bytes); fetch it again or take it out of the list")
-        picture = Image.open(file)
-    except ScionError:
+        with open_regular(file) as stream:  # never a pipe, for which Pillow would wait
+            if os.fstat(stream.fileno()).st_size == 0:
+                raise ScionError(f"{file}: the picture file is empty (0 bytes); fetch it again or take it out of the "
+                                 "list")
+        picture = Image.open(file, formats=FORMATS)
+    except (ScionError, MemoryError):
         raise
     except Image.DecompressionBombError:
         raise ScionError(_too_large(file)) from None
@@ -95,7 +100,7 @@ def _opened(file: Path) -> Image.Image:
         raise ScionError(f"{file}: no readable picture; JPEG, PNG, BMP, GIF, TIFF, WebP or PPM wanted") from None
     except OSError as error:
         raise ScionError(f"{file}: cannot be read ({error.strerror or _line(error)})") from None
-    except (SyntaxError, ValueError, EOFError, IndexError, OverflowError) as error:
+    except Exception as error:
         raise ScionError(f"{file}: no readable picture ({_line(error)})") from None
     if Image.MAX_IMAGE_PIXELS and picture.width * picture.height > Image.MAX_IMAGE_PIXELS:
         picture.close()
@@ -132,13 +137,6 @@ def _unwarned() -> Iterator[None]:
         warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
         warnings.filterwarnings("ignore", module="PIL")
         yield
-
-
-def picture_files(folder: Path) -> list[Path]:
-    """Files below ``folder`` that are pictures by their ending, sorted; hidden ones are left out."""
-    return [file for file in sorted(folder.rglob("*"))
-            if file.suffix.lower() in SUFFIXES and file.is_file()
-            and not any(part.startswith(".") for part in file.relative_to(folder).parts)]
 
 
 # ------------------------------------------------------------------------------------------------- transforms
@@ -237,6 +235,8 @@ class Pictures(Dataset):
                  augment: Augment = "none", seed: int = 0, keep: bool = False, shared: bool = False) -> None:
         self.pictures, self.targets, self.view = pictures, targets, view
         self.augment, self.seed, self.epoch = augment, seed, 0
+        self.names = None if isinstance(pictures, Tensor) else pictures
+        """What people call each picture: its file."""
         self._kept: Tensor | None = None
         shape = (len(pictures), 3, view.size, view.size)
         if keep and augment != "crop_flip" and not isinstance(pictures, Tensor) and math.prod(shape) <= MOST_KEPT:
@@ -304,6 +304,7 @@ class ImageData(LabelledData):
 
     domain = "vision"
     samples_are, files_are, mini_is = "pictures", "picture", "rendered pictures of 48 x 48 pixels"
+    suffixes = SUFFIXES
 
     def __init__(self, root: str | None = None, source: Source = "auto", size: int | None = None,
                  resize: Resize = "squash", interpolation: Interpolation = "bicubic", augment: Augment = "none",
@@ -346,12 +347,8 @@ class ImageData(LabelledData):
 
     def read(self, file: str | Path) -> Tensor:
         """One picture file of any size -> [3, size, size]."""
-        with _unwarned():
+        with plainly(), _unwarned():
             return self.view.normalised(pixels(self.view.scaled(load_picture(Path(file)))))
-
-    def files(self, folder: Path) -> list[Path]:
-        """The picture files below ``folder``."""
-        return picture_files(folder)
 
     def illustrate(self, inputs: Tensor) -> Tensor:
         """The pictures of a batch of inputs, uint8 [batch, 3, size, size]."""
@@ -383,12 +380,12 @@ class ImageData(LabelledData):
         self.set_parts({which: (pictures, targets.tolist()) for which, (pictures, targets) in found.items()})
 
     def survey(self, samples: list[Any], bad: dict[int, str]) -> None:
-        if self._verdicts(samples).is_file():  # what was decoded once needs no other look
+        if os.path.isfile(self._verdicts(samples)):  # what was decoded once needs no other look
             return
         with _unwarned():
             for row, sample in enumerate(samples):
                 with noted(bad, row, self.skip_bad):
-                    if not sample.file.is_file():
+                    if not os.path.lexists(sample.file):
                         raise ScionError(f"{sample.file}: {self.lister(sample)} lists it, but there is no such file")
                     _opened(sample.file).close()
 
@@ -398,35 +395,18 @@ class ImageData(LabelledData):
 
     def prepare(self, samples: list[Any], wanted: list[int] | None, bad: dict[int, str]) -> dict[int, str]:
         """Decode each file once in its life: a picture that is cut short is told before training, not after hours."""
-        from tqdm import tqdm
-
         rows = wanted if wanted is not None else list(range(len(samples)))
-        store = self._verdicts([samples[row] for row in rows])
-        whole = self._verdicts(samples)
-        if not store.is_file() and whole.is_file():
+        store, whole = self._verdicts([samples[row] for row in rows]), self._verdicts(samples)
+        if os.path.isfile(whole) and not os.path.isfile(store):
             store, rows = whole, list(range(len(samples)))
-        if store.is_file():
-            verdicts = {rows[int(index)]: reason for index, reason in json.loads(store.read_text()).items()}
-            for row, reason in sorted(verdicts.items()):
-                with noted({}, row, self.skip_bad):
-                    raise ScionError(reason)
-            return verdicts
-        verdicts = {row: bad[row] for row in rows if row in bad}
-        left = [row for row in rows if row not in bad]
-        bar = tqdm(total=len(left), desc="looking at pictures", unit="picture", leave=False, delay=1)
-        with _unwarned(), ThreadPoolExecutor(os.cpu_count()) as pool, bar:
-            for start in range(0, len(left), 256):
-                chunk = left[start:start + 256]
-                for row, reason in zip(chunk, pool.map(_verdict, [samples[row].file for row in chunk]), strict=True):
-                    bar.update()
-                    if reason:
-                        with noted(verdicts, row, self.skip_bad):
-                            raise ScionError(reason)
-        index = {row: place for place, row in enumerate(rows)}
-        store.parent.mkdir(parents=True, exist_ok=True)
-        with replaced(store) as scratch:
-            scratch.write_text(json.dumps({index[row]: reason for row, reason in verdicts.items()}))
-        return verdicts
+        files = [samples[row].file for row in rows]
+        known = {index: bad[row] for index, row in enumerate(rows) if row in bad}
+        found = caches.kept(store, f"verdicts on {len(files)} pictures", lambda: _recall(store, files),
+                            lambda: _judge(store, files, known, self.skip_bad))
+        for reason in found.values():
+            with noted({}, 0, self.skip_bad):
+                raise ScionError(reason)
+        return {rows[index]: reason for index, reason in found.items()}
 
     def _verdicts(self, samples: Sequence[Any]) -> Path:
         """The file that says which of these very files cannot be read."""
@@ -435,22 +415,25 @@ class ImageData(LabelledData):
         for sample in samples:
             file: Path = sample.file
             if file.parent not in folders:  # resolving each of a hundred thousand files would take seconds
-                folders[file.parent] = str(file.parent.resolve())
+                folders[file.parent] = os.path.realpath(file.parent)
             try:
                 status = file.stat()
                 listing.append((folders[file.parent], file.name, status.st_size, status.st_mtime_ns))
             except OSError:
                 listing.append((folders[file.parent], file.name))
-        key = hashlib.sha256(json.dumps(["pictures-1", listing]).encode()).hexdigest()
+        key = hashlib.sha256(json.dumps(["pictures-2", listing]).encode()).hexdigest()
         return self.cache / f"{key[:32]}.json"
 
     def fill(self, samples: list[Any], parts: Parts, wanted: list[int] | None) -> None:
         position = {name: index for index, name in enumerate(self.classes)}
-        unit = torch.eye(len(self.classes)) if self.multilabel else None
 
         def target(sample: Sample) -> int | Tensor:
             labels = [position[label] for label in sample.labels]
-            return labels[0] if unit is None else unit[labels].sum(0)
+            if not self.multilabel:
+                return labels[0]
+            marks = torch.zeros(len(self.classes))
+            marks[labels] = 1
+            return marks
 
         self.set_parts({which: ([samples[row].file for row in rows], [target(samples[row]) for row in rows])
                         for which, rows in parts.items()})
@@ -477,6 +460,34 @@ def _one_of(option: str, value: str, known: Any) -> Any:
         raise ScionError(f"data.{option}: {value!r}{nearest(value, get_args(known))} is none of "
                          f"{listed(get_args(known))}")
     return value
+
+
+def _recall(store: Path, files: list[Path]) -> dict[int, str]:
+    """Which files cannot be read and why, from the cache; raises what ``core.cache.kept`` asks for."""
+    note = caches.read_note(store)
+    if any(readable(files[index]) for index in note["closed"]):
+        raise caches.Damaged("files that could not be opened then can be now")
+    return {int(index): reason for index, reason in note["bad"].items()}
+
+
+def _judge(store: Path, files: list[Path], bad: dict[int, str], skip_bad: bool) -> None:
+    """Decode all files but those that are known to be bad, and note in the cache which cannot be read."""
+    from tqdm import tqdm
+
+    bad = dict(bad)
+    left = [index for index in range(len(files)) if index not in bad]
+    bar = tqdm(total=len(left), desc="looking at pictures", unit="picture", leave=False, delay=1)
+    with _unwarned(), ThreadPoolExecutor(os.cpu_count()) as pool, bar:
+        for start in range(0, len(left), 256):
+            chunk = left[start:start + 256]
+            for index, reason in zip(chunk, pool.map(_verdict, [files[index] for index in chunk]), strict=True):
+                bar.update()
+                if reason:
+                    with noted(bad, index, skip_bad):
+                        raise ScionError(reason)
+    # what could not even be opened may come back unchanged: then it is looked at again
+    closed = [index for index in bad if not readable(files[index])]
+    caches.write_note(store, {"closed": closed, "bad": bad})
 
 
 def _verdict(file: Path) -> str:

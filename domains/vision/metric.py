@@ -18,10 +18,13 @@ Layouts from documentation, as the benchmarks are published:
 
 from __future__ import annotations
 
+import os
+import struct
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import torch
 from torch import Tensor
@@ -29,8 +32,9 @@ from torch.utils.data import Dataset
 
 from core.data import ClassSampler, EpochSampler, Source, seed_of
 from core.errors import ScionError, listed, nearest
-from core.folder import SETS, subfolders
-from core.labelled import Numbered, Parts, Sample, folder_with, ordered
+from core.files import open_regular, read_text
+from core.folder import SETS
+from core.labelled import Numbered, Parts, Sample, as_text, folder_with, ordered
 from domains.vision.images import Augment, ImageData, Normalise, Resize
 
 ROLES = {"test": 0, "query": 1, "gallery": 2}
@@ -123,16 +127,17 @@ class MetricLearning(ImageData):
     # ------------------------------------------------------------------------------ its files
 
     def layout(self, root: Path) -> Path:
-        if root.is_dir() and self.dataset in ("cars", "folder"):  # folders of classes need no list
+        if os.path.isdir(root) and self.dataset in ("cars", "folder"):  # folders of classes need no list
             around = root / self.folder
-            return around if self.folder and around.is_dir() else root
+            return around if self.folder and os.path.isdir(around) else root
         inside = [self.folder, self.folder.replace(" ", "_"), self.folder.split()[0]]
-        there = [name for name in self.benchmark.lists for folder in ("", *inside) if (root / folder / name).is_file()]
+        there = [name for name in self.benchmark.lists for folder in ("", *inside)
+                 if os.path.isfile(root / folder / name)]
         return folder_with(root, (there or self.benchmark.lists)[0], inside, self.title)
 
     def table(self, root: Path) -> tuple[list[Sample], list[str]]:
         read = {"cub": read_cub, "sop": read_products, "inshop": read_inshop}.get(self.dataset)
-        if self.dataset == "cars" and (root / "cars_annos.mat").is_file():
+        if self.dataset == "cars" and os.path.lexists(root / "cars_annos.mat"):
             read = read_cars
         samples, classes = read(root) if read else self._by_folders(root)
         groups: dict[str, set[str]] = {}
@@ -177,10 +182,10 @@ class MetricLearning(ImageData):
         return sorted(trained, key=lambda name: seed_of("validation classes", name))[:count]
 
     def _by_folders(self, root: Path) -> tuple[list[Sample], list[str]]:
-        tops = subfolders(root)
+        tops = self.subfolders(root)
         sets = {top: SETS.get(top.name.lower()) for top in tops}
-        inside = {top: subfolders(top) for top in tops} if tops and all(sets.values()) else {root: tops}
-        classes = [folder.name for folders in inside.values() for folder in folders]
+        inside = {top: self.subfolders(top) for top in tops} if tops and all(sets.values()) else {root: tops}
+        classes = [as_text(folder.name) for folders in inside.values() for folder in folders]
         given = {"train", "test"} <= set(sets.values()) and len(set(classes)) == len(classes)
         samples = []
         for top, folders in inside.items():
@@ -188,7 +193,7 @@ class MetricLearning(ImageData):
                 files = self.files(folder)
                 if not files:
                     raise ScionError(f"data.root: no picture in the folder {folder}")
-                samples += [Sample(file, file.relative_to(root).as_posix(), (folder.name,),
+                samples += [Sample(file, file.relative_to(root).as_posix(), (as_text(folder.name),),
                                    sets[top] if given else None) for file in files]
         if not samples:
             raise ScionError(f"data.root: {root} has no subfolders; wanted: one for each class"
@@ -207,8 +212,8 @@ class MetricLearning(ImageData):
 
     def named(self, samples: list[Sample], classes: list[str]) -> str:
         if self.dataset == "folder":
-            root = (self.root or Path()).expanduser().resolve()
-            return f"{root.name} ({len(samples)} pictures, {len(classes)} + {len(self._others)} classes)"
+            name = as_text(os.path.basename(os.path.realpath(os.path.expanduser(self.root or ""))))
+            return f"{name} ({len(samples)} pictures, {len(classes)} + {len(self._others)} classes)"
         sizes: dict[str, int] = {}
         for sample in samples:
             which = "train" if sample.group == "validation" else str(sample.group)
@@ -269,23 +274,20 @@ def rows_of(file: Path, columns: Sequence[str], header: int = 0) -> Iterator[tup
     Raises:
         ScionError: the file cannot be read or has no such lines; names the line that has other columns.
     """
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ScionError(f"{file}: cannot be read as a list ({error})") from None
+    lines = read_text(file).splitlines()
     if not any(line.strip() for line in lines[header:]):
         raise ScionError(f"{file}: empty; lines of {listed(columns)} wanted")
     for number, line in enumerate(lines[header:], start=header + 1):
         words = line.split()
         if words and len(words) != len(columns):
-            raise ScionError(f"{file}, line {number}: {listed(columns)} wanted, found {line.strip()!r}")
+            raise ScionError(f"{file}, line {number}: {listed(columns)} wanted, found {line.strip()[:80]!r}")
         if words:
             yield number, words
 
 
 def _whole(word: str, where: str) -> int:
-    if not word.isdecimal():
-        raise ScionError(f"{where}: {word!r} is no number of a class")
+    if not word.isdecimal() or len(word) > 9:
+        raise ScionError(f"{where}: {word[:80]!r} is no number of a class")
     return int(word)
 
 
@@ -298,10 +300,34 @@ def read_cub(root: Path) -> tuple[list[Sample], list[str]]:
     for line, (image, path) in rows_of(file, ("image id", "path")):
         if image not in labels:
             raise ScionError(f"{file}, line {line}: image {image} has no class in image_class_labels.txt")
-        name = Path(path).parent.name
+        name = as_text(Path(path).parent.name)
         numbers.add(line, labels[image], name)
         samples.append(Sample(root / "images" / path, path, (name,)))
     return samples, numbers.order()
+
+
+PACKED = 15
+"""The type of an element of a MATLAB file that is packed by zlib."""
+LARGEST_MAT = 64 * 2**20
+"""Bytes of a MATLAB file beyond which it is not read, packed or unpacked: Cars-196's has some ten million."""
+
+
+def _check_size(file: Path, stream: BinaryIO) -> None:
+    """Refuse a MATLAB file that is too large, or would be when it is unpacked."""
+    size = os.fstat(stream.fileno()).st_size
+    stream.seek(128)  # behind the header come elements: type, length, content
+    while size <= LARGEST_MAT and len(head := stream.read(8)) == 8:
+        kind, length = struct.unpack("<II", head)
+        if kind != PACKED:
+            stream.seek(length, os.SEEK_CUR)
+            continue
+        unpacker, data = zlib.decompressobj(), stream.read(length)
+        while data and size <= LARGEST_MAT:
+            size += len(unpacker.decompress(data, 1 << 20))
+            data = unpacker.unconsumed_tail
+    if size > LARGEST_MAT:
+        raise ScionError(f"{file}: larger than {LARGEST_MAT >> 20} MiB, which no table of pictures is")
+    stream.seek(0)
 
 
 def read_cars(root: Path) -> tuple[list[Sample], list[str]]:
@@ -312,9 +338,13 @@ def read_cars(root: Path) -> tuple[list[Sample], list[str]]:
     except ImportError:
         raise ScionError(f"{file}: scipy, which reads MATLAB's files, is not installed: pip install scipy") from None
     try:
-        table = loadmat(str(file), squeeze_me=True)
+        with open_regular(file) as stream:
+            _check_size(file, stream)
+            table = loadmat(stream, squeeze_me=True, variable_names=["annotations", "class_names"])
         names = [str(name) for name in table["class_names"]]
         rows = [(str(row["relative_im_path"]), int(row["class"])) for row in table["annotations"]]
+    except ScionError:
+        raise
     except Exception as error:  # of a damaged file scipy raises whatever comes
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ScionError(f"{file}: no table with annotations (relative_im_path, class) and class_names ({reason})"
@@ -347,7 +377,7 @@ def read_inshop(root: Path) -> tuple[list[Sample], list[str]]:
         if which not in BENCHMARKS["inshop"].sizes:
             raise ScionError(f"{file}, line {line}: {which!r} is no set; train, query or gallery wanted")
         if place is None:
-            place = next((folder for folder in (root, root / "Img") if (folder / path).is_file()), root)
+            place = next((folder for folder in (root, root / "Img") if os.path.isfile(folder / path)), root)
         samples.append(Sample(place / path, path, (item,), which))
     for which in BENCHMARKS["inshop"].sizes:
         if not any(sample.group == which for sample in samples):

@@ -12,6 +12,7 @@ a number. The lists name no classes; a file ``classes.txt`` (or ``labels.txt``) 
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from core.data import Source
 from core.errors import ScionError, listed, nearest
+from core.files import read_text
 from core.labelled import Parts, Sample
 from domains.vision.images import ImageData, Normalise
 
@@ -122,7 +124,7 @@ class VTAB1k(ImageData):
             return super().choices(argument, arguments)
         source = arguments.get("source", "auto")
         data = cls(cache=arguments.get("cache"))
-        absent = source == "auto" and arguments.get("root") is None and not (data.cache / cls.folder).is_dir()
+        absent = source == "auto" and arguments.get("root") is None and not os.path.isdir(data.cache / cls.folder)
         return list(_mini_tasks() if source == "mini" or absent else TASKS)
 
     # ------------------------------------------------------------------------------ what the layout says
@@ -147,10 +149,10 @@ class VTAB1k(ImageData):
 
     def layout(self, root: Path) -> Path:
         names = self.real_task, *TASKS[self.real_task].aliases
-        if not root.is_dir():
+        if not os.path.isdir(root):
             raise ScionError(f"data.root: no folder {root}")
         for folder in (root / inside / name for inside in ("", INSIDE) for name in names):
-            if folder.is_dir():
+            if os.path.isdir(folder):
                 return folder
         there = sorted(folder.name for folder in root.iterdir() if folder.is_dir() and folder.name[0] != ".")
         raise ScionError(f"data.root: no folder {names[0]} in {root} (wanted: a folder for each task of VTAB-1k), "
@@ -215,10 +217,10 @@ def _mini_tasks() -> dict[str, Any]:
 
 
 def _class_names(folder: Path, count: int) -> list[str]:
-    file = next((file for name in ("classes", "labels") if (file := folder / f"{name}.txt").is_file()), None)
+    file = next((file for name in ("classes", "labels") if os.path.lexists(file := folder / f"{name}.txt")), None)
     if file is None:
         return [str(number) for number in range(count)]
-    names = [line.strip() for line in _read(file).splitlines() if line.strip()]
+    names = [line.strip() for line in read_text(file).splitlines() if line.strip()]
     if len(names) != count or len(set(names)) != count:
         raise ScionError(f"{file}: {len(set(names))} different names on {len(names)} lines, the task has {count} "
                          "classes: one name on each line wanted")
@@ -227,19 +229,19 @@ def _class_names(folder: Path, count: int) -> list[str]:
 
 def _entries(file: Path, which: str, classes: list[str]) -> list[Entry]:
     """The lines of a list, checked."""
-    if not file.is_file():
+    if not os.path.lexists(file):
         raise ScionError(f"{file}: no such list of pictures (VTAB-1k's layout has train800.txt, val200.txt, "
                          "train800val200.txt and test.txt in the folder of each task)")
     found = []
-    for number, line in enumerate(_read(file).splitlines(), start=1):
+    for number, line in enumerate(read_text(file).splitlines(), start=1):
         if not line.strip():
             continue
         where = f"{file}, line {number}"
-        match = re.fullmatch(r"\s*(\S.*?)\s+([+-]?\d+)\s*", line)
-        if match is None:
+        words = line.strip().rsplit(maxsplit=1)
+        if len(words) < 2 or re.fullmatch(r"[+-]?\d{1,9}", words[1]) is None:
             raise ScionError(f"{where}: {line.strip()[:80]!r} has no label; a picture's path, a space and the number "
                              "of its class wanted")
-        name, label = match[1], int(match[2])
+        name, label = words[0], int(words[1])
         if not 0 <= label < len(classes):
             raise ScionError(f"{where}: {label} is no label; the task has {len(classes)} classes, 0 to "
                              f"{len(classes) - 1}")
@@ -247,10 +249,3 @@ def _entries(file: Path, which: str, classes: list[str]) -> list[Entry]:
     if not found:
         raise ScionError(f"{file}: empty; lines of a picture's path and the number of its class wanted")
     return found
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ScionError(f"{file}: cannot be read ({error})") from None

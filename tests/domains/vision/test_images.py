@@ -28,7 +28,7 @@ def test_formats(suffix: str, tmp_path: Path) -> None:
     assert found.shape == (3, 30, 40) and found.dtype == torch.uint8
     error = (found.float() - pixels(noise()).float()).abs()
     assert error.max() == 0 if suffix not in ("jpg", "gif") else error.mean() < 12
-    assert file in images.picture_files(tmp_path)
+    assert file in ImageFolder(source="mini").files(tmp_path)
 
 
 def test_grey_palette_and_print_colours(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_files_by_their_endings(tmp_path: Path) -> None:
     for name in ("a.JPG", "b/c.Png", "notes.txt", ".hidden.png", ".d/e.png", "__x.npy"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert [file.name for file in images.picture_files(tmp_path)] == ["a.JPG", "c.Png"]
+    assert [file.name for file in ImageFolder(source="mini").files(tmp_path)] == ["a.JPG", "c.Png"]
 
 
 # ------------------------------------------------------------------------------------------------- one size
