@@ -194,6 +194,11 @@ class PEFTMethod(Recorded, Callback, ABC):
         return {f"{self.prefix}{path}.{name}": graft for path, graft in self.module.named_modules()
                 if isinstance(graft, Graft) for name in graft.packed}
 
+    def optimizer_bytes(self) -> int:
+        """What the optimizer keeps of the method's tensors: Adam's two moments, unless `make_optimizer` says otherwise;
+        counters of steps are left out."""
+        return sum(2 * tensor.numel() * tensor.element_size() for tensor in self.trainable().values())
+
     def loss_terms(self, module: Any, batch: Any, outputs: Any) -> Tensor | None:
         """A term to add to the task's loss in FineTuner, or None."""
         return None
