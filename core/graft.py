@@ -345,14 +345,23 @@ class _Remade(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
         x, *trained = ctx.saved_tensors
-        with torch.enable_grad():
-            leaves = [tensor.detach().requires_grad_() for tensor in trained]
-            weight = ctx.make(*leaves)
-        rows, inputs = gradient.flatten(0, -2), x.flatten(0, -2)
-        to_x = gradient @ weight.detach().to(gradient.dtype) if ctx.needs_input_grad[0] else None
-        to_bias = rows.sum(0) if ctx.biased else None
-        of_weight = (rows.t() @ inputs).to(weight.dtype)
-        return to_x, to_bias, None, *torch.autograd.grad(weight, leaves, of_weight, allow_unused=True)
+        twice = torch.is_grad_enabled()  # this derivative will itself be differentiated
+        with torch.autocast(x.device.type, enabled=False):
+            with torch.enable_grad():
+                leaves = trained if twice else [tensor.detach().requires_grad_() for tensor in trained]
+                weight = ctx.make(*leaves)
+            kept = (weight if twice else weight.detach()).to(gradient.dtype)
+            rows, inputs = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1])
+            to_x = gradient @ kept if ctx.needs_input_grad[0] else None
+            to_bias = rows.sum(0) if ctx.biased else None
+            of_weight = (rows.t() @ inputs).to(weight.dtype)
+            to_trained = torch.autograd.grad(weight, leaves, of_weight, create_graph=twice, allow_unused=True)
+        return to_x, to_bias, None, *to_trained
+
+
+def _transformed() -> bool:
+    """Whether `torch.func` or forward-mode derivatives are at work, for which `_Remade` has no rule."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def _linear(x: Tensor, bias: Tensor | None, effective: Effective) -> Tensor:
@@ -590,7 +599,7 @@ class Carrier:
             routed = [graft for graft in mine if graft.batch is not None]
             trained = tuple(p for graft in common for p in graft.parameters() if p.requires_grad)
             if (not routed and trained and any(graft.remade for graft in common) and torch.is_grad_enabled()
-                    and not frozen.requires_grad and not torch.compiler.is_compiling()):
+                    and not frozen.requires_grad and not torch.compiler.is_compiling() and not _transformed()):
                 entry.make, entry.trained = functools.partial(_made_from, common, frozen), trained
             else:
                 entry.tensor = _chain(common, frozen)
