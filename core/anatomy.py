@@ -438,6 +438,10 @@ class Anatomy:
         """The roles with a stage before them, where blocks have one."""
         return {f"{block.stage}.{role}" for block in self.blocks if block.stage for role in block.sites}
 
+    def block_of(self, name: str) -> int | None:
+        """Index of the block that holds the parameter ``name``; None where it lies outside of them."""
+        return next((block.index for block in self.blocks if name.startswith(f"{block.path}.")), None)
+
     def layer_indices(self, layers: Sequence[int] | None, asker: str = "") -> set[int]:
         """Block indices, negative ones counted from the end; None means all."""
         return check_layers(layers, len(self.blocks), self.family, asker)

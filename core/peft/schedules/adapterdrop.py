@@ -103,13 +103,13 @@ class AdapterDrop(PEFTMethod):
         return [method for method in home.methods.values() if method is not self and method.place < self.place]
 
     def _in_layers(self) -> list[Graft]:
-        return [graft for host in self.hosts() for graft in host.grafts if graft.site.block is not None]
+        return [graft for host in self.hosts() for graft in host.grafts if graft.layer is not None]
 
     def switch(self, count: int) -> None:
         """Let the first ``count`` layers be without adapters."""
         self.count = count
         for graft in self._in_layers():
-            dropped = graft.site.block is not None and graft.site.block < count
+            dropped = graft.layer is not None and graft.layer < count
             if graft.dropped != dropped:
                 graft.dropped = dropped
                 refresh(graft)
