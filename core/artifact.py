@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from core.anatomy import dissect
+from core.base import check_base
 from core.errors import ScionError, listed
 from core.files import write_atomically
 from core.method import Home, PEFTMethod, decode_extra_state, methods_on, uncompiled
@@ -181,6 +182,7 @@ def restore(record: dict[str, Any], tensors: dict[str, Tensor], model: nn.Module
     from core import peft
 
     model = uncompiled(model)
+    check_base(model, where)
     anatomy = dissect(model)
     print_now = fingerprint(model, without=anatomy.head_names())
     expected = record["base"]["fingerprint"]

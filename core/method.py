@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from core import graft as grafts
 from core.anatomy import NORMS, Anatomy, Site, check_layers, check_roles, dissect
+from core.base import check_base, check_quantized
 from core.data import seed_of
 from core.errors import ScionError, listed, nearest
 from core.graft import Graft
@@ -338,6 +339,7 @@ class PEFTMethod(Recorded, Callback, ABC):
         Raises:
             ScionError: it cannot, and why.
         """
+        check_base(model, self.name)
         anatomy = dissect(model)
         for role in self.needs:
             if role not in anatomy.roles:
@@ -349,8 +351,7 @@ class PEFTMethod(Recorded, Callback, ABC):
                              f"{listed(anatomy.roles, 40)}")
         anatomy.layer_indices(self.layers, self.name)
         self.check(anatomy)
-        self.sites(anatomy)
-        self.moved(anatomy)
+        check_quantized(model, self.sites(anatomy), self.moved(anatomy), self.name)
         return anatomy
 
     def foresee(self, roles: Sequence[str], blocks: int, family: str) -> None:

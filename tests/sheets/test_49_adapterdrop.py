@@ -185,7 +185,8 @@ def test_8_refusals(tmp_path: Path) -> None:
         trainer(tmp_path, method_class("BitFit")(), AdapterDrop(drop=1), max_steps=1).fit(module, loader("timm_vit"))
 
 
-@pytest.mark.parametrize(("host", "config"), [("VPT", {"deep": False}), ("PromptTuning", {}), ("PTuning", {"hidden": 8})])
+@pytest.mark.parametrize(("host", "config"), [
+    ("VPT", {"deep": False}), ("PromptTuning", {}), ("PTuning", {"hidden": 8})])
 def test_prompts_of_all_layers_stay(host: str, config: dict[str, Any]) -> None:
     """They enter at the first layer and leave behind the last: they are no layer's own."""
     model, inputs = make("timm_vit"), batch("timm_vit")
