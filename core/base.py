@@ -28,8 +28,8 @@ def check_base(model: nn.Module, asker: str = "") -> None:
     for path, module in model.named_modules():
         if _offloads(vars(module).get("_hf_hook")):
             raise ScionError(f"{who}{path or kind} is offloaded by accelerate, so that its weights come and go with "
-                             "each call: load the model whole onto one device (device_map={'': 0}), or take the hooks off "
-                             "(accelerate.hooks.remove_hook_from_submodules)")
+                             "each call: load the model whole onto one device (device_map={'': 0}), or take the hooks "
+                             "off (accelerate.hooks.remove_hook_from_submodules)")
         if _packs(module):
             raise ScionError(f"{who}{path} ({type(module).__name__}) holds a quantized weight; {WAY_OUT}")
     parameters = {name: p for name, p in model.named_parameters() if "peft" not in name.split(".")}
