@@ -13,6 +13,7 @@ and works on any ``nn.Module`` with a known anatomy just as well::
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
 import warnings
@@ -144,7 +145,12 @@ class PEFTMethod(Recorded, Callback, ABC):
         return []
 
     def check(self, anatomy: Anatomy) -> None:
-        """Refuse, before anything changes, a backbone that this method cannot have."""
+        """Refuse, before anything changes, a backbone that this method cannot have. It answers only, as `sites` and
+        `moved` do: what the method keeps of a backbone it takes in `begin`."""
+
+    def begin(self, anatomy: Anatomy) -> None:
+        """Take from the backbone what `sites`, `moved` and `build` need, and go back to the first stage. Called after
+        `check` where the method is about to be attached."""
 
     def feature_dim(self, dim: int, anatomy: Anatomy) -> int:
         """Width of the root's feature with this method on it, where it is ``dim`` without; what reads the feature is
@@ -279,7 +285,7 @@ class PEFTMethod(Recorded, Callback, ABC):
         if any(isinstance(child, Home) and child is not home for child in model.modules()):
             raise ScionError(f"{self.name}: a module inside {type(model).__name__} has methods attached already; "
                              "attach to the same module")
-        anatomy = self.examine(model)
+        anatomy = self._begun(model)
         norms = self._norm_names(anatomy)
         moved = list(dict.fromkeys([*self.moved(anatomy), *norms]))
         for other in home.methods.values() if home is not None else ():
@@ -334,11 +340,19 @@ class PEFTMethod(Recorded, Callback, ABC):
                                   "is", stacklevel=3)
 
     def examine(self, model: nn.Module) -> Anatomy:
-        """The anatomy of ``model``, if this method can stand on it; changes nothing.
+        """The anatomy of ``model``, if this method can stand on it; changes nothing, the method included.
 
         Raises:
             ScionError: it cannot, and why.
         """
+        return self._stand_in()._begun(model)
+
+    def _stand_in(self) -> PEFTMethod:
+        """A copy that can look at a backbone in this method's place."""
+        return copy.copy(self)
+
+    def _begun(self, model: nn.Module) -> Anatomy:
+        """`check` and `begin` on ``model``."""
         check_base(model, self.name)
         anatomy = dissect(model)
         for role in self.needs:
@@ -351,6 +365,7 @@ class PEFTMethod(Recorded, Callback, ABC):
                              f"{listed(anatomy.roles, 40)}")
         anatomy.layer_indices(self.layers, self.name)
         self.check(anatomy)
+        self.begin(anatomy)
         check_quantized(model, self.sites(anatomy), self.moved(anatomy), self.name)
         return anatomy
 

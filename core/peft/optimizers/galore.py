@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from core.anatomy import Anatomy
+from core.anatomy import Anatomy, Site
 from core.errors import ScionError
 from core.optim import run_closure
 from core.peft.selection.full import FullFineTuning
@@ -99,13 +99,19 @@ class GaLore(FullFineTuning):
         self.rank, self.scale, self.interval, self.roles = rank, scale, interval, targets
         self.projected: list[str] = []
 
+    def _projections(self, anatomy: Anatomy) -> list[Site]:
+        """Where weights are projected, if they are trained."""
+        return anatomy.sites(anatomy.linear_roles() if self.roles is None else self.roles, self.layers, self.name)
+
     def check(self, anatomy: Anatomy) -> None:
-        sites = anatomy.sites(anatomy.linear_roles() if self.roles is None else self.roles, self.layers, self.name)
-        for site in sites:
+        for site in self._projections(anatomy):
             if site.kind == "module":
                 raise ScionError(f"{self.name}: {site.name} ({type(site.module).__name__}) has no linear weight")
+
+    def begin(self, anatomy: Anatomy) -> None:
         moved = set(self.moved(anatomy))
-        self.projected = list(dict.fromkeys(site.weight_name for site in sites if site.weight_name in moved))
+        names = [site.weight_name for site in self._projections(anatomy)]
+        self.projected = list(dict.fromkeys(name for name in names if name in moved))
 
     def param_groups(self) -> list[dict[str, Any]]:
         trained = self.trainable()

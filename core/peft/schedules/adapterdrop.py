@@ -53,11 +53,14 @@ class AdapterDrop(PEFTMethod):
         self.last = 0  # number of the last layer, once there is a backbone
 
     def check(self, anatomy: Anatomy) -> None:
-        self.last = last = len(anatomy.blocks) - 1
+        last = len(anatomy.blocks) - 1
         for what, value in (("drop", self.drop), ("maximum", self.maximum), ("inference", self.inference)):
             if isinstance(value, int) and value > last:
                 raise ScionError(f"{self.name}: {what} {value} leaves no layer of {anatomy.family} its adapters; at "
                                  f"most {last} can go")
+
+    def begin(self, anatomy: Anatomy) -> None:
+        self.last = len(anatomy.blocks) - 1
 
     def _connect(self) -> None:
         super()._connect()

@@ -131,6 +131,13 @@ class SpIEL(PEFTMethod):
 
     def check(self, anatomy: Anatomy) -> None:
         self.need_linear(anatomy)
+        self._counts(anatomy)
+
+    def begin(self, anatomy: Anatomy) -> None:
+        self.counts_of = self._counts(anatomy)
+
+    def _counts(self, anatomy: Anatomy) -> dict[str, int]:
+        """How many entries each site has."""
         sites = self.sites(anatomy)
         sizes = {site.name: site.in_features * site.out_features for site in sites}
         everything = sum(p.numel() for name, p in anatomy.root.named_parameters() if not name.startswith("peft."))
@@ -138,11 +145,12 @@ class SpIEL(PEFTMethod):
             site.in_features + site.out_features for site in sites)
         if budget > sum(sizes.values()):
             raise ScionError(f"{self.name}: {budget} entries are more than the {sum(sizes.values())} of the targets")
-        self.counts_of = {name: budget * size // sum(sizes.values()) for name, size in sizes.items()}
-        empty = [name for name, count in self.counts_of.items() if not count]
+        counts = {name: budget * size // sum(sizes.values()) for name, size in sizes.items()}
+        empty = [name for name, count in counts.items() if not count]
         if empty:
             raise ScionError(f"{self.name}: of {budget} entries none falls to {empty[0]}; give a larger density, count "
                              "or rank, or fewer targets")
+        return counts
 
     def build(self, site: Site) -> Graft:
         count, size = self.counts_of[site.name], site.in_features * site.out_features
