@@ -224,6 +224,12 @@ class Site:
         return bias if bias is None or self.rows is None else self.rows.take(bias)
 
     @property
+    def takes_bias(self) -> bool:
+        """Whether merging may change the module's bias, or give it one: it must be called as a whole and look for it.
+        Norms by root mean square do not."""
+        return self.bias is not None or ("bias" in self.module._parameters and not self.while_active)
+
+    @property
     def channel_axis(self) -> int:
         """Axis of the channels in the site's output, from the end: before the space axes behind a convolution or a
         norm of images, else the last."""

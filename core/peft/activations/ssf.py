@@ -16,13 +16,6 @@ from core.method import PEFTMethod
 Shift = bool | Literal["possible"] | None
 
 
-def takes_bias(site: Site) -> bool:
-    """Whether merging may put a bias behind the operator, or change the one that it has: one that is called as a whole
-    and looks for it. Norms by root mean square do not."""
-    return getattr(site.module, "bias", None) is not None or (
-        "bias" in site.module._parameters and not site.while_active)
-
-
 class SSFGraft(Graft):
     """gamma * y + beta, along the channels"""
 
@@ -32,7 +25,7 @@ class SSFGraft(Graft):
         super().__init__(site)
         self.gamma = nn.Parameter(1 + spread * torch.randn(site.out_features))
         self.beta = nn.Parameter(spread * torch.randn(site.out_features)) if shift else None
-        self.adds_bias = shift and takes_bias(site)
+        self.adds_bias = shift and site.takes_bias
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         shape = [1] * y.dim()
@@ -112,7 +105,7 @@ class SSF(PEFTMethod):
     def shifts(self, site: Site) -> bool:
         """Whether there is a beta at a site."""
         if self.shift == "possible":
-            return takes_bias(site)
+            return site.takes_bias
         return getattr(site.module, "bias", None) is not None if self.shift is None else self.shift
 
     def build(self, site: Site) -> Graft:
