@@ -224,9 +224,18 @@ class Site:
         return bias if bias is None or self.rows is None else self.rows.take(bias)
 
     @property
+    def takes_bias(self) -> bool:
+        """Whether merging may change the module's bias, or give it one: it must be called as a whole and look for it.
+        Norms by root mean square do not."""
+        return self.bias is not None or ("bias" in self.module._parameters and not self.while_active)
+
+    @property
     def channel_axis(self) -> int:
-        """Axis of the channels in the site's output: 1 behind a convolution or a norm of images, else the last."""
-        return 1 if self.kind == "conv" or type(self.module).__name__.endswith("Norm2d") else -1
+        """Axis of the channels in the site's output, from the end: before the space axes behind a convolution or a
+        norm of images, else the last."""
+        if self.kind == "conv":
+            return 1 - self.full_weight.dim()
+        return -3 if type(self.module).__name__.endswith("Norm2d") else -1
 
     def take(self, y: Tensor) -> Tensor:
         """The site's channels of its module's output."""
@@ -249,10 +258,9 @@ class Site:
             down: [rank, in].
             up: [out, rank].
         """
-        conv: Any = self.module
-        if self.kind == "conv" and conv.groups > 1:  # each group sees other channels: the product is the weight itself
-            weight = (scale * up @ down).view(-1, *self.full_weight.shape[1:])
-            return self._convolve(x, weight, conv.stride, conv.padding, conv.dilation, conv.groups)
+        if self.kind == "conv" and self.module.groups > 1:  # type: ignore[operator]
+            # Each group sees other channels: the product is the weight itself.
+            return self._convolve(x, (scale * up @ down).view(-1, *self.full_weight.shape[1:]))
         hidden = self.project(x, down)
         return self.mix(hidden if scale == 1 else hidden * scale, up)
 
@@ -260,18 +268,27 @@ class Site:
         """``matrix`` [rank, in] applied to the site's input as its own weight would be -> rank channels."""
         if self.kind != "conv":
             return F.linear(x, matrix)
-        conv: Any = self.module
-        return self._convolve(x, matrix.view(-1, *self.full_weight.shape[1:]), conv.stride, conv.padding, conv.dilation)
+        return self._convolve(x, matrix.view(-1, *self.full_weight.shape[1:]))
 
     def mix(self, y: Tensor, matrix: Tensor) -> Tensor:
         """``matrix`` [out, in] applied to the channels of what stands on the site's output side."""
         if self.kind != "conv":
             return F.linear(y, matrix)
-        return self._convolve(y, matrix.view(*matrix.shape, *[1] * (self.full_weight.dim() - 2)))
+        space = self.full_weight.dim() - 2
+        convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[space]
+        return convolve(y, matrix.view(*matrix.shape, *[1] * space))
 
-    def _convolve(self, x: Tensor, weight: Tensor, *geometry: Any) -> Tensor:
-        run = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[weight.dim() - 2]
-        return run(x, weight, None, *geometry)
+    def _convolve(self, x: Tensor, weight: Tensor) -> Tensor:
+        """What the site's convolution makes of ``x`` with another weight and no bias; it pads and strides as ever."""
+        conv: Any = self.module
+        if type(conv).forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward):
+            return conv._conv_forward(x, weight, None)
+        held = dict(conv._parameters)
+        conv._parameters.update(weight=weight, bias=None)
+        try:
+            return type(conv).forward(conv, x)
+        finally:
+            conv._parameters.update(held)
 
     def matrix(self, weight: Tensor) -> Tensor:
         """The site's part of ``weight`` (the module's layout) as a matrix [out, in]."""
@@ -426,6 +443,10 @@ class Anatomy:
     def _staged(self) -> set[str]:
         """The roles with a stage before them, where blocks have one."""
         return {f"{block.stage}.{role}" for block in self.blocks if block.stage for role in block.sites}
+
+    def block_of(self, name: str) -> int | None:
+        """Index of the block that holds the parameter ``name``; None where it lies outside of them."""
+        return next((block.index for block in self.blocks if name.startswith(f"{block.path}.")), None)
 
     def layer_indices(self, layers: Sequence[int] | None, asker: str = "") -> set[int]:
         """Block indices, negative ones counted from the end; None means all."""

@@ -7,10 +7,8 @@ and which base they belong to). Nothing in it is executed: a method is looked up
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,41 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from core.anatomy import dissect
+from core.base import check_base
 from core.errors import ScionError, listed
 from core.files import write_atomically
+from core.fingerprint import fingerprint
 from core.method import Home, PEFTMethod, decode_extra_state, methods_on, uncompiled
 
 FORMAT = 1
 TENSORS, RECORD = "adapter.safetensors", "adapter.json"
-SAMPLES = 64
-"""Values of each tensor that enter the fingerprint."""
-
-
-def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> str:
-    """16 hexadecimal digits of a model's tensors: names, shapes and a sample of the values.
-
-    Values enter rounded to bfloat16, so a half-precision copy of a model has the fingerprint of its original. A task
-    head (``without``) and anything under ``peft`` do not count. On the meta device there are no values to read.
-    """
-    skip = set(without)
-    heads, samples = [], []
-    for name, tensor in model.state_dict().items():
-        if name in skip or name.startswith("peft.") or name.endswith("_extra_state"):
-            continue
-        heads.append(f"{name}{tuple(tensor.shape)}".encode())
-        flat, step = (tensor.reshape(-1), tensor.numel() // SAMPLES) if not tensor.is_meta else (
-            torch.empty(0, device="cpu"), 0)
-        flat = flat[:step * SAMPLES:step] if step > 1 else flat[:SAMPLES]
-        samples.append(flat.to("cpu", torch.float32))
-    digest = hashlib.sha256()
-    if samples:  # rounded together: a hundred small tensors one by one take longer
-        values, start = torch.cat(samples).to(torch.bfloat16).float().numpy(), 0
-        for head, sample in zip(heads, samples, strict=True):
-            digest.update(head)
-            digest.update(values[start:start + len(sample)].tobytes())
-            start += len(sample)
-    return digest.hexdigest()[:16]
-
 
 # ------------------------------------------------------------------------------------------------- adapter folders
 
@@ -181,6 +152,7 @@ def restore(record: dict[str, Any], tensors: dict[str, Tensor], model: nn.Module
     from core import peft
 
     model = uncompiled(model)
+    check_base(model, where)
     anatomy = dissect(model)
     print_now = fingerprint(model, without=anatomy.head_names())
     expected = record["base"]["fingerprint"]

@@ -110,6 +110,15 @@ class SideBySide(PEFTMethod):
             method.check(anatomy)
         self._check_bases(anatomy)
 
+    def begin(self, anatomy: Anatomy) -> None:
+        for method in self.methods:
+            method.begin(anatomy)
+
+    def _stand_in(self) -> PEFTMethod:
+        found: Any = super()._stand_in()
+        found.methods = [method._stand_in() for method in self.methods]
+        return found
+
     def _check_bases(self, anatomy: Anatomy) -> None:
         from core.artifact import fingerprint
 

@@ -53,7 +53,8 @@ class Cost:
     gradient_bytes: int
     """One gradient for each trained parameter, in its own type."""
     optimizer_bytes: int
-    """Adam's two moments for each trained parameter, in its own type (not the step, 4 bytes a tensor)."""
+    """Adam's two moments for each trained parameter, in its own type (not the step, 4 bytes a tensor); for methods that
+    bring an optimizer, what that one keeps."""
     adapter_bytes: int
     """Size of ``adapter.safetensors`` as ``method.save`` writes it: with a trained head inside the methods' model,
     without one outside of it. 0 without a method."""
@@ -146,8 +147,13 @@ def _parameters(model: nn.Module) -> Cost:
     counts["trained"] = sum(p.numel() for p in trained.values())
     counts["stored"] = sum(tensor.numel() for tensor in stored.values())
     gradients = sum(p.numel() * p.element_size() for p in trained.values())
+    moments = 2 * gradients
+    for method in methods:
+        if method.is_optimizer:
+            adam = sum(2 * p.numel() * p.element_size() for p in method.trainable().values() if id(p) in trained)
+            moments += method.optimizer_bytes() - adam
     return Cost(model=type(model).__name__, methods=tuple(map(repr, methods)), parameters=counts,
-                gradient_bytes=gradients, optimizer_bytes=2 * gradients,
+                gradient_bytes=gradients, optimizer_bytes=moments,
                 adapter_bytes=safetensors_bytes(file) if methods else 0)
 
 

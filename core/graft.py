@@ -75,6 +75,9 @@ class Graft(nn.Module):
     making it costs little beside the map itself, and is not random."""
     entries: bool = False
     """Its tensors stand for chosen entries of the backbone's, any of which may have a zero gradient by its place."""
+    heeds_strength: bool = False
+    """It makes what ``strength`` means of itself (a magnitude that stays, an angle); else its change is multiplied by
+    it, the output going from what arrives to what it gives."""
     adds_bias: bool = False
     """Merging it gives a bias to a map that has none."""
     whole_batch: bool = False
@@ -94,7 +97,7 @@ class Graft(nn.Module):
         """Whether another method has taken it out of the model: it takes no part then, whatever ``active`` says, and
         is not merged."""
         self.strength = 1.0
-        """Its change is multiplied by this (a method that weighs others sets it)."""
+        """How far it takes part, from 0 to 1 (a method that weighs others sets it); see ``heeds_strength``."""
         self.batch: Tensor | None = None
         """Rows of the batch that it serves, as indices; None is all of them."""
         self.route: Tensor | None = None
@@ -174,6 +177,11 @@ class Graft(nn.Module):
         frozen module alone.)"""
         carrier = Carrier.of(self.site.module)
         return self.site.module.forward(*args, **kwargs) if carrier is None else carrier.again(self, args, kwargs)
+
+    @property
+    def layer(self) -> int | None:
+        """The block to whose layer it belongs, for methods that act on layers; None where it serves all."""
+        return self.site.block
 
     @property
     def by_rows(self) -> bool:
@@ -345,14 +353,23 @@ class _Remade(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
         x, *trained = ctx.saved_tensors
-        with torch.enable_grad():
-            leaves = [tensor.detach().requires_grad_() for tensor in trained]
-            weight = ctx.make(*leaves)
-        rows, inputs = gradient.flatten(0, -2), x.flatten(0, -2)
-        to_x = gradient @ weight.detach().to(gradient.dtype) if ctx.needs_input_grad[0] else None
-        to_bias = rows.sum(0) if ctx.biased else None
-        of_weight = (rows.t() @ inputs).to(weight.dtype)
-        return to_x, to_bias, None, *torch.autograd.grad(weight, leaves, of_weight, allow_unused=True)
+        twice = torch.is_grad_enabled()  # this derivative will itself be differentiated
+        with torch.autocast(x.device.type, enabled=False):
+            with torch.enable_grad():
+                leaves = trained if twice else [tensor.detach().requires_grad_() for tensor in trained]
+                weight = ctx.make(*leaves)
+            kept = (weight if twice else weight.detach()).to(gradient.dtype)
+            rows, inputs = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1])
+            to_x = gradient @ kept if ctx.needs_input_grad[0] else None
+            to_bias = rows.sum(0) if ctx.biased else None
+            of_weight = (rows.t() @ inputs).to(weight.dtype)
+            to_trained = torch.autograd.grad(weight, leaves, of_weight, create_graph=twice, allow_unused=True)
+        return to_x, to_bias, None, *to_trained
+
+
+def _transformed() -> bool:
+    """Whether `torch.func` or forward-mode derivatives are at work, for which `_Remade` has no rule."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def _linear(x: Tensor, bias: Tensor | None, effective: Effective) -> Tensor:
@@ -449,7 +466,8 @@ def _attend(grafts: list[Graft], x: Tensor, keys_of: Callable[[Tensor], tuple[Te
 def _around(graft: Graft, inner: Attention, x: Tensor) -> Callable[..., Tensor]:
     def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         out = graft(q, k, v, mask, x, inner, verb="attend")
-        return out if graft.strength == 1 else _weighed(graft, inner(q, k, v, mask), out)
+        weighed = graft.strength != 1 and not graft.heeds_strength
+        return _weighed(graft, inner(q, k, v, mask), out) if weighed else out
 
     return call
 
@@ -590,8 +608,9 @@ class Carrier:
             routed = [graft for graft in mine if graft.batch is not None]
             trained = tuple(p for graft in common for p in graft.parameters() if p.requires_grad)
             if (not routed and trained and any(graft.remade for graft in common) and torch.is_grad_enabled()
-                    and not frozen.requires_grad and not torch.compiler.is_compiling()):
-                entry.make, entry.trained = functools.partial(_made_from, common, frozen), trained
+                    and not frozen.requires_grad and not torch.compiler.is_compiling() and not _transformed()):
+                strengths = [graft.strength for graft in common]
+                entry.make, entry.trained = functools.partial(_made_from, common, strengths, frozen), trained
             else:
                 entry.tensor = _chain(common, frozen)
             present = _variants(routed)
@@ -737,16 +756,19 @@ def _chain(some: list[Graft], weight: Tensor) -> Tensor:
 
 
 def _weighed(graft: Graft, before: Tensor, after: Tensor) -> Tensor:
-    return after if graft.strength == 1 or graft.folds else torch.lerp(before, after, graft.strength)
+    whole = graft.strength == 1 or graft.folds or graft.heeds_strength
+    return after if whole else torch.lerp(before, after, graft.strength)
 
 
-def _made_from(some: list[Graft], weight: Tensor, *trained: Tensor) -> Tensor:
-    """`_chain` with the grafts' trained parameters given, in their order."""
+def _made_from(some: list[Graft], strengths: list[float], weight: Tensor, *trained: Tensor) -> Tensor:
+    """`_chain` with the grafts' trained parameters given, in their order, and with the strengths that they had."""
     given = iter(trained)
-    for graft in some:
+    for graft, strength in zip(some, strengths, strict=True):
         own = {name: next(given) for name, parameter in graft.named_parameters() if parameter.requires_grad}
+        now, graft.strength = graft.strength, strength
         matrix = functional_call(graft, own, (graft.site.matrix(weight),), {"verb": "weight"})
         weight = _weighed(graft, weight, graft.site.unmatrix(matrix, weight))
+        graft.strength = now
     return weight
 
 

@@ -13,6 +13,7 @@ and works on any ``nn.Module`` with a known anatomy just as well::
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
 import warnings
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from core import exact_resume
 from core import graft as grafts
 from core.anatomy import NORMS, Anatomy, Site, check_layers, check_roles, dissect
+from core.base import check_base, check_quantized
 from core.data import seed_of
 from core.errors import ScionError, listed, nearest
 from core.graft import Graft
@@ -145,7 +147,12 @@ class PEFTMethod(Recorded, Callback, ABC):
         return []
 
     def check(self, anatomy: Anatomy) -> None:
-        """Refuse, before anything changes, a backbone that this method cannot have."""
+        """Refuse, before anything changes, a backbone that this method cannot have. It answers only, as `sites` and
+        `moved` do: what the method keeps of a backbone it takes in `begin`."""
+
+    def begin(self, anatomy: Anatomy) -> None:
+        """Take from the backbone what `sites`, `moved` and `build` need, and go back to the first stage. Called after
+        `check` where the method is about to be attached."""
 
     def feature_dim(self, dim: int, anatomy: Anatomy) -> int:
         """Width of the root's feature with this method on it, where it is ``dim`` without; what reads the feature is
@@ -195,6 +202,11 @@ class PEFTMethod(Recorded, Callback, ABC):
         default those that the method's grafts declare."""
         return {f"{self.prefix}{path}.{name}": graft for path, graft in self.module.named_modules()
                 if isinstance(graft, Graft) for name in graft.packed}
+
+    def optimizer_bytes(self) -> int:
+        """What the optimizer keeps of the method's tensors: Adam's two moments, unless `make_optimizer` says otherwise;
+        counters of steps are left out."""
+        return sum(2 * tensor.numel() * tensor.element_size() for tensor in self.trainable().values())
 
     def loss_terms(self, module: Any, batch: Any, outputs: Any) -> Tensor | None:
         """A term to add to the task's loss in FineTuner, or None."""
@@ -275,7 +287,7 @@ class PEFTMethod(Recorded, Callback, ABC):
         if any(isinstance(child, Home) and child is not home for child in model.modules()):
             raise ScionError(f"{self.name}: a module inside {type(model).__name__} has methods attached already; "
                              "attach to the same module")
-        anatomy = self.examine(model)
+        anatomy = self._begun(model)
         norms = self._norm_names(anatomy)
         moved = list(dict.fromkeys([*self.moved(anatomy), *norms]))
         for other in home.methods.values() if home is not None else ():
@@ -330,11 +342,20 @@ class PEFTMethod(Recorded, Callback, ABC):
                                   "is", stacklevel=3)
 
     def examine(self, model: nn.Module) -> Anatomy:
-        """The anatomy of ``model``, if this method can stand on it; changes nothing.
+        """The anatomy of ``model``, if this method can stand on it; changes nothing, the method included.
 
         Raises:
             ScionError: it cannot, and why.
         """
+        return self._stand_in()._begun(model)
+
+    def _stand_in(self) -> PEFTMethod:
+        """A copy that can look at a backbone in this method's place."""
+        return copy.copy(self)
+
+    def _begun(self, model: nn.Module) -> Anatomy:
+        """`check` and `begin` on ``model``."""
+        check_base(model, self.name)
         anatomy = dissect(model)
         for role in self.needs:
             if role not in anatomy.roles:
@@ -346,8 +367,8 @@ class PEFTMethod(Recorded, Callback, ABC):
                              f"{listed(anatomy.roles, 40)}")
         anatomy.layer_indices(self.layers, self.name)
         self.check(anatomy)
-        self.sites(anatomy)
-        self.moved(anatomy)
+        self.begin(anatomy)
+        check_quantized(model, self.sites(anatomy), self.moved(anatomy), self.name)
         return anatomy
 
     def foresee(self, roles: Sequence[str], blocks: int, family: str) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 
@@ -17,7 +18,7 @@ class Together(Optimizer):
         self.optimizers = list(optimizers)
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        loss = None if closure is None else closure()
+        loss = run_closure(closure)
         for optimizer in self.optimizers:
             optimizer.step()
         return loss
@@ -29,6 +30,14 @@ class Together(Optimizer):
         for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+
+def run_closure(closure: Callable[[], Any] | None) -> Any:
+    """The loss of a step's closure, which computes gradients even where the step itself does not; None without one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
 
 
 def steps_of(value: float, total: int) -> float:

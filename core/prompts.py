@@ -41,9 +41,10 @@ class Run:
 
 
 class PromptGraft(Graft):
-    """Puts prompts into the sequence; the one that holds them has a ``prompt`` [tokens, dim]."""
+    """Puts prompts into the sequence; the one that holds them has a ``prompt`` [tokens, dim]. All layers read them."""
 
     edits_call = True
+    layer = None
 
     def __init__(self, site: Site, tokens: int, prompt: Tensor | None, values: Values | None = None) -> None:
         super().__init__(site)
@@ -101,6 +102,8 @@ class TextPrompt(PromptGraft):
 
 class Leave(Graft):
     """Takes the prompts out behind the last block."""
+
+    layer = None
 
     def __init__(self, site: Site, tokens: int, run: Run) -> None:
         super().__init__(site)
@@ -191,31 +194,33 @@ class Prompted(PEFTMethod):
         """
         raise NotImplementedError
 
+    def begin(self, anatomy: Anatomy) -> None:
+        self._roles = {site.name: (role, stack, what) for site, role, stack, what in self._places(anatomy)}
+
     def sites(self, anatomy: Anatomy) -> list[Site]:
+        return [site for site, *_ in self._places(anatomy)]
+
+    def _places(self, anatomy: Anatomy) -> list[tuple[Site, str, Stack, Any]]:
+        """Where grafts stand, what each of them is, of which stack, and what it must know."""
         if self.layers is not None:
             raise ScionError(f"{self.name}: prompts enter before the first block, so that layers={self.layers} has no "
                              "meaning")
-        self._roles: dict[str, tuple[str, Stack, Any]] = {}
-        found: list[Site] = []
-
-        def place(site: Site, role: str, stack: Stack, what: Any = None) -> None:
-            self._roles[site.name] = (role, stack, what)
-            found.append(site)
-
+        found: list[tuple[Site, str, Stack, Any]] = []
         for stack in anatomy.stacks:
             blocks = stack.blocks
             reads_encoder = any("cross.attend" in block.sites or "cross.q" in block.sites for block in blocks)
             if reads_encoder and stack.text is not None:
-                place(stack.text, "memory", stack)
+                found.append((stack.text, "memory", stack, None))
             elif stack.text is not None:
                 run, is_read = Run(), len(anatomy.stacks) > 1
-                place(stack.text, "text", stack, (run, stack.final is not None and not is_read))
+                found.append((stack.text, "text", stack, (run, stack.final is not None and not is_read)))
                 if stack.final is None and not is_read:
-                    place(blocks[-1].sites["block"], "leave", stack, run)
+                    found.append((blocks[-1].sites["block"], "leave", stack, run))
             else:
                 self._check_states(blocks, anatomy.family)
                 for block in blocks:
-                    place(block.sites["block"], "state", stack, (block is blocks[0], block is blocks[-1]))
+                    ends = block is blocks[0], block is blocks[-1]
+                    found.append((block.sites["block"], "state", stack, ends))
         return found
 
     def _check_states(self, blocks: list[Block], family: str) -> None:

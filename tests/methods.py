@@ -198,7 +198,7 @@ def _ia3(anatomy: Anatomy, method: Any) -> int:
 
 
 def _ssf(anatomy: Anatomy, method: Any) -> int:
-    shifted = [method.shift if method.shift is not None else getattr(site.module, "bias", None) is not None
+    shifted = ["Linear" in type(site.module).__name__ or getattr(site.module, "bias", None) is not None
                for site in method.sites(anatomy)]
     return sum((1 + shift) * site.out_features for shift, site in zip(shifted, method.sites(anatomy), strict=True))
 
@@ -896,8 +896,8 @@ METHODS: dict[str, Row] = {
          "few": Variant({"targets": ("norm", "mlp.down")})},
         trained=_ssf,
         cards=(("vit_b16", {}, 205_824),),
-        bad=(({"init": "zero"}, "'zero'"), ({"targets": ("block",)}, "no weight of its own"),
-             ({"targets": ("nrom1",)}, "'norm1'")),
+        bad=(({"init": "zero"}, "'zero'"), ({"shift": "some"}, "'some'"),
+             ({"targets": ("block",)}, "no weight of its own"), ({"targets": ("nrom1",)}, "'norm1'")),
         random=True, commutes=None, operators=3, saved=1.4, absent=("test_no_graph_below_the_first_graft",), size=0.01,
         artifact={"targets": ("o",)},
     ),

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from core import load_adapter
+from core import dissect, load_adapter
 from core.artifact import RECORD, TENSORS, adapter_bytes, keep_only_owned
 from core.errors import ScionError
 from core.method import PEFTMethod, methods_on
@@ -64,6 +64,35 @@ def test_save_and_load(cell: Cell, tmp_path: Path) -> None:
     assert (tmp_path / "again" / TENSORS).read_bytes() == (tmp_path / "adapter" / TENSORS).read_bytes()
     with loaded.disabled():
         assert torch.equal(outputs(fresh, inputs), outputs(make(cell.family), inputs))
+
+
+def _kept(method: PEFTMethod) -> dict[str, str]:
+    """What a method remembers, to compare."""
+    own = {name: value for name, value in vars(method).items() if name not in ("root", "module", "_home")}
+    return {name: str(value.sum()) if isinstance(value, Tensor) else repr(value) for name, value in own.items()}
+
+
+@invariant(37, "saved, loaded into a fresh base, same outputs")
+def test_looking_changes_nothing(cell: Cell, tmp_path: Path) -> None:
+    """Of an attached method, folded where it can be: questions about its own backbone and about another one."""
+    model, inputs = make(cell.family), batch(cell.family)
+    method: Any = cell.attach(model)
+    randomize(method)
+    if hasattr(method, "fold"):
+        method.fold()
+    remembered, expected = _kept(method), outputs(model, inputs)
+    for other in (model, make(cell.family, width=64)):
+        anatomy = dissect(other)
+        method.examine(other)
+        method.check(anatomy)
+        method.sites(anatomy)
+        method.moved(anatomy)
+        method.foresee(list(anatomy.roles), len(anatomy.blocks), anatomy.family)
+    assert _kept(method) == remembered and torch.equal(outputs(model, inputs), expected)
+    method.save(tmp_path)
+    fresh = make(cell.family)
+    load_adapter(tmp_path, fresh)
+    assert distance(outputs(fresh, inputs), expected) < 1e-6
 
 
 @invariant(38, "the file holds what is declared, and no more")

@@ -100,3 +100,18 @@ def test_6_gradients_at_the_start() -> None:
     for graft in hydra.grafts:
         for branch in (graft.parallel, graft.sequential):
             assert not branch.A.grad.any() and branch.B.grad.any()
+
+
+def test_5_a_bias_is_made_where_there_is_none() -> None:
+    """s (B_p a_p + c_p + B_s a_s + c_s) is the bias of a map that had none."""
+    model, inputs = make("t5", dtype=torch.float64), batch("t5", dtype=torch.float64)
+    before = list(model.state_dict())
+    hydra = Hydra(rank=3, bias=True, targets=("o", "mlp.down")).attach(model)
+    randomize(hydra, size=0.2)
+    expected = outputs(model, inputs)
+    hydra.merge()
+    assert distance(outputs(model, inputs), expected) < 1e-10
+    assert {name.rpartition(".")[2] for name in set(model.state_dict()) - set(before)} == {"bias"}
+    hydra.unmerge()
+    hydra.remove()
+    assert list(model.state_dict()) == before

@@ -29,7 +29,8 @@ def _spread(method: Any, size: float = 0.2) -> Any:
     with torch.no_grad():
         for graft in method.grafts:
             for tensor, mean in ((graft.gamma, 1.0), (graft.beta, 0.0)):
-                tensor.copy_(mean + size * torch.randn(tensor.shape, generator=generator))
+                if tensor is not None:
+                    tensor.copy_(mean + size * torch.randn(tensor.shape, generator=generator))
     return method
 
 
@@ -216,17 +217,55 @@ def test_hosts_without_a_weight() -> None:
         SSF(targets=("attention",)).attach(make("timm_vit"))
 
 
-def test_hosts_without_a_bias() -> None:
-    """By default they are scaled only, so that they can be merged; T5's maps have none. With shift=True they are
-    shifted too."""
+def _without_biases(dtype: torch.dtype = torch.float32) -> Any:
+    """A ViT of width 4 whose fused projection has no bias."""
+    import timm
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=4, depth=1, num_heads=2,
+                                 num_classes=0, qkv_bias=False).to(dtype).eval()
+
+
+def test_5_hosts_without_a_bias_get_one() -> None:
+    """b' = gamma b + beta with b = 0: all 2 x 52 numbers of a block and its ends are there, and merge exactly."""
+    model = _without_biases(torch.float64)
+    inputs = torch.randn(2, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    values = snapshot(model)
+    method = _spread(SSF().attach(model))
+    assert method.counts()["method"] == 2 * (4 + 4 + 12 + 4 + 4 + 16 + 4 + 4) == 104
+    expected = outputs(model, inputs)
+    qkv = next(graft for graft in method.grafts if graft.site.role == "qkv")
+    method.merge()
+    assert torch.equal(model.blocks[0].attn.qkv.bias, qkv.beta)
+    assert distance(outputs(model, inputs), expected) < 1e-10
+    method.unmerge()
+    assert same(values, snapshot(model)) and model.blocks[0].attn.qkv.bias is None
+
+
+@pytest.mark.parametrize(("family", "without"), [
+    ("t5", {"norm", "norm1", "norm2", "cross.norm"}), ("llama", {"norm", "norm1", "norm2"}), ("timm_eva", {"qkv"})])
+def test_where_no_bias_can_be(family: str, without: set[str]) -> None:
+    """Norms by root mean square, and a projection whose bias the attention adds itself, have gamma alone."""
+    model, inputs = make(family, dtype=torch.float64), batch(family, dtype=torch.float64)
+    method = _spread(SSF().attach(model))
+    assert {graft.site.role for graft in method.grafts if graft.beta is None} == without
+    expected = outputs(model, inputs)
+    method.merge()
+    assert distance(outputs(model, inputs), expected) < 1e-10
+
+
+def test_shift_everywhere_or_where_there_are_biases() -> None:
+    """As in files of earlier versions: null is where the operator has a bias; true is behind every one."""
     model, inputs = make("t5"), batch("t5")
-    method = SSF().attach(model)
+    method = SSF(shift=None).attach(model)
     assert all(graft.beta is None for graft in method.grafts)
     expected = outputs(model, inputs)
     method.merge()
     assert distance(outputs(model, inputs), expected) < 1e-5
     model = make("t5")
-    shifted = SSF(shift=True, targets=("q",)).attach(model)
+    shifted = SSF(shift=True, targets=("norm1",)).attach(model)
     assert all(graft.beta is not None for graft in shifted.grafts)
     with pytest.raises(ScionError, match="bias"):
         shifted.merge()
+    assert all(graft.beta is None for graft in SSF(shift=False).attach(make("timm_vit")).grafts)

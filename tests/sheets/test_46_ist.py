@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import nn
 
+from core.anatomy import dissect
 from core.errors import ScionError
 from core.peft import method_class
-from tests.models import make
+from tests.models import batch, make
 from tests.sheets.training import Deep, run
-from tests.toolkit import Plain, loader, trainer
+from tests.toolkit import Plain, distance, loader, outputs, randomize, same, snapshot, trainer
 
 IST: Any = method_class("IST")
 
@@ -129,6 +130,109 @@ def test_7_nothing_is_kept_below_the_lowest_layer() -> None:
 def test_8_any_host(host: str, tmp_path: Path) -> None:
     module = run(tmp_path, method_class(host)(), IST(refresh=3), steps=7)
     assert module.methods[1].importance.abs().sum() > 0  # type: ignore[attr-defined]
+
+
+def _suppressed(host: str, config: dict[str, Any], layers: list[int]) -> tuple[Any, Any, Any]:
+    """Model, host with random values, and outputs with what it adds in ``layers`` suppressed; all comes back."""
+    model, inputs = make("timm_vit", dtype=torch.float64), batch("timm_vit", dtype=torch.float64)
+    method: Any = method_class(host)(**config).attach(model)
+    ist = IST().attach(model)
+    randomize(method, size=0.3)
+    before, values = outputs(model, inputs), snapshot(model)
+    with ist.suppressing(layers):
+        found = outputs(model, inputs)
+    assert torch.equal(outputs(model, inputs), before) and same(snapshot(model), values)
+    return model, method, found
+
+
+def test_suppression_of_dora() -> None:
+    """m (W + s B A) x / |W + s B A| with s a quarter of what it was; the magnitude m stays."""
+    model, method, found = _suppressed("DoRA", {"rank": 2}, [1])
+    for graft in method.grafts:
+        factor = 0.25 if graft.site.block == 1 else 1.0
+        weight = graft.site.matrix(graft.site.full_weight.detach()) + factor * graft.scale * graft.B @ graft.A
+        weight = (graft.magnitude / weight.norm(dim=1))[:, None] * weight
+        with torch.no_grad():
+            graft.site.full_weight.copy_(graft.site.unmatrix(weight, graft.site.full_weight))
+    method.remove()
+    assert distance(found, outputs(model, batch("timm_vit", dtype=torch.float64))) < 1e-12
+
+
+PRODUCTS = {"LoRA": ".B", "LoKr": ".C", "PiSSA": "none"}
+"""Hosts whose change is a product, and the factor that is multiplied in its place; PiSSA has a scale."""
+
+
+@pytest.mark.parametrize(("host", "config"), [
+    ("OFT", {"block": 4}), ("OFT", {"block": 4, "terms": 0, "targets": ("mlp.up",)}), ("BOFT", {"factors": 2}),
+    ("LoRA", {}), ("PiSSA", {"rank": 2}), ("LoKr", {"rank": 1}), ("SVFit", {}), ("Bat", {"rank": 2}),
+    ("IA3", {}), ("BitFit", {}), ("FullFineTuning", {}), ("LayerNormTuning", {})], ids=str)
+def test_suppression_multiplies_the_distance_from_the_start(host: str, config: dict[str, Any]) -> None:
+    """Of what is trained: angles of rotations, scales less one, weights less their start; a rotation stays one."""
+    model, method, found = _suppressed(host, config, [0, 1])
+    start: Any = method_class(host)(**config, name="start").attach(make("timm_vit", dtype=torch.float64))
+    ends = dict(start.trainable())
+    with torch.no_grad():
+        for name, tensor in method.trainable().items():
+            if host in PRODUCTS:
+                tensor.mul_(0.25 if name.endswith(PRODUCTS[host]) else 1.0)
+            elif "peft." in name or any(name.startswith(f"{block.path}.") for block in dissect(model).blocks):
+                first = ends[name.replace(f"peft.{host}.", "peft.start.")]
+                tensor.copy_(first + 0.25 * (tensor - first))
+    for graft in method.grafts if host == "PiSSA" else ():
+        graft.scale *= 0.25
+    assert distance(found, outputs(model, batch("timm_vit", dtype=torch.float64))) < 1e-10
+
+
+def test_suppression_of_entries_of_parameters() -> None:
+    """Entries that lie in a layer's tensors are the layer's, whichever module they stand at."""
+    model, inputs = make("timm_vit", dtype=torch.float64), batch("timm_vit", dtype=torch.float64)
+    method: Any = method_class("LTSFT")(count=400).attach(model)  # type: ignore[call-arg]
+    randomize(method)
+    method.advance()
+    randomize(method, size=0.3)
+    ist = IST().attach(model)
+    with ist.suppressing([0, 1]):
+        found = outputs(model, inputs)
+    for graft in method.grafts:
+        if ".blocks." in graft.site.weight_name:
+            graft.values.data *= 0.25
+    assert distance(found, outputs(model, inputs)) < 1e-12
+
+
+def test_what_stands_for_all_layers_is_not_suppressed() -> None:
+    """Prompts that enter at the first block, and a side network's final map; a step of the ladder is."""
+    model, inputs = make("timm_vit"), batch("timm_vit")
+    method_class("VPT")(deep=False).attach(model)  # type: ignore[call-arg]
+    expected, ist = outputs(model, inputs), IST().attach(model)
+    with ist.suppressing([0, 1]):
+        assert torch.equal(outputs(model, inputs), expected)
+    assert not any(ist.tensors_of_layers())
+    _, method, found = _suppressed("LadderSideTuning", {"reduction": 4, "dropout": 0.0}, [1])
+    model = make("timm_vit", dtype=torch.float64)
+    twin: Any = method_class("LadderSideTuning")(reduction=4, dropout=0.0).attach(model)  # type: ignore[call-arg]
+    twin.module.load_state_dict(method.module.state_dict())
+    graft = next(graft for graft in twin.grafts if graft.site.block == 1)
+    step = graft._step
+    graft._step = lambda u, call, dtype: graft.run.state + 0.25 * (step(u, call, dtype) - graft.run.state)
+    assert distance(found, outputs(model, batch("timm_vit", dtype=torch.float64))) < 1e-12
+
+
+@pytest.mark.parametrize("host", ["LoHa", "BOFT", "LoRA", "DoRA"])
+def test_backward_sees_the_strength_of_its_forward(host: str) -> None:
+    """Also where the weight is made again in backward."""
+    found = []
+    for early in (True, False):
+        model, inputs = make("timm_vit", dtype=torch.float64), batch("timm_vit", dtype=torch.float64)
+        method: Any = method_class(host)().attach(model)
+        randomize(method, size=0.3)
+        with IST().attach(model).suppressing([0]):
+            loss = model(inputs).square().sum()
+            if early:
+                loss.backward()
+        if not early:
+            loss.backward()
+        found.append([p.grad for p in method.trainable().values()])
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
 
 
 def test_resumed_run_equals_the_unbroken_one(tmp_path: Path) -> None:

@@ -183,3 +183,14 @@ def test_8_refusals(tmp_path: Path) -> None:
     with pytest.raises(ScionError, match="put it behind one"):
         module = Plain(make("timm_vit"))
         trainer(tmp_path, method_class("BitFit")(), AdapterDrop(drop=1), max_steps=1).fit(module, loader("timm_vit"))
+
+
+@pytest.mark.parametrize(("host", "config"), [
+    ("VPT", {"deep": False}), ("PromptTuning", {}), ("PTuning", {"hidden": 8})])
+def test_prompts_of_all_layers_stay(host: str, config: dict[str, Any]) -> None:
+    """They enter at the first layer and leave behind the last: they are no layer's own."""
+    model, inputs = make("timm_vit"), batch("timm_vit")
+    method_class(host)(**config).attach(model)
+    expected = outputs(model, inputs)
+    AdapterDrop(drop=1).attach(model)
+    assert torch.equal(outputs(model, inputs), expected)

@@ -45,7 +45,7 @@ class ScaledInput(Graft):
         self.l = nn.Parameter(torch.ones(site.in_features))
 
     def before(self, x: Tensor) -> Tensor:
-        return (x * self.l).to(x.dtype)
+        return (x * self.site.per_channel(self.l)).to(x.dtype)
 
     def merged(self, weight: Tensor) -> Tensor:
         return weight * self.l.to(weight.dtype)

@@ -105,13 +105,17 @@ class LoFiT(PEFTMethod):
         self.stage = "heads"
 
     def check(self, anatomy: Anatomy) -> None:
-        self.stage, total = "heads", 0
+        total = 0
         for site in self.sites(anatomy):
             if site.role not in ("o", "cross.o") or site.heads is None:
                 raise ScionError(f"{self.name}: {site.name} does not read heads; targets may be 'o' and 'cross.o'")
             total += site.heads.query
         if self.heads is not None and self.heads > total:
             raise ScionError(f"{self.name}: heads {self.heads} is more than the {total} of the targets")
+
+    def begin(self, anatomy: Anatomy) -> None:
+        self.stage = "heads"
+        total = sum(site.heads.query for site in self.sites(anatomy) if site.heads is not None)
         self.count = self.heads or math.ceil(0.03 * total)
 
     def build(self, site: Site) -> Graft:

@@ -13,6 +13,8 @@ from core.errors import ScionError
 from core.graft import Graft
 from core.method import PEFTMethod
 
+Shift = bool | Literal["possible"] | None
+
 
 class SSFGraft(Graft):
     """gamma * y + beta, along the channels"""
@@ -23,6 +25,7 @@ class SSFGraft(Graft):
         super().__init__(site)
         self.gamma = nn.Parameter(1 + spread * torch.randn(site.out_features))
         self.beta = nn.Parameter(spread * torch.randn(site.out_features)) if shift else None
+        self.adds_bias = shift and site.takes_bias
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         shape = [1] * y.dim()
@@ -47,14 +50,15 @@ class SSF(PEFTMethod):
 
     Equation: y <- gamma * y + beta; gamma normal (1, 0.02), beta normal (0, 0.02)
     Trains: 2 out an operator, 22 dim a block of a ViT; ViT-B/16: 205,824, Swin-B: 267,264
-    Merges: gamma W, gamma b + beta; a norm's gain and shift alike
+    Merges: gamma W, gamma b + beta, which makes a bias where there is none; a norm's gain and shift alike
     Source: Lian et al. 2022, arXiv:2210.08823, section 3.2, and the learning rate of most of its VTAB-1k runs. The
         released code never builds the scales behind Swin's patch-merging norms: patch_merging=True does
 
     Args:
         targets: roles to scale; None is the patch embedding, every norm, and every linear map and convolution of the
             blocks.
-        shift: whether there is a beta; None is where the operator has a bias, so that it can be merged.
+        shift: where there is a beta: ``possible`` is everywhere but behind norms that know no bias (by root mean
+            square), so that all can be merged; True is there too, None where the operator has a bias, False nowhere.
         init: ``normal`` as published, or ``identity``: ones and zeros.
         patch_merging: whether norms in front of a linear map between two stages are scaled too.
     """
@@ -63,11 +67,13 @@ class SSF(PEFTMethod):
     mergeable = True
     recommended = {"lr": 5e-3, "weight_decay": 0.0}
 
-    def __init__(self, targets: Sequence[str] | None = None, shift: bool | None = None,
+    def __init__(self, targets: Sequence[str] | None = None, shift: Shift = "possible",
                  init: Literal["normal", "identity"] = "normal", patch_merging: bool = False, **common: Any) -> None:
         super().__init__(**common)
         if init not in ("normal", "identity"):
             raise ScionError(f"SSF: init {init!r} must be 'normal' or 'identity'")
+        if shift not in (True, False, None, "possible"):
+            raise ScionError(f"SSF: shift {shift!r} must be 'possible', true, false or null")
         self.targets = None if targets is None else tuple(targets)
         self.shift, self.init, self.patch_merging = shift, init, patch_merging
         self.identity_at_start = init == "identity"
@@ -96,6 +102,11 @@ class SSF(PEFTMethod):
             if site.rows is not None:
                 raise ScionError(f"{self.name}: {site.name} is a part of a fused projection; take 'qkv'")
 
+    def shifts(self, site: Site) -> bool:
+        """Whether there is a beta at a site."""
+        if self.shift == "possible":
+            return site.takes_bias
+        return getattr(site.module, "bias", None) is not None if self.shift is None else self.shift
+
     def build(self, site: Site) -> Graft:
-        shift = self.shift if self.shift is not None else getattr(site.module, "bias", None) is not None
-        return SSFGraft(site, shift, 0.02 if self.init == "normal" else 0.0)
+        return SSFGraft(site, self.shifts(site), 0.02 if self.init == "normal" else 0.0)

@@ -114,7 +114,6 @@ class UniPELT(PrefixTuning, PEFTMethod):
         self.adapter = Pfeiffer(reduction, name=self.name, layers=self.layers)
 
     def check(self, anatomy: Anatomy) -> None:
-        self.folded = False
         for site in self.sites(anatomy):
             if site.role in self.targets and site.role != "attend" and site.kind == "module":
                 raise ScionError(f"{self.name}: {site.name} is neither an attention nor a linear map")

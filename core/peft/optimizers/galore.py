@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,9 +10,15 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from core.anatomy import Anatomy
+from core.anatomy import Anatomy, Site
 from core.errors import ScionError
+from core.optim import run_closure
 from core.peft.selection.full import FullFineTuning
+
+
+def _adam_step(optimizer: Optimizer) -> None:
+    """AdamW's own step without the hooks that torch wraps around it, which the caller's step runs already."""
+    inspect.unwrap(AdamW.step)(optimizer)
 
 
 class GaLoreAdamW(AdamW):
@@ -23,14 +30,14 @@ class GaLoreAdamW(AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:  # type: ignore[override]
-        low = [group for group in self.param_groups if "rank" in group]
+        loss = run_closure(closure)  # before groups are set aside: it clears the gradients of all of them
         everything, self.param_groups = self.param_groups, [g for g in self.param_groups if "rank" not in g]
         try:
-            loss = super().step(closure)
+            _adam_step(self)
         finally:
             self.param_groups = everything
-        for group in low:
-            for parameter in group["params"]:
+        for group in everything:
+            for parameter in group["params"] if "rank" in group else ():
                 if parameter.grad is not None:
                     self._low_rank_step(parameter, group)
         return loss
@@ -92,13 +99,19 @@ class GaLore(FullFineTuning):
         self.rank, self.scale, self.interval, self.roles = rank, scale, interval, targets
         self.projected: list[str] = []
 
+    def _projections(self, anatomy: Anatomy) -> list[Site]:
+        """Where weights are projected, if they are trained."""
+        return anatomy.sites(anatomy.linear_roles() if self.roles is None else self.roles, self.layers, self.name)
+
     def check(self, anatomy: Anatomy) -> None:
-        sites = anatomy.sites(anatomy.linear_roles() if self.roles is None else self.roles, self.layers, self.name)
-        for site in sites:
+        for site in self._projections(anatomy):
             if site.kind == "module":
                 raise ScionError(f"{self.name}: {site.name} ({type(site.module).__name__}) has no linear weight")
+
+    def begin(self, anatomy: Anatomy) -> None:
         moved = set(self.moved(anatomy))
-        self.projected = list(dict.fromkeys(site.weight_name for site in sites if site.weight_name in moved))
+        names = [site.weight_name for site in self._projections(anatomy)]
+        self.projected = list(dict.fromkeys(name for name in names if name in moved))
 
     def param_groups(self) -> list[dict[str, Any]]:
         trained = self.trainable()
@@ -111,3 +124,14 @@ class GaLore(FullFineTuning):
 
     def make_optimizer(self, groups: list[dict[str, Any]], **options: Any) -> Optimizer:
         return GaLoreAdamW(groups, **options)
+
+    def optimizer_bytes(self) -> int:
+        found = 0
+        for name, tensor in self.trainable().items():
+            if name not in self.projected:
+                found += 2 * tensor.numel() * tensor.element_size()
+                continue
+            shorter, longer = sorted((tensor.shape[0], tensor.numel() // tensor.shape[0]))
+            rank = min(self.rank, shorter)
+            found += max(4, tensor.element_size()) * rank * (2 * longer + shorter)  # two moments, and the projection
+        return found

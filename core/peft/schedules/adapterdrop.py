@@ -53,11 +53,14 @@ class AdapterDrop(PEFTMethod):
         self.last = 0  # number of the last layer, once there is a backbone
 
     def check(self, anatomy: Anatomy) -> None:
-        self.last = last = len(anatomy.blocks) - 1
+        last = len(anatomy.blocks) - 1
         for what, value in (("drop", self.drop), ("maximum", self.maximum), ("inference", self.inference)):
             if isinstance(value, int) and value > last:
                 raise ScionError(f"{self.name}: {what} {value} leaves no layer of {anatomy.family} its adapters; at "
                                  f"most {last} can go")
+
+    def begin(self, anatomy: Anatomy) -> None:
+        self.last = len(anatomy.blocks) - 1
 
     def _connect(self) -> None:
         super()._connect()
@@ -103,13 +106,13 @@ class AdapterDrop(PEFTMethod):
         return [method for method in home.methods.values() if method is not self and method.place < self.place]
 
     def _in_layers(self) -> list[Graft]:
-        return [graft for host in self.hosts() for graft in host.grafts if graft.site.block is not None]
+        return [graft for host in self.hosts() for graft in host.grafts if graft.layer is not None]
 
     def switch(self, count: int) -> None:
         """Let the first ``count`` layers be without adapters."""
         self.count = count
         for graft in self._in_layers():
-            dropped = graft.site.block is not None and graft.site.block < count
+            dropped = graft.layer is not None and graft.layer < count
             if graft.dropped != dropped:
                 graft.dropped = dropped
                 refresh(graft)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 from core.anatomy import dissect
 from core.data import seed_of
 from core.errors import ScionError
+from core.graft import Graft
 from core.method import Home, PEFTMethod, training_batch
 
 
@@ -18,8 +21,9 @@ class IST(PEFTMethod):
 
     Equation: layers to train: drawn without repetition with p_i ~ sigmoid(-I_i), I = 0 at the start. Every ``refresh``
         steps, for k = 1 .. candidates: draw a set S_k with p_i ~ sigmoid(I_i), multiply what the methods add in S_k by
-        ``suppression``, take the loss l_k of one training batch; I_i <- I_i + mu a_k p (1 - p) for i in S_k,
-        p = sigmoid(I_i), a_k = exp(-l_k) - mean exp(-l). A large I: the layer is not needed
+        ``suppression`` (LoRA's and DoRA's s, the angles of rotations, the change of trained weights), take the loss l_k
+        of one training batch; I_i <- I_i + mu a_k p (1 - p) for i in S_k, p = sigmoid(I_i), a_k = exp(-l_k) - mean
+        exp(-l). A large I: the layer is not needed
     Trains: nothing of its own; of its hosts' tensors ``share`` at a time
     Merges: nothing to merge; its hosts merge as ever
     Source: Yao et al. 2024, arXiv:2410.11772 (number from memory), and the authors' code, whose importance has the sign
@@ -93,18 +97,51 @@ class IST(PEFTMethod):
         home: Home = self._need_root().peft  # type: ignore[assignment]
         return [method for method in home.methods.values() if method is not self and method.is_trained]
 
+    def _grafts_by_layer(self) -> list[tuple[Graft, int]]:
+        """The hosts' grafts that belong to a layer, with its number."""
+        anatomy, found = dissect(self._need_root()), []
+        for graft in [graft for host in self._hosts() for graft in host.grafts]:
+            single = graft.site.role == "parameter"
+            layer = anatomy.block_of(graft.site.weight_name) if single else graft.layer
+            if layer is not None:
+                found.append((graft, layer))
+        return found
+
+    def _moved_by_layer(self) -> list[tuple[Tensor, Tensor, int]]:
+        """The backbone's tensors in the layers that hosts train, with their start values and the layer's number."""
+        root = self._need_root()
+        anatomy, parameters, found = dissect(root), dict(root.named_parameters()), []
+        for name, start in [item for host in self._hosts() for item in host.start.items()]:
+            layer = anatomy.block_of(name)
+            if layer is not None:
+                found.append((parameters[name], start, layer))
+        return found
+
     def tensors_of_layers(self) -> list[list[Tensor]]:
         """The hosts' tensors in each layer."""
-        anatomy = dissect(self._need_root())
-        parameters = dict(self._need_root().named_parameters())
-        found: list[list[Tensor]] = [[] for _ in anatomy.blocks]
-        for host in self._hosts():
-            for graft in host.grafts:
-                if graft.site.block is not None:
-                    found[graft.site.block] += list(graft.parameters())
-            for block in anatomy.blocks:
-                found[block.index] += [parameters[name] for name in host.start if name.startswith(f"{block.path}.")]
+        found: list[list[Tensor]] = [[] for _ in dissect(self._need_root()).blocks]
+        for graft, layer in self._grafts_by_layer():
+            found[layer] += list(graft.parameters())
+        for tensor, _, layer in self._moved_by_layer():
+            found[layer].append(tensor)
         return found
+
+    @contextlib.contextmanager
+    def suppressing(self, layers: Sequence[int]) -> Iterator[None]:
+        """The model with what the hosts add in ``layers`` multiplied by ``suppression``."""
+        grafts = [graft for graft, layer in self._grafts_by_layer() if layer in layers]
+        moved = [(tensor, tensor.data, start) for tensor, start, layer in self._moved_by_layer() if layer in layers]
+        try:
+            for graft in grafts:
+                graft.strength = self.suppression
+            for tensor, value, start in moved:
+                tensor.data = torch.lerp(start.to(value), value, self.suppression)
+            yield
+        finally:
+            for graft in grafts:
+                graft.strength = 1.0
+            for tensor, value, _ in moved:
+                tensor.data = value
 
     def activate(self, layers: list[int]) -> None:
         """Train the hosts' tensors of ``layers`` alone; what stands outside the layers goes on."""
@@ -162,7 +199,6 @@ class IST(PEFTMethod):
     def _losses(self, sets: list[list[int]]) -> list[float]:
         """The loss of one training batch under each candidate; nothing is left changed."""
         trainer, module = self._trainer, self._trainer.lightning_module
-        grafts = [graft for host in self._hosts() for graft in host.grafts]
         loader = trainer.train_dataloader
         generator = torch.Generator().manual_seed(seed_of(self.seed, self.name, "batch", self.steps))
         number = min(self.samples, len(loader.dataset))
@@ -173,14 +209,10 @@ class IST(PEFTMethod):
             module.eval()
             try:
                 for layers in sets:
-                    for graft in grafts:
-                        graft.strength = self.suppression if graft.site.block in layers else 1.0
-                    with trainer.precision_plugin.forward_context():
+                    with self.suppressing(layers), trainer.precision_plugin.forward_context():
                         loss = module.loss(batch).float()
                     losses.append(float(trainer.strategy.reduce(loss, reduce_op="mean")))
             finally:
-                for graft in grafts:
-                    graft.strength = 1.0
                 module.train()
         return losses
 

@@ -64,15 +64,17 @@ class APET(PEFTMethod):
         return self.count or int((self.density or 0) * everything)
 
     def check(self, anatomy: Anatomy) -> None:
-        self.positions = {}
         self.need_linear(anatomy)
+        total = sum(site.in_features * site.out_features for site in super().sites(anatomy))
+        count = self.budget(anatomy)
+        if not 0 < count <= total:
+            raise ScionError(f"{self.name}: {count} entries are not between 1 and the {total} of the targets")
+
+    def begin(self, anatomy: Anatomy) -> None:
         sites = super().sites(anatomy)
         sizes = [site.in_features * site.out_features for site in sites]
-        count = self.budget(anatomy)
-        if not 0 < count <= sum(sizes):
-            raise ScionError(f"{self.name}: {count} entries are not between 1 and the {sum(sizes)} of the targets")
         generator = torch.Generator().manual_seed(seed_of(self.seed, self.name, "positions"))
-        drawn = distinct(sum(sizes), count, generator)
+        drawn = distinct(sum(sizes), self.budget(anatomy), generator)
         ends = torch.tensor(sizes).cumsum(0)
         parts = drawn.tensor_split(torch.searchsorted(drawn, ends[:-1]))
         self.positions = {site.name: part - (end - size) for site, part, end, size in zip(
@@ -160,13 +162,19 @@ class TensorAPET(APET):
         for site in places:
             if site.kind == "module" and site.role not in ("attention", "mlp", "block"):
                 raise ScionError(f"{self.name}: {site.name} is neither a linear map nor a hidden state of a block")
+        if not any(self._draw(anatomy)):
+            raise ScionError(f"{self.name}: no tensor fits into half of a budget of {self.budget(anatomy)}")
+
+    def begin(self, anatomy: Anatomy) -> None:
+        self.added, self.drawn = self._draw(anatomy)
+
+    def _draw(self, anatomy: Anatomy) -> tuple[list[str], list[str]]:
+        """Sites that get a module, and names of the backbone's tensors that are trained."""
         parameters = dict(anatomy.root.named_parameters())
         names = all_parameters(anatomy, self.layers, self.exclude, self.name)
-        budget = self.budget(anatomy)
-        self.added, self.drawn = draw([(site.name, self.sizes(site)) for site in places],
-                                      [(name, parameters[name].numel()) for name in names], budget, self.seed)
-        if not self.added and not self.drawn:
-            raise ScionError(f"{self.name}: no tensor fits into half of a budget of {budget}")
+        units = [(site.name, self.sizes(site)) for site in PEFTMethod.sites(self, anatomy)]
+        tensors = [(name, parameters[name].numel()) for name in names]
+        return draw(units, tensors, self.budget(anatomy), self.seed)
 
     def moved(self, anatomy: Anatomy) -> list[str]:
         return self.drawn

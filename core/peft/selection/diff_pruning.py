@@ -116,10 +116,13 @@ class DiffPruning(PEFTMethod):
                 if site.full_weight.dim()]
 
     def check(self, anatomy: Anatomy) -> None:
-        self.stage = "masks"
         total = sum(site.full_weight.numel() for site in self.sites(anatomy))
         if self.count is not None and self.count > total:
             raise ScionError(f"{self.name}: count {self.count} is more than the {total} parameters to choose from")
+
+    def begin(self, anatomy: Anatomy) -> None:
+        self.stage = "masks"
+        total = sum(site.full_weight.numel() for site in self.sites(anatomy))
         self.keep = self.count or max(1, round((self.density or 0) * total))
 
     def build(self, site: Site) -> Graft:

@@ -53,11 +53,17 @@ class LTSFT(PEFTMethod):
         return all_parameters(anatomy, self.layers, self.exclude, self.name)
 
     def check(self, anatomy: Anatomy) -> None:
-        self.stage = "dense"
+        total = self._size(anatomy)
+        if self.count is not None and self.count > total:
+            raise ScionError(f"LTSFT: count {self.count} is more than the {total} parameters to choose from")
+
+    def begin(self, anatomy: Anatomy) -> None:
+        self.stage, self.total = "dense", self._size(anatomy)
+
+    def _size(self, anatomy: Anatomy) -> int:
+        """How many parameters there are to choose from."""
         parameters = dict(anatomy.root.named_parameters())
-        self.total = sum(parameters[name].numel() for name in self.moved(anatomy))
-        if self.count is not None and self.count > self.total:
-            raise ScionError(f"LTSFT: count {self.count} is more than the {self.total} parameters to choose from")
+        return sum(parameters[name].numel() for name in self.moved(anatomy))
 
     @torch.no_grad()
     def advance(self, module: nn.Module | None = None) -> None:

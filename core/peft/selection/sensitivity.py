@@ -85,12 +85,18 @@ class SensitivityTuning(PEFTMethod):
         for site in candidates.values():
             if site.kind == "module" and site.role != "parameter":
                 raise ScionError(f"{self.name}: {site.name} ({type(site.module).__name__}) has no linear weight")
-        everything = sum(p.numel() for name, p in anatomy.root.named_parameters() if not name.startswith("peft."))
-        self.budget = self.count or int((self.density or 0) * everything)
-        size = sum(_size(site) for site in candidates.values())
-        if not 0 < self.budget <= size:
-            raise ScionError(f"{self.name}: a budget of {self.budget} is not between 1 and the {size} entries of its "
+        budget, size = self._budget(anatomy), sum(_size(site) for site in candidates.values())
+        if not 0 < budget <= size:
+            raise ScionError(f"{self.name}: a budget of {budget} is not between 1 and the {size} entries of its "
                              "targets")
+
+    def _budget(self, anatomy: Anatomy) -> int:
+        """How many numbers may be trained."""
+        everything = sum(p.numel() for name, p in anatomy.root.named_parameters() if not name.startswith("peft."))
+        return self.count or int((self.density or 0) * everything)
+
+    def begin(self, anatomy: Anatomy) -> None:
+        self.budget, candidates = self._budget(anatomy), self.candidates(anatomy)
         if any(site.full_weight.is_meta for site in candidates.values()):  # as large as it would be, spread evenly
             matrices = [site for site in candidates.values() if site.role != "parameter"]
             total = sum(_size(site) for site in matrices)
@@ -136,7 +142,8 @@ class SensitivityTuning(PEFTMethod):
 
     def sites(self, anatomy: Anatomy) -> list[Site]:
         candidates = self.candidates(anatomy)
-        return [candidates[name] for name in self.plan or candidates]
+        planned = [candidates[name] for name in self.plan if name in candidates]
+        return planned or list(candidates.values())
 
     def build(self, site: Site) -> Graft:
         if self.plan[site.name]:

@@ -15,6 +15,7 @@ from core.anatomy import Anatomy, Site
 from core.errors import ScionError
 from core.graft import Graft
 from core.method import PEFTMethod
+from core.optim import run_closure
 from core.sparse import SparseGraft, state_of, state_vectors
 
 Kind = Literal["AG", "MA"]
@@ -28,7 +29,7 @@ class SpIELAdam(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:  # type: ignore[override]
-        loss = None if closure is None else closure()
+        loss = run_closure(closure)
         for group in self.param_groups:
             first, second = group["betas"]
             for delta in (delta for delta in group["params"] if delta.grad is not None):
@@ -55,7 +56,7 @@ class SpIELSM3(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:  # type: ignore[override]
-        loss = None if closure is None else closure()
+        loss = run_closure(closure)
         for group in self.param_groups:
             for delta in (delta for delta in group["params"] if delta.grad is not None):
                 state, gradient, graft = self.state[delta], delta.grad, self.grafts[delta]
@@ -130,6 +131,13 @@ class SpIEL(PEFTMethod):
 
     def check(self, anatomy: Anatomy) -> None:
         self.need_linear(anatomy)
+        self._counts(anatomy)
+
+    def begin(self, anatomy: Anatomy) -> None:
+        self.counts_of = self._counts(anatomy)
+
+    def _counts(self, anatomy: Anatomy) -> dict[str, int]:
+        """How many entries each site has."""
         sites = self.sites(anatomy)
         sizes = {site.name: site.in_features * site.out_features for site in sites}
         everything = sum(p.numel() for name, p in anatomy.root.named_parameters() if not name.startswith("peft."))
@@ -137,11 +145,12 @@ class SpIEL(PEFTMethod):
             site.in_features + site.out_features for site in sites)
         if budget > sum(sizes.values()):
             raise ScionError(f"{self.name}: {budget} entries are more than the {sum(sizes.values())} of the targets")
-        self.counts_of = {name: budget * size // sum(sizes.values()) for name, size in sizes.items()}
-        empty = [name for name, count in self.counts_of.items() if not count]
+        counts = {name: budget * size // sum(sizes.values()) for name, size in sizes.items()}
+        empty = [name for name, count in counts.items() if not count]
         if empty:
             raise ScionError(f"{self.name}: of {budget} entries none falls to {empty[0]}; give a larger density, count "
                              "or rank, or fewer targets")
+        return counts
 
     def build(self, site: Site) -> Graft:
         count, size = self.counts_of[site.name], site.in_features * site.out_features
@@ -160,6 +169,14 @@ class SpIEL(PEFTMethod):
 
     def make_optimizer(self, groups: list[dict[str, Any]], **options: Any) -> Optimizer:
         return SpIELAdam(groups, **options) if self.kind == "AG" else SpIELSM3(groups, self._grafts, **options)
+
+    def optimizer_bytes(self) -> int:
+        found = 0
+        for graft in self._grafts if self.trainable() else ():
+            lines = graft.site.out_features + graft.site.in_features
+            kept = 3 * graft.values.numel() if self.kind == "AG" else lines  # Adam's moments and ages, or accumulators
+            found += kept * graft.values.element_size()
+        return found
 
     # --------------------------------------------------------------------------------- drop and grow
 

@@ -74,9 +74,11 @@ class Parts:
 
 
 class Tap(Graft):
-    """s <- SideBlock(mu s + (1 - mu) (Down h + b)) behind a block; at the end Up norm(s) + b in the trunk's place."""
+    """s <- SideBlock(mu s + (1 - mu) (Down h + b)) behind a block; at the end Up norm(s) + b in the trunk's place. Its
+    strength multiplies the step that s makes."""
 
     reads_call = True
+    heeds_strength = True
 
     def __init__(self, site: Site, parts: Parts, ratio: int, temperature: float) -> None:
         super().__init__(site)
@@ -105,7 +107,8 @@ class Tap(Graft):
             state = self.entry(state)
         if self.side is not None and self.down is not None:
             h = call.output if self.last else y
-            state = self._step(self.mu * state + (1 - self.mu) * self.down(h.to(dtype)), call, dtype)
+            step = self._step(self.mu * state + (1 - self.mu) * self.down(h.to(dtype)), call, dtype)
+            state = step if self.strength == 1 else torch.lerp(state, step, self.strength)
         run.state = None if self.last else state
         if not self.last:
             return y

@@ -139,10 +139,12 @@ class SideTuning(PEFTMethod):
         if self.layers is not None:
             raise ScionError(f"{self.name}: stands beside the whole backbone, so that layers={self.layers} has no "
                              "meaning")
+        return [*([anatomy.inputs] if self.network == "mlp" else []), *anatomy.stem["feature"]]
+
+    def begin(self, anatomy: Anatomy) -> None:
         self._first = anatomy.stacks[-1].blocks[0].sites["block"]
         self._width = self.dim or anatomy.blocks[-1].dim
         self._stack = anatomy.stacks[-1].name
-        return [*([anatomy.inputs] if self.network == "mlp" else []), *anatomy.stem["feature"]]
 
     def build(self, site: Site) -> Graft:
         if self.network == "alexnet":

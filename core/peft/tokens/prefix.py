@@ -158,8 +158,10 @@ class PrefixTuning(PEFTMethod):
         self.tokens, self.hidden, self.dropout, self.targets = tokens, hidden, dropout, tuple(targets)
         self.folded = False
 
-    def check(self, anatomy: Anatomy) -> None:
+    def begin(self, anatomy: Anatomy) -> None:
         self.folded = False
+
+    def check(self, anatomy: Anatomy) -> None:
         for site in self.sites(anatomy):
             if site.role in self.targets and not site.role.endswith("attend"):
                 raise ScionError(f"{self.name}: {site.name} is no attention: take 'attend', of a decoder also "

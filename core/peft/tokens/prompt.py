@@ -136,7 +136,8 @@ class PTuning(Prompted, PEFTMethod):
         self.tokens, self.encoder, self.hidden = tokens, encoder, hidden
         self.folded = False
 
-    def check(self, anatomy: Anatomy) -> None:
+    def begin(self, anatomy: Anatomy) -> None:
+        super().begin(anatomy)
         self.folded = False
 
     def shared(self, module: nn.Module, sites: list[Site]) -> None:

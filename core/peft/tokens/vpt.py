@@ -81,13 +81,17 @@ class VPT(Prompted, PEFTMethod):
         self._inputs = 0
 
     def sites(self, anatomy: Anatomy) -> list[Site]:
-        patches = anatomy.stem.get("patch_embed")
-        self._inputs = patches[0].in_features if patches else 0  # numbers that a patch has
         if not self.deep:
             return super().sites(anatomy)
         if "attend" not in anatomy.roles:
             raise ScionError(f"{self.name} needs the role 'attend', which {anatomy.family} does not have")
         return anatomy.sites("attend", self.layers, self.name)
+
+    def begin(self, anatomy: Anatomy) -> None:
+        if not self.deep:
+            super().begin(anatomy)
+        patches = anatomy.stem.get("patch_embed")
+        self._inputs = patches[0].in_features if patches else 0  # numbers that a patch has
 
     def _start(self, dim: int) -> Tensor:
         """Xavier-uniform values, a patch's numbers being the inputs."""

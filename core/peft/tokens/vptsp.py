@@ -111,16 +111,25 @@ class VPTSP(PEFTMethod):
         if "attend" not in anatomy.roles:
             raise ScionError(f"{self.name} needs the role 'attend', which {anatomy.family} does not have")
         sites = anatomy.sites("attend", self.layers, self.name)
+        return [site for number, site in enumerate(sites) if self._length(number) or self._class_length(number)]
+
+    def begin(self, anatomy: Anatomy) -> None:
+        sites = anatomy.sites("attend", self.layers, self.name)
         self._numbers = {site.name: number for number, site in enumerate(sites)}
-        return [site for site in sites if self.length(site) or self.class_length(site)]
 
     def length(self, site: Site) -> int:
         """Prompts of a layer."""
-        return _length(self._numbers[site.name], self.tokens, self.depth, self.step)
+        return self._length(self._numbers[site.name])
 
     def class_length(self, site: Site) -> int:
         """Prompts that each class has in a layer."""
-        return _length(self._numbers[site.name], self.class_tokens, self.class_depth, self.class_step)
+        return self._class_length(self._numbers[site.name])
+
+    def _length(self, number: int) -> int:
+        return _length(number, self.tokens, self.depth, self.step)
+
+    def _class_length(self, number: int) -> int:
+        return _length(number, self.class_tokens, self.class_depth, self.class_step)
 
     def moved(self, anatomy: Anatomy) -> list[str]:
         if not self.biases:

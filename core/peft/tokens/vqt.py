@@ -207,6 +207,8 @@ class VQT(PEFTMethod):
         if inside:
             raise ScionError(f"{self.name}: widens the feature that a head reads, but {type(anatomy.root).__name__} "
                              f"holds its head itself ({inside[0].path}); attach to the module without it")
+
+    def begin(self, anatomy: Anatomy) -> None:
         patches = anatomy.stem.get("patch_embed", [])
         self.stage, self.suggested = "wide", {**self.suggested, "lr": self.first_lr}
         self.fan = patches[0].in_features if patches and patches[0].kind == "conv" else anatomy.blocks[0].dim

@@ -19,14 +19,20 @@ class DoRAGraft(LoRAGraft):
     """t + (g - 1) (t - b), with t = W x + b + s B A x, and g = m / ||W + s B A|| for each output.
 
     The same function as m (W + s B A) x / ||W + s B A|| + b, written so that W x is not computed again and an unchanged
-    weight gives y to the last bit.
+    weight gives y to the last bit. Its strength multiplies s: the magnitude stays.
     """
 
     reads_weight = True
+    heeds_strength = True
 
     def __init__(self, site: Site, rank: int, scale: float, dropout: float) -> None:
         super().__init__(site, rank, scale, dropout)
         self.magnitude = nn.Parameter(self._norm())
+
+    @property
+    def s(self) -> float:
+        """The scale of B A."""
+        return self.strength * self.scale
 
     @torch.no_grad()
     def _norm(self) -> Tensor:
@@ -34,10 +40,10 @@ class DoRAGraft(LoRAGraft):
         weight = self.site.matrix(self.site.full_weight)
         wide = torch.promote_types(weight.dtype, self.A.dtype)
         return torch.addmm(weight.to(wide), self.B.to(weight.device, wide), self.A.to(weight.device, wide),
-                           alpha=self.scale).norm(dim=1)
+                           alpha=self.s).norm(dim=1)
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        out = self.site.take(y) + self.site.low_rank(self.dropout(x.to(self.A.dtype)), self.A, self.B, self.scale)
+        out = self.site.take(y) + self.site.low_rank(self.dropout(x.to(self.A.dtype)), self.A, self.B, self.s)
         mapped = out if self.site.bias is None else out - self.site.per_channel(self.site.bias)
         gain = self.site.per_channel(self.magnitude / self._norm() - 1).to(out.dtype)
         return self.site.put(y, torch.addcmul(out, gain, mapped))

@@ -45,6 +45,7 @@ class HydraGraft(Graft):
     def __init__(self, site: Site, parallel: Branch, sequential: Branch, scale: float) -> None:
         super().__init__(site)
         self.parallel, self.sequential, self.scale = parallel, sequential, scale
+        self.adds_bias = parallel.c is not None and site.takes_bias
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         one, other, out = self.parallel, self.sequential, self.site.take(y)
@@ -80,7 +81,7 @@ class Hydra(PEFTMethod):
         sequential_rank: rank of the sequential branch, at least 1.
         scale: factor s of both branches (the paper takes 0.1 to 4.5 for each task).
         bias: whether the branches have the shifts a and c; None is where the linear map has a bias, into which
-            they merge.
+            they merge. With true, merging makes one where there is none.
         dropout: probability of dropping a hidden value, in [0, 1).
         targets: roles to adapt.
     """

@@ -47,9 +47,10 @@ def rotate(weight: Tensor, rotations: Tensor) -> Tensor:
 
 
 class OFTGraft(Graft):
-    """W R^T with R block-diagonal, orthogonal."""
+    """W R^T with R block-diagonal, orthogonal; its strength multiplies Q, and so the angles."""
 
     reads_weight = True
+    heeds_strength = True
 
     def __init__(self, site: Site, block: int, terms: int) -> None:
         super().__init__(site)
@@ -58,7 +59,7 @@ class OFTGraft(Graft):
 
     def rotations(self) -> Tensor:
         """R_1, ... [blocks, block, block]"""
-        q = skew(self.Q, self.block)
+        q = skew(self.Q if self.strength == 1 else self.strength * self.Q, self.block)
         return neumann(q, self.terms) if self.terms else cayley(q)
 
     def merged(self, weight: Tensor) -> Tensor:
@@ -144,10 +145,12 @@ class OFT(PEFTMethod):
 
 
 class BOFTGraft(Graft):
-    """diag(s) W (P_m B_m P_m^T ... P_1 B_1 P_1^T)^T with B_i block-diagonal, orthogonal, and P_i a butterfly's."""
+    """diag(s) W (P_m B_m P_m^T ... P_1 B_1 P_1^T)^T with B_i block-diagonal, orthogonal, and P_i a butterfly's; its
+    strength multiplies Q, and the distance of s from 1."""
 
     remade = True
     reads_weight = True
+    heeds_strength = True
 
     def __init__(self, site: Site, block: int, factors: int) -> None:
         super().__init__(site)
@@ -159,14 +162,16 @@ class BOFTGraft(Graft):
         self.orders = [butterfly(site.in_features, block, i) for i in range(factors)]
 
     def weight(self, weight: Tensor) -> Tensor:
-        changed = weight.to(self.Q.dtype)
-        for level, rotations in enumerate(cayley(skew(self.Q, self.block))):
+        changed, q, s = weight.to(self.Q.dtype), self.Q, self.s
+        if self.strength != 1:
+            q, s = self.strength * q, 1 + self.strength * (s - 1)
+        for level, rotations in enumerate(cayley(skew(q, self.block))):
             if level == 0:  # the channels' own order
                 changed = rotate(changed, rotations)
                 continue
             order = self.orders[level].to(changed.device)
             changed = rotate(changed[:, order], rotations)[:, order.argsort()]
-        return (self.s[:, None] * changed).to(weight.dtype)
+        return (s[:, None] * changed).to(weight.dtype)
 
     def merged_bias(self, bias: Tensor) -> Tensor:
         return bias

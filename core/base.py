@@ -1,0 +1,72 @@
+"""Bases that no method can stand on, each told in one line before anything changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
+
+from core.anatomy import Site
+from core.errors import ScionError, listed
+
+QUANTIZERS = ("torch.ao.nn.quantized", "optimum.quanto", "hqq", "gptqmodel", "auto_gptq", "awq")
+"""Packages whose modules hold a weight in few bits that is no parameter."""
+WAY_OUT = ("methods stand on floating-point weights so far: load the base without quantization, or dequantize it "
+           "first (model.dequantize() in transformers)")
+
+
+def check_base(model: nn.Module, asker: str = "") -> None:
+    """Refuse a model whose tensors are not there, or not in a form that can be read.
+
+    Raises:
+        ScionError: it has no parameters; it is offloaded; a part of it has no values; its weights are quantized by a
+            library whose tensors cannot be looked into.
+    """
+    who, kind = f"{asker}: " if asker else "", type(model).__name__
+    for path, module in model.named_modules():
+        if _offloads(vars(module).get("_hf_hook")):
+            raise ScionError(f"{who}{path or kind} is offloaded by accelerate, so that its weights come and go with "
+                             "each call: load the model whole onto one device (device_map={'': 0}), or take the hooks "
+                             "off (accelerate.hooks.remove_hook_from_submodules)")
+        if _packs(module):
+            raise ScionError(f"{who}{path} ({type(module).__name__}) holds a quantized weight; {WAY_OUT}")
+    parameters = {name: p for name, p in model.named_parameters() if "peft" not in name.split(".")}
+    if not parameters:
+        raise ScionError(f"{who}{kind} has no parameters, so there is nothing to adapt")
+    for name, parameter in parameters.items():
+        if isinstance(parameter, UninitializedTensorMixin):
+            raise ScionError(f"{who}{name} gets its shape with the first forward: run the model once, then attach")
+        if type(parameter).__module__.startswith("torchao"):
+            raise ScionError(f"{who}{name} is quantized ({type(parameter).__name__}); {WAY_OUT}")
+    empty = [name for name, parameter in parameters.items() if parameter.is_meta]
+    if empty and len(empty) < len(parameters):
+        raise ScionError(f"{who}{len(empty)} of the {len(parameters)} parameters of {kind} are on the meta device, "
+                         f"without values ({listed(empty, 2)}): load them first")
+
+
+def check_quantized(model: nn.Module, sites: Iterable[Site], moved: Iterable[str], asker: str) -> None:
+    """Refuse to graft onto, or to train, weights in few bits; methods that touch neither can have such a base."""
+    codes = [name for name, p in model.named_parameters() if "peft" not in name.split(".") and is_quantized(p)]
+    moved = set(moved)
+    touched = codes if any(True for _ in sites) else [name for name in codes if name in moved]
+    if touched:
+        owner = model.get_submodule(touched[0].rpartition(".")[0])
+        raise ScionError(f"{asker}: {touched[0]} is quantized ({type(owner).__name__}); {WAY_OUT}")
+
+
+def is_quantized(tensor: Tensor) -> bool:
+    """Whether a parameter holds codes, or numbers of eight bits, in the place of a weight."""
+    codes = not (tensor.is_floating_point() or tensor.is_complex())
+    return tensor.dim() > 1 and (codes or tensor.dtype.itemsize == 1)
+
+
+def _packs(module: nn.Module) -> bool:
+    """Whether a module of a quantizing library holds its weight out of sight."""
+    return any(cls.__module__.startswith(QUANTIZERS) for cls in type(module).__mro__)
+
+
+def _offloads(hook: Any) -> bool:
+    """Whether a hook of accelerate (or one of a row of them) moves weights in and out."""
+    return bool(getattr(hook, "offload", False)) or any(_offloads(one) for one in getattr(hook, "hooks", ()))
