@@ -21,11 +21,11 @@ the points, and ``build`` the objects. Everything before ``build`` works on plai
 that a mistake is told at once.
 """
 
-from core.config.build import check_optimizer, check_trainer, find_class, make, rehearse, typed
+from core.config.build import OUR_ARGUMENTS, check_optimizer, check_trainer, find_class, make, rehearse, typed
 from core.config.document import dump, find, parse, read
 from core.config.grid import Point, label, points
 from core.config.overrides import assign
 from core.config.schema import KEYS, STAGE_KEYS, component, normal
 
-__all__ = ["KEYS", "STAGE_KEYS", "Point", "assign", "check_optimizer", "check_trainer", "component", "dump", "find",
-           "find_class", "label", "make", "normal", "parse", "points", "read", "rehearse", "typed"]
+__all__ = ["KEYS", "OUR_ARGUMENTS", "STAGE_KEYS", "Point", "assign", "check_optimizer", "check_trainer", "component",
+           "dump", "find", "find_class", "label", "make", "normal", "parse", "points", "read", "rehearse", "typed"]

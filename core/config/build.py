@@ -18,14 +18,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.config.schema import short, shown, words
+from core.config.schema import cut, short, shown, words
 from core.errors import ScionError, listed, nearest, one_line
 from core.spec import is_finite, signature
 
 if TYPE_CHECKING:
     from core.config.grid import Point
+    from core.method import PEFTMethod
 
-OWN_ARGUMENTS = ("checkpoint_every_n_steps",)
+OUR_ARGUMENTS = ("checkpoint_every_n_steps",)
 """Arguments under ``trainer`` that Lightning does not know: a checkpoint within the epoch."""
 SET_BY_RUN = ("callbacks", "logger", "plugins", "default_root_dir", "barebones", "model_registry")
 """Arguments of the Trainer that a run sets itself, or cannot do with."""
@@ -72,8 +73,12 @@ def _check_stages(stages: dict[str, Any]) -> None:
 
 def _check_stage(config: dict[str, Any]) -> None:
     """Refuse what one fit cannot have; its shape is known to be right."""
-    for method in config["peft"] if isinstance(config["peft"], list) else [config["peft"]]:
+    rate = config["optimizer"].get("lr", "auto")
+    for method in _methods(config):
         _check_method(method)
+        if rate != "auto" and method["init_args"].get("lr") is not None:
+            raise ScionError(f"peft.lr: optimizer.lr is {rate} for all methods, and this one's would be lost; write "
+                             "optimizer.lr: auto, or leave it out")
     root = config["data"]["init_args"].get("root")
     if isinstance(root, str):
         try:
@@ -89,9 +94,16 @@ def _check_stage(config: dict[str, Any]) -> None:
     both = [key for key in ("lr", "weight_decay", "params") if key in config["optimizer"].get("options", {})]
     if both:
         raise ScionError(f"optimizer.options.{both[0]}: write optimizer.{both[0]}")
-    _check_length(config["trainer"])
-    if config["select"] == "best" and config["trainer"].get("limit_val_batches") == 0:
+    trainer = config["trainer"]
+    _check_length(trainer)
+    if trainer.get("checkpoint_every_n_steps") and trainer.get("enable_checkpointing") is False:
+        raise ScionError("trainer.checkpoint_every_n_steps: enable_checkpointing is false; write one of the two")
+    if config["select"] == "best" and trainer.get("limit_val_batches") == 0:
         raise ScionError("select: 'best' is chosen by the validation set, and trainer.limit_val_batches is 0")
+
+
+def _methods(config: dict[str, Any]) -> list[dict[str, Any]]:
+    return config["peft"] if isinstance(config["peft"], list) else [config["peft"]]
 
 
 def _check_method(method: dict[str, Any]) -> None:
@@ -102,7 +114,7 @@ def _check_method(method: dict[str, Any]) -> None:
         known = options(name)  # says so where there is no such method
         for option in arguments:
             if option not in known:
-                raise ScionError(f"peft.{short(option)[1:-1]}: {name} has no option {short(option)}"
+                raise ScionError(f"peft.{cut(option)}: {name} has no option {short(option)}"
                                  f"{nearest(option, known)}; it has {listed(known, 40)}")
     if arguments.get("on") not in (None, "backbone"):
         raise ScionError(f"peft.on: a run attaches its methods to the backbone, and not to {shown(arguments['on'])}; "
@@ -112,15 +124,18 @@ def _check_method(method: dict[str, Any]) -> None:
 def _check_length(trainer: dict[str, Any]) -> None:
     """Refuse a training that is of no length, or of none that is known: the rate falls over all of its steps."""
     duration = trainer.get("max_time")
-    if duration is not None and _seconds(duration) <= 0:
+    if duration is not None and _seconds(duration, "trainer.max_time") <= 0:
         raise ScionError(f"trainer.max_time: {shown(duration)} leaves no time to train")
+    interval = trainer.get("val_check_interval")
+    if isinstance(interval, (str, dict)) and _seconds(interval, "trainer.val_check_interval") <= 0:
+        raise ScionError(f"trainer.val_check_interval: {shown(interval)} is no time between two validations")
     epochs, steps = trainer.get("max_epochs"), trainer.get("max_steps", -1)
     if steps == -1 and (epochs == -1 or epochs is None and duration is not None):
         raise ScionError("trainer.max_epochs: give it, or max_steps, a number of at least 1: the learning rate follows "
                          "the length of the training, which max_time can only cut short")
 
 
-def _seconds(duration: Any) -> float:
+def _seconds(duration: Any, key: str) -> float:
     """The seconds of what Lightning takes for a duration."""
     import datetime
 
@@ -130,7 +145,7 @@ def _seconds(duration: Any) -> float:
     if isinstance(duration, dict):
         with contextlib.suppress(TypeError, ValueError, OverflowError):
             return datetime.timedelta(**duration).total_seconds()
-    raise ScionError(f"trainer.max_time: {shown(duration)} is no duration; write DD:HH:MM:SS, or {{hours: 2}}")
+    raise ScionError(f"{key}: {shown(duration)} is no duration; write DD:HH:MM:SS, or {{hours: 2}}")
 
 
 # ------------------------------------------------------------------------------------------------- classes
@@ -234,7 +249,7 @@ def typed(cls: Any, arguments: dict[str, Any], key: str) -> dict[str, Any]:
     known = signature(cls).parameters
     for name in arguments:
         if name not in known:
-            raise ScionError(f"{key}.{short(name)[1:-1]}: {cls.__name__} has no option {short(name)}"
+            raise ScionError(f"{key}.{cut(name)}: {cls.__name__} has no option {short(name)}"
                              f"{nearest(name, known)}; it has {listed(known, 40)}")
     missing = [name for name, p in known.items() if p.default is p.empty and name not in arguments
                and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
@@ -314,9 +329,9 @@ def _trainer_problem(arguments_as_json: str, construct: bool) -> str:
     for name in arguments:
         if name in SET_BY_RUN:
             return f"trainer.{name}: a run sets this itself; leave it out"
-        if name not in (*known, *OWN_ARGUMENTS):
-            return f"trainer.{short(name)[1:-1]}: Lightning's Trainer has no such argument{nearest(name, known)}"
-    own = {name: value for name, value in arguments.items() if name not in OWN_ARGUMENTS}
+        if name not in (*known, *OUR_ARGUMENTS):
+            return f"trainer.{cut(name)}: Lightning's Trainer has no such argument{nearest(name, known)}"
+    own = {name: value for name, value in arguments.items() if name not in OUR_ARGUMENTS}
     if FORKING.match(str(arguments.get("strategy", ""))):
         return (f"trainer.strategy: {short(arguments['strategy'])} trains in copies of this process, which bring "
                 "nothing back; write ddp")
@@ -330,9 +345,10 @@ def _trainer_problem(arguments_as_json: str, construct: bool) -> str:
 
 
 def _make_trainer(arguments: dict[str, Any]) -> None:
-    """Make a Trainer without consequences."""
+    """Make a Trainer without consequences: what it would set in torch for the whole process is left out."""
     import lightning.pytorch as L
 
+    arguments = {name: value for name, value in arguments.items() if name not in ("deterministic", "benchmark")}
     quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
                              "enable_model_summary": False}
     with _unchanged(), _silent():
@@ -351,18 +367,11 @@ def _make_trainer(arguments: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _unchanged() -> Iterator[None]:
-    """Put back what making a Trainer sets for the whole process."""
-    import torch
-
+    """Put the environment back as it was."""
     environment = dict(os.environ)
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    benchmark = torch.backends.cudnn.benchmark
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
-        torch.backends.cudnn.benchmark = benchmark
         for name in os.environ.keys() - environment.keys():
             del os.environ[name]
         os.environ.update(environment)
@@ -419,7 +428,7 @@ def _optimizer_problem(settings_as_json: str) -> str:
     accepted = [one for one in inspect.signature(kind).parameters if one not in ("params", "lr", "weight_decay")]
     for option in options:
         if option not in accepted:
-            return (f"optimizer.options.{short(option)[1:-1]}: {name} has no option {short(option)}"
+            return (f"optimizer.options.{cut(option)}: {name} has no option {short(option)}"
                     f"{nearest(option, accepted)}; it has {listed(accepted, 40)}")
     if not is_finite(options):
         return "optimizer.options: a number that is not finite"
@@ -435,11 +444,23 @@ def _optimizer_problem(settings_as_json: str) -> str:
                     tensor.grad = torch.ones_like(tensor)
                 made.step()
     except Exception as error:
-        return f"optimizer: {name} cannot be had for a model with these options ({_said(error)})"
+        return f"optimizer: {name} refuses these settings ({_said(error)})"
     return ""
 
 
 # ------------------------------------------------------------------------------------------------- the rehearsal
+
+
+def _check_own_stages(methods: list[PEFTMethod], listed_stages: bool) -> None:
+    """Refuse methods that would not come through all of their stages."""
+    staged = [method for method in methods if method.stages]
+    if staged and listed_stages:
+        raise ScionError(f"stages: {staged[0].name} has stages of its own ({listed(staged[0].stages)}), and a run goes "
+                         "through those or through listed ones")
+    other = [method for method in staged if method.stages != staged[0].stages]
+    if other:
+        raise ScionError(f"peft: {staged[0].name} has the stages {listed(staged[0].stages)} and {other[0].name} "
+                         f"{listed(other[0].stages)}; one run goes through the same for all")
 
 
 def rehearse(points: Iterable[Point]) -> None:
@@ -462,23 +483,23 @@ def rehearse(points: Iterable[Point]) -> None:
         done.add(text)
         return is_new
 
-    for point in points:
-        domain = point.domain
-        for stage in (point.config.get("stages") or {"": {}}).values():
-            config = {**point.config, **stage}
-            check_trainer(config["trainer"])
-            check_optimizer(config["optimizer"], config["lr_scheduler"])
-            for part in config["peft"] if isinstance(config["peft"], list) else [config["peft"]]:
-                if once("peft", part, domain):
-                    make(part, "peft", domain, PEFTMethod)
-            if once("data", config["data"], domain):
-                make(config["data"], "data", domain, DataModule)
-            task = config["model"].get("task")
-            if task and once("task", task, domain):
-                make(task, "model.task", domain, Task)
-            backbone = config["model"]["backbone"]
-            if once("backbone", backbone, domain):
-                cls = find_class(backbone["class_path"], "model.backbone", domain)
-                if not issubclass(cls, Backbone):
-                    raise ScionError(f"model.backbone: {backbone['class_path']} is no Backbone")
-                typed(cls, backbone["init_args"], "model.backbone")
+    fits = [({**point.config, **stage}, point.domain) for point in points
+            for stage in (point.config.get("stages") or {"": {}}).values()]
+    for config, domain in fits:
+        check_trainer(config["trainer"])
+        if once("peft", config["peft"], domain, "stages" in config):
+            methods = [make(part, "peft", domain, PEFTMethod) for part in _methods(config)]
+            _check_own_stages(methods, "stages" in config)
+        if once("data", config["data"], domain):
+            make(config["data"], "data", domain, DataModule)
+        task = config["model"].get("task")
+        if task and once("task", task, domain):
+            make(task, "model.task", domain, Task)
+        backbone = config["model"]["backbone"]
+        if once("backbone", backbone, domain):
+            cls = find_class(backbone["class_path"], "model.backbone", domain)
+            if not issubclass(cls, Backbone):
+                raise ScionError(f"model.backbone: {backbone['class_path']} is no Backbone")
+            typed(cls, backbone["init_args"], "model.backbone")
+    for config, _ in fits:  # last: torch imports its compiler with the first optimizer
+        check_optimizer(config["optimizer"], config["lr_scheduler"])

@@ -18,9 +18,9 @@ import yaml
 from core.errors import ScionError, listed, nearest
 from core.files import check_regular
 
-LARGEST = 2**18
+LARGEST = 2**16
 """Bytes of a file. Ours have a few thousand, and the parser takes its time."""
-MOST_NODES = 100_000
+MOST_NODES = 20_000
 """Values in a document, those behind an alias counted each time."""
 DEEPEST = 32
 """Levels of nesting."""

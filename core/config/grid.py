@@ -64,7 +64,7 @@ class Point:
 
 def label(value: Any) -> Any:
     """A class in a configuration as a person would write it, arguments included; other values as they are."""
-    if not isinstance(value, dict) or "class_path" not in value:
+    if not isinstance(value, dict) or value.keys() != {"class_path", "init_args"}:
         return value
     given = ", ".join(f"{key}={argument}" for key, argument in value["init_args"].items())
     return value["class_path"].rpartition(".")[2] + (f"({given})" if given else "")

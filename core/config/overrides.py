@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from core.config.document import parse
-from core.config.schema import COMPONENTS, KEYS, STAGE_KEYS, component, normal_stage, normal_value, short
+from core.config.schema import COMPONENTS, KEYS, STAGE_KEYS, component, normal_stage, normal_value, short, shown
 from core.errors import ScionError, listed, nearest
 
 SETTABLE = tuple(key for key in KEYS if key not in ("over", "per"))
+LONGEST_KEY = 200
 BELONGS = {"optimizer": ("AdamW", "options"), "lr_scheduler": ("cosine", "final")}
 """What has a name and settings that are written for that name: the name by default, and the key of the settings."""
 
@@ -45,9 +46,14 @@ def split(arguments: list[str]) -> list[tuple[str, str, str]]:
         if not match:
             raise ScionError(f"{short(word)}: not an override; write --key value, as in --peft LoRA --peft.rank 16")
         key, operator, value = match.groups()
+        if len(key) > LONGEST_KEY:
+            raise ScionError(f"--{key[:LONGEST_KEY]}...: no key is that long")
         if operator is None:
-            if not rest or re.match(r"--\w", rest[0]):
-                raise ScionError(f"--{key}: a value is missing; one that begins with -- stands behind an equals sign")
+            if not rest:
+                raise ScionError(f"--{key}: a value is missing")
+            if re.match(r"--\w", rest[0]):
+                raise ScionError(f"--{key}: a value is missing before {short(rest[0])}; one that begins with -- stands "
+                                 "behind an equals sign")
             operator, value = "=", rest.pop(0)
         found.append((key, operator, value))
     return found
@@ -226,7 +232,7 @@ def _into(node: Any, part: str, before: list[str], key: str) -> Any:
             return node
         node = node["init_args"]
     if not isinstance(node, dict):
-        raise ScionError(f"--{key}: {'.'.join(before)} is {short(str(node))}, which has no {part!r}")
+        raise ScionError(f"--{key}: {'.'.join(before)} is {shown(node)}, which has no {short(part)}")
     if node.get(part) is None:
         node[part] = {}
     return node[part]
@@ -242,7 +248,7 @@ def _set(node: Any, parts: list[str], value: Any, append: bool, key: str) -> Non
             return
         node = node["init_args"]
     if not isinstance(node, dict):
-        raise ScionError(f"--{key}: {place} is {short(str(node))}, which has no {last!r}")
+        raise ScionError(f"--{key}: {place} is {shown(node)}, which has no {short(last)}")
     if append:
         value = _appended(node, last, value, slot, key)
     if place in BELONGS and last == "name" and value != node.get("name", BELONGS[place][0]):
@@ -258,6 +264,6 @@ def _appended(node: dict[str, Any], last: str, value: Any, slot: str, key: str) 
         present = [] if present is None else present
         return [*(present if isinstance(present, list) else [present]), *(component(one, slot) for one in more)]
     if not isinstance(present, list):
-        what = "says nothing of it" if present is None else f"has {short(str(present))} there"
+        what = "says nothing of it" if present is None else f"has {shown(present)} there"
         raise ScionError(f"--{key}+=: the configuration {what}, and not a list; write the whole list with --{key}")
     return [*present, *more]

@@ -10,7 +10,7 @@ import copy
 import functools
 import re
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import (
     Annotated,
@@ -237,7 +237,7 @@ def _check_keys(value: dict[str, Any], kind: Any, place: str, partial: bool) -> 
     before = f"{place}." if place else ""
     for key in value:
         if key not in known and kind not in OPEN:
-            raise ScionError(f"{before}{short(key)}: unknown key{nearest(key, known)}; the keys are "
+            raise ScionError(f"{before}{cut(key)}: unknown key{nearest(key, known)}; the keys are "
                              f"{listed(known, 20)}")
     for key in kind.__required_keys__:
         if key not in value and not partial:
@@ -272,7 +272,7 @@ def words(kind: Any) -> str:
         keys = get_type_hints(kind)
         return "a mapping" if kind in OPEN else f"a mapping with the keys {listed(keys, 20)}"
     plain = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "a mapping",
-             list: "a list", tuple: "a list", types.NoneType: "null", None: "null"}
+             list: "a list", tuple: "a list", Sequence: "a list", types.NoneType: "null", None: "null"}
     found = plain.get(origin or kind) if isinstance(origin or kind, type) or kind is None else None
     return found or str(kind).replace("typing.", "").replace("collections.abc.", "")
 
@@ -291,6 +291,11 @@ def shown(value: Any) -> str:
 def short(text: str) -> str:
     """Text in quotes, cut where it is long."""
     return repr(text) if len(text) <= 60 else f"{text[:57]!r}..."
+
+
+def cut(text: str) -> str:
+    """Text, cut where it is long."""
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 # ------------------------------------------------------------------------------------------------- the normal form
