@@ -29,8 +29,9 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
         return sub
 
-    overrides = ("Any key of the configuration can be set behind it: --peft LoRA --peft.rank 16, --data.root FOLDER, "
-                 "--peft+=BitFit; --over AXIS=A,B repeats the run over values.")
+    overrides = ("Any key of the configuration can be set beside it: --peft LoRA --peft.rank 16, --data.root FOLDER, "
+                 "--peft+=BitFit; the last word on a key holds. --over AXIS=A,B repeats the run over values, --per "
+                 "'{AXIS: {A: {KEY: VALUE}}}' sets keys for one of them.")
     sub = command("run", "train, test and save what a configuration describes")
     sub.epilog = overrides
     sub.add_argument("config", help="a YAML file, on disk or in an installed domain")
@@ -64,6 +65,28 @@ def parser() -> argparse.ArgumentParser:
     return main
 
 
+OWN = {"--run_dir": True, "--overwrite": False, "--json": False, "--help": False}
+"""Options of ``run`` and ``describe`` that are no keys of a configuration, or stand beside one (``--run_dir``), and
+whether a value follows."""
+
+
+def _apart(words: list[str]) -> tuple[list[str], list[str]]:
+    """The command's own words, and those that set keys of the configuration, each with its value."""
+    own: list[str] = []
+    keys: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        name, equals, _ = word.partition("=")
+        is_key = word.startswith("--") and name not in OWN and word != "--"
+        into = keys if is_key else own
+        into.append(word)
+        follows = not equals and (is_key or OWN.get(name, False))
+        if follows and rest and rest[0].partition("=")[0] not in OWN:
+            into.append(rest.pop(0))
+    return own, keys
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code: 0, 2 for what went wrong, 130 or 143 when interrupted."""
     from core.errors import Interrupted, ScionError, bad_input, interruptible, one_line
@@ -71,7 +94,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     main_parser = parser()
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words  # wherever it stands
-    arguments, rest = main_parser.parse_known_args([word for word in words if word != "--debug"])
+    words = [word for word in words if word != "--debug"]
+    own, keys = _apart(words) if words[:1] in (["run"], ["describe"]) else (words, [])
+    arguments, rest = main_parser.parse_known_args(own)
+    rest += keys
     if arguments.version:
         from core import __version__
 
@@ -82,6 +108,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if rest and arguments.command not in ("run", "describe"):
         main_parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if getattr(arguments, "run_dir", None) == "":
+        main_parser.error("argument --run_dir: the name of a folder is missing")
     try:
         with interruptible():
             return _dispatch(arguments, rest)
@@ -110,6 +138,9 @@ def _dispatch(arguments: argparse.Namespace, rest: list[str]) -> int:
 
         found = points(arguments.config, rest)  # tells most mistakes before anything heavy is imported
         _quick_imports()
+        from core.config import rehearse
+
+        rehearse(found)  # tells nearly all others before anything is written
         from core.many_runs import run
 
         return run(found, arguments.run_dir, arguments.overwrite)

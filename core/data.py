@@ -301,6 +301,9 @@ class DataModule(Recorded, LightningDataModule, ABC):
     def __init__(self, root: str | None = None, source: Source = "auto", batch_size: int = 32, num_workers: int = 0,
                  seed: int | None = None) -> None:
         super().__init__()
+        for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0), ("seed", seed, 0)):
+            if value is not None and value < least:
+                raise ScionError(f"data.{name}: {value} must be at least {least}")
         self.root = Path(root) if root is not None else None
         self.source: Source = source
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed

@@ -18,13 +18,15 @@ from core import exact_resume
 from core.anatomy import dissect
 from core.artifact import keep_only_owned, read_adapter, restore, split_checkpoint
 from core.backbone import Backbone
+from core.config.schema import Optimizer, Schedule
+from core.config.schema import check as check_shape
 from core.data import EpochLoader, Share, seed_of
 from core.errors import ScionError, listed, nearest
 from core.graft import Graft, checkpoint_activations
 from core.method import PEFTMethod, home_in, key_of, methods_on
 from core.optim import Together, steps_of
 from core.random_state import part_random_states
-from core.spec import plain
+from core.spec import is_finite, plain
 from core.tally import LossSum, compute, joint, load_metric_states, mean_loss, metric_states
 from core.tasks.base import STAGES, Task
 
@@ -45,6 +47,11 @@ class OptimizerSettings:
     weight_decay: float | Literal["auto"] = "auto"
     options: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        check_shape(asdict(self), Optimizer, "optimizer")
+        if not is_finite(asdict(self)):
+            raise ScionError("optimizer: a number that is not finite")
+
 
 @dataclass
 class ScheduleSettings:
@@ -59,6 +66,11 @@ class ScheduleSettings:
     name: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = 0.0
     final: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_shape(asdict(self), Schedule, "lr_scheduler")
+        if not is_finite(asdict(self)):
+            raise ScionError("lr_scheduler: a number that is not finite")
 
     def factor(self, step: int, total: int) -> float:
         """What the learning rate is multiplied by at ``step`` of ``total``."""

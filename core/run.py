@@ -24,9 +24,9 @@ from core import pictures, report
 from core.artifact import adapter_bytes, read_adapter, restore, save_adapter, versions
 from core.backbone import Backbone
 from core.checkpoints import AtomicCheckpointIO, RunCheckpoints, read_checkpoint
-from core.config import Point, find_class, make, typed
+from core.config import OUR_ARGUMENTS, Point, check_optimizer, check_trainer, find_class, make, typed
 from core.data import DataModule, bounded
-from core.errors import Interrupted, ScionError, listed, nearest
+from core.errors import Interrupted, ScionError, listed
 from core.files import write_json
 from core.method import Home, PEFTMethod, methods_on
 from core.module import OUTSIDE, FineTuner, OptimizerSettings, ScheduleSettings, load_outside, outside, spec
@@ -63,7 +63,9 @@ def assemble(point: Point, config: dict[str, Any] | None = None, read: bool = Tr
     L.seed_everything(seed, verbose=False)
     # What is wrong is told as early as it can be known: before the backbone's library is imported, before the backbone
     # is built, before the data is read.
-    check_trainer(config["trainer"])
+    check_trainer(config["trainer"], construct=read)
+    if read:
+        check_optimizer(config["optimizer"], config["lr_scheduler"])
     methods = make_methods(config, point.domain)
     data: DataModule = make(config["data"], "data", point.domain, DataModule)
     if data.seed is None:
@@ -428,18 +430,6 @@ def _begin_with(adapter: Path, stage: Stage, tuner: FineTuner, methods: list[PEF
     kept = {method.name: method for method in earlier}
     return [*(method for method in earlier if method.name not in names),
             *(kept.get(method.name, method) for method in methods)]
-
-
-OUR_ARGUMENTS = ("checkpoint_every_n_steps",)
-"""Arguments under ``trainer`` that Lightning does not know: a checkpoint within the epoch."""
-
-
-def check_trainer(arguments: dict[str, Any]) -> None:
-    """Refuse an argument that is neither the Trainer's nor ours."""
-    known = [name for name in signature(L.Trainer).parameters if name not in ("callbacks", "logger", "plugins")]
-    for name in arguments:
-        if name not in (*known, *OUR_ARGUMENTS):
-            raise ScionError(f"trainer.{name}: Lightning's Trainer has no such argument{nearest(name, known)}")
 
 
 def _checkpoints(config: dict[str, Any], folder: Path, selects: tuple[str, str]) -> RunCheckpoints:

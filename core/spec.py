@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from typing import Any
+
+from core.errors import ScionError
 
 
 class Recorded:
-    """Remembers the arguments of its construction in ``config``, defaults included."""
+    """Remembers the arguments of its construction in ``config``, defaults included.
+
+    Numbers that are not finite are refused: no argument means anything by them, and JSON has none.
+    """
 
     config: dict[str, Any]
 
@@ -18,6 +24,9 @@ class Recorded:
             bound = signature(cls).bind_partial(*args, **kwargs)
         except TypeError:  # __init__ reports it better
             return self
+        for name, value in bound.arguments.items():
+            if not is_finite(value):
+                raise ScionError(f"{cls.__name__}: {name} {value!r:.60} is not a finite number")
         bound.apply_defaults()
         rest = next((p.name for p in signature(cls).parameters.values() if p.kind is p.VAR_KEYWORD), None)
         config = dict(bound.arguments)
@@ -34,6 +43,15 @@ class Recorded:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{key}={value!r}' for key, value in self.changed.items())})"
+
+
+def is_finite(value: Any) -> bool:
+    """Whether all numbers in plain data are finite."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, dict):
+        return all(is_finite(one) for one in value.values())
+    return not isinstance(value, (list, tuple)) or all(is_finite(one) for one in value)
 
 
 @functools.cache  # asked at every construction

@@ -59,7 +59,7 @@ def options(name: str) -> list[str]:
     Raises:
         ScionError: no method has that name; the message gives the nearest ones.
     """
-    if name not in _sources():
+    if name not in _sources() or name not in registry():
         return [*_signature(method_class(name)).parameters]
     found: list[str] = []
     node: ast.ClassDef | None = _sources()[name][1]

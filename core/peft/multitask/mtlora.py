@@ -177,6 +177,8 @@ class MTLoRA(PEFTMethod):
             raise ScionError(f"MTLoRA: tasks {tasks!r} must be a list of different names, none of them 'shared'")
         if rank < 1 or task_rank < 1:
             raise ScionError(f"MTLoRA: rank {rank} and task_rank {task_rank} must be at least 1")
+        if scale == 0:
+            raise ScionError(f"MTLoRA: scale {scale} must not be zero")
         if not 0 <= dropout < 1:
             raise ScionError(f"MTLoRA: dropout {dropout} must lie in [0, 1)")
         if downsample not in ("train", "lora"):

@@ -83,7 +83,7 @@ class GaLore(FullFineTuning):
 
     Args:
         rank: rank of the projection, at least 1.
-        scale: factor of the projected update.
+        scale: factor of the projected update, positive.
         interval: steps between two decompositions, at least 1.
         targets: roles whose weights are projected; None is every linear map of the blocks.
         exclude: roles that stay frozen.
@@ -96,6 +96,8 @@ class GaLore(FullFineTuning):
         super().__init__(exclude, **common)
         if rank < 1 or interval < 1:
             raise ScionError(f"GaLore: rank {rank} and interval {interval} must be at least 1")
+        if scale <= 0:
+            raise ScionError(f"GaLore: scale {scale} must be positive")
         self.rank, self.scale, self.interval, self.roles = rank, scale, interval, targets
         self.projected: list[str] = []
 

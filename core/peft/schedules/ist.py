@@ -52,6 +52,8 @@ class IST(PEFTMethod):
         if candidates < 2 or refresh < 1 or samples < 1:
             raise ScionError(f"IST: candidates {candidates} must be at least 2, refresh {refresh} and samples "
                              f"{samples} at least 1")
+        if mu < 0 or suppression < 0:
+            raise ScionError(f"IST: mu {mu} and suppression {suppression} must not be negative")
         self.share, self.suppressed, self.suppression = share, suppressed, suppression
         self.candidates, self.refresh, self.mu, self.samples = candidates, refresh, mu, samples
         self.importance = torch.zeros(0)

@@ -44,6 +44,8 @@ class LTSFT(PEFTMethod):
                  l1_sparse: float = 0.0, exclude: Sequence[str] = (), **common: Any) -> None:
         super().__init__(**common)
         check_budget("LTSFT", density, count)
+        if l1_dense < 0 or l1_sparse < 0:
+            raise ScionError(f"LTSFT: l1_dense {l1_dense} and l1_sparse {l1_sparse} must not be negative")
         self.density, self.count = 0.05 if density is None and count is None else density, count
         self.l1 = {"dense": l1_dense, "sparse": l1_sparse}
         self.exclude = tuple(exclude)

@@ -95,6 +95,8 @@ class PST(PEFTMethod):
         if rank < 1 or score_rank < 1 or spread <= 0:
             raise ScionError(f"PST: rank {rank} and score_rank {score_rank} must be at least 1, spread {spread} "
                              "positive")
+        if alpha1 < 0 or alpha2 < 0 or beta < 0:
+            raise ScionError(f"PST: alpha1 {alpha1}, alpha2 {alpha2} and beta {beta} must not be negative")
         self.final, self.initial, self.warmup, self.cooldown = sparsity, initial, warmup, cooldown
         self.rank, self.score_rank, self.scales, self.spread = rank, score_rank, (beta, alpha1, alpha2), spread
         self.targets = None if targets is None else tuple(targets)

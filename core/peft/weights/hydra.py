@@ -94,6 +94,8 @@ class Hydra(PEFTMethod):
         super().__init__(**common)
         if rank < 1 or sequential_rank < 1:
             raise ScionError(f"Hydra: rank {rank} and sequential_rank {sequential_rank} must be at least 1")
+        if scale == 0:
+            raise ScionError(f"Hydra: scale {scale} must not be zero")
         if not 0 <= dropout < 1:
             raise ScionError(f"Hydra: dropout {dropout} must lie in [0, 1)")
         self.rank, self.sequential_rank, self.scale, self.dropout = rank, sequential_rank, scale, dropout

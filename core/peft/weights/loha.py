@@ -43,7 +43,7 @@ class LoHa(PEFTMethod):
 
     Args:
         rank: rank of each of the two, at least 1.
-        alpha: numerator of the scale; None is the rank.
+        alpha: numerator of the scale, positive; None is the rank.
         targets: roles to adapt; None is every linear map of the blocks.
     """
 
@@ -59,6 +59,8 @@ class LoHa(PEFTMethod):
         super().__init__(**common)
         if rank < 1:
             raise ScionError(f"LoHa: rank {rank} must be at least 1")
+        if alpha is not None and alpha <= 0:
+            raise ScionError(f"LoHa: alpha {alpha} must be positive")
         self.rank, self.alpha = rank, rank if alpha is None else alpha
         self.targets = None if targets is None else tuple(targets)
 

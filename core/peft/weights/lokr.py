@@ -80,7 +80,7 @@ class LoKr(PEFTMethod):
 
     Args:
         rank: rank of the inner matrix, at least 1.
-        alpha: numerator of the scale; None is the rank.
+        alpha: numerator of the scale, positive; None is the rank.
         factor: largest small factor of a width; -1 splits as near to a square as can be.
         targets: roles to adapt; None is every linear map of the blocks.
     """
@@ -97,6 +97,8 @@ class LoKr(PEFTMethod):
         super().__init__(**common)
         if rank < 1 or (factor < 1 and factor != -1):
             raise ScionError(f"LoKr: rank {rank} must be at least 1, factor {factor} at least 1 or -1")
+        if alpha is not None and alpha <= 0:
+            raise ScionError(f"LoKr: alpha {alpha} must be positive")
         self.rank, self.alpha, self.factor = rank, rank if alpha is None else alpha, factor
         self.targets = None if targets is None else tuple(targets)
 

@@ -97,7 +97,7 @@ class LoRA(PEFTMethod):
 
     Args:
         rank: rank of the change, at least 1.
-        alpha: numerator of the scale; None is the rank.
+        alpha: numerator of the scale, positive; None is the rank.
         dropout: probability of dropping an input of A, in [0, 1).
         targets: roles to adapt; None is every linear map of the blocks. q, k, v of a fused projection get a change of
             their own each; ``qkv`` gets one.
@@ -126,6 +126,8 @@ class LoRA(PEFTMethod):
             raise ScionError(f"{type(self).__name__}: rank {rank} must be at least 1")
         if not 0 <= dropout < 1:
             raise ScionError(f"{type(self).__name__}: dropout {dropout} must lie in [0, 1)")
+        if alpha is not None and alpha <= 0:
+            raise ScionError(f"{type(self).__name__}: alpha {alpha} must be positive")
         self.rank, self.dropout = rank, dropout
         self.targets = None if targets is None else tuple(targets)
         self.alpha = rank if alpha is None else alpha
