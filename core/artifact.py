@@ -7,23 +7,35 @@ and which base they belong to). Nothing in it is executed: a method is looked up
 from __future__ import annotations
 
 import functools
-import json
+import os
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from core.anatomy import dissect
 from core.base import check_base
-from core.errors import ScionError, listed
-from core.files import write_atomically
+from core.errors import ScionError, listed, one_line
+from core.files import read_json, write_atomically, write_json
 from core.fingerprint import fingerprint
-from core.method import Home, PEFTMethod, decode_extra_state, methods_on, uncompiled
+from core.graft import Graft
+from core.method import Home, PEFTMethod, Spec, check_structure, decode_extra_state, methods_on, uncompiled
+from core.rehearsal import hollow, is_small, largest, reach, rehearsing, twin
+from core.schema import check
+from core.spec import check_arguments
+from core.tensors import check_fit, check_values, checksum, read_checkpoint, read_tensors, write_tensors
 
 FORMAT = 1
 TENSORS, RECORD = "adapter.safetensors", "adapter.json"
+LARGEST_RECORD = 16 * 2**20
+"""Bytes of an adapter's record."""
+DEEPEST = 4
+"""Compositions within compositions."""
+
 
 # ------------------------------------------------------------------------------------------------- adapter folders
 
@@ -33,10 +45,12 @@ def save_adapter(methods: list[PEFTMethod], folder: str | Path, extra: dict[str,
     """Write the methods of one model (and ``extra`` tensors, a head say, with what rebuilds the ``model``) into
     ``folder``.
 
-    Both files are written beside their place and renamed, the record last.
-    """
-    from safetensors.torch import save_file
+    Both files are written beside their place and renamed, the record last. It holds the checksum of the tensors, so
+    that a pair of which only one was written is never taken for an adapter.
 
+    Raises:
+        ScionError: a method is not attached, or the folder cannot be written.
+    """
     if not methods:
         raise ScionError("there is no method to save: attach one first")
     root = methods[0]._need_root()
@@ -57,10 +71,15 @@ def save_adapter(methods: list[PEFTMethod], folder: str | Path, extra: dict[str,
         **({"model": model} if model else {}),
     }
     target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    packed = {name: tensor.contiguous().cpu().clone() for name, tensor in tensors.items()}
-    write_atomically(target / TENSORS, lambda path: save_file(packed, path, metadata={"format": "pt"}))
-    write_atomically(target / RECORD, lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        record["sha256"] = write_tensors(target / TENSORS, tensors)
+        write_json(target / RECORD, record)
+    except OSError as error:
+        raise ScionError(f"{folder} cannot be written ({error.strerror or error})") from None
+    except ValueError:
+        raise ScionError(f"{folder}: an argument of {listed(method.name for method in methods)} is no finite number, "
+                         "which an adapter cannot record") from None
     return target
 
 
@@ -78,55 +97,174 @@ def load_adapter(source: str | Path, model: nn.Module, base: Literal["same", "an
         The method, or the list of methods where several were saved.
 
     Raises:
-        ScionError: a damaged file, another base, missing, extra or misshapen tensors; the model is untouched then.
+        ScionError: a damaged file, another base, missing, extra or misshapen tensors, values that are not finite; the
+            model is untouched then.
     """
     from core import interop
 
     if interop.is_peft(source):
         return interop.from_peft(source, model)
-    record, tensors = read_adapter(source)
-    methods = restore(record, tensors, model, base, str(source))
+    saved = open_adapter(source)
+    methods = restore(saved.record, saved.tensors, model, base, str(source), saved.check_whole)
     return methods[0] if len(methods) == 1 else methods
 
 
 def read_adapter(source: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The record and the tensors in an adapter folder, a run folder or a Lightning checkpoint."""
+    saved = open_adapter(source)
+    saved.check_whole()
+    return saved.record, saved.tensors
+
+
+# ------------------------------------------------------------------------------------------------- reading
+
+
+Part = dict[str, Any]
+"""A backbone or a task: ``{"class": "audio:AST", arguments}``; see `core.module.spec`."""
+
+
+class ModelRecord(TypedDict):
+    """How to build what the methods stand on, and the task's head."""
+
+    backbone: Part | None
+    task: Part | None
+    classes: list[str]
+    multilabel: bool
+    seed: int
+
+
+class Record(TypedDict):
+    """What adapter.json holds."""
+
+    format: int
+    methods: list[Spec]
+    base: dict[Literal["class", "fingerprint"], str]
+    versions: NotRequired[dict[str, str]]
+    model: NotRequired[ModelRecord]
+    sha256: NotRequired[str]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """An adapter as it was read: its record agrees with the schema, nothing is built yet."""
+
+    record: dict[str, Any]
+    tensors: dict[str, Tensor]
+    file: Path | None = None
+    """Where the tensors are, if they have a file of their own."""
+
+    def check_whole(self) -> None:
+        """Refuse tensors that are not those that the record was written with. Older records do not tell."""
+        claimed = self.record.get("sha256")
+        if self.file is None or claimed is None:
+            return
+        try:
+            found = checksum(self.file)
+        except OSError as error:
+            raise ScionError(f"{self.file}: cannot be read ({error.strerror})") from None
+        if found != claimed:
+            raise ScionError(f"{self.file}: not the tensors that {RECORD} was written with, for their checksums "
+                             "differ; copy both files again")
+
+
+def open_adapter(source: str | Path) -> Saved:
+    """The adapter in an adapter folder, a run folder or a Lightning checkpoint, checked against the schema.
+
+    Raises:
+        ScionError: there is none, or it is damaged.
+    """
     path = Path(source)
-    if path.is_file():
-        return _read_checkpoint(path)
-    if (path / "adapter" / RECORD).is_file():
+    if os.path.isfile(path):
+        return Saved(*_read_checkpoint(path))
+    if os.path.isfile(path / "adapter" / RECORD):
         path = path / "adapter"
-    if not (path / RECORD).is_file():
+    if not os.path.isfile(path / RECORD):
         raise ScionError(f"{source}: no {RECORD} here; give an adapter folder, a run folder or a .ckpt file")
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    record = read_json(path / RECORD, LARGEST_RECORD)
+    if not isinstance(record, dict) or not {"format", "methods", "base"} <= record.keys():
+        raise ScionError(f"{path / RECORD}: damaged, or not an adapter's record")
+    if record["format"] != FORMAT:
+        raise ScionError(f"{path / RECORD}: format {one_line(record['format'])[:40]} is unknown; this version reads "
+                         f"{FORMAT}")
+    check_record(record, str(path / RECORD))
+    return Saved(record, read_tensors(path / TENSORS), path / TENSORS)
+
+
+def check_record(record: dict[str, Any], where: str) -> None:
+    """Refuse a record that does not agree with the schema: types, names of classes, their options and structures.
+
+    Raises:
+        ScionError: says what is wrong where.
+    """
+    check(record, Record, where)
+    for part in ("class", "fingerprint"):
+        if part not in record["base"]:
+            raise ScionError(f"{where}: base has no {part}")
+    if not record["methods"]:
+        raise ScionError(f"{where}: holds no method")
+    for spec in record["methods"]:
+        _check_spec(spec, where)
+
+
+def _check_spec(spec: Spec, where: str, depth: int = 0) -> None:
+    from core import peft
 
     try:
-        record = json.loads((path / RECORD).read_text())
-        assert isinstance(record["methods"], list) and record["base"]["fingerprint"]
-    except (ValueError, KeyError, TypeError, AssertionError):
-        raise ScionError(f"{path / RECORD}: damaged, or not an adapter's record") from None
-    if record.get("format") != FORMAT:
-        raise ScionError(f"{path / RECORD}: format {record.get('format')} is unknown; this version reads {FORMAT}")
-    try:
-        return record, load_file(path / TENSORS)
-    except (SafetensorError, OSError) as error:
-        reason = "missing" if isinstance(error, FileNotFoundError) else "damaged or cut short"
-        raise ScionError(f"{path / TENSORS}: {reason}; copy the adapter again") from None
+        cls = peft.method_class(spec["class"])
+    except ScionError as error:
+        raise ScionError(f"{where}: {error}") from None
+    config = {key: value for key, value in spec["config"].items() if key not in cls.start_only}
+    check_arguments(cls, {**config, "name": spec["name"]}, where)
+    if cls.__name__ in peft.COMPOSITIONS:
+        if depth == DEEPEST:
+            raise ScionError(f"{where}: compositions are nested too deeply")
+        for entry in config["methods"]:
+            inner = _entry(entry)
+            check(inner, Spec, where, f"{cls.__name__}.methods")
+            _check_spec(inner, where, depth + 1)
+    check_structure(cls, spec.get("structure", {}), where)
+
+
+def _entry(entry: Any) -> Any:
+    """A method in a composition, in the form of one that stands alone."""
+    if not isinstance(entry, dict):
+        return entry
+    given = {key: entry[key] for key in ("class", "name") if key in entry}
+    return {**given, "config": {key: value for key, value in entry.items() if key not in given}}
+
+
+def method_of(spec: Spec, **changes: Any) -> PEFTMethod:
+    """A method from its record, which has been checked. Nothing that the record points to is opened."""
+    from core import peft
+
+    return peft.make(spec["class"], {**_arguments(spec), "name": spec["name"], **changes})
+
+
+def _arguments(spec: Spec) -> dict[str, Any]:
+    from core import peft
+
+    left_out = peft.method_class(spec["class"]).start_only
+    config = {key: value for key, value in spec["config"].items() if key not in left_out}
+    if spec["class"] in peft.COMPOSITIONS:
+        inner = [_entry(entry) for entry in config["methods"]]
+        config["methods"] = [{"class": one["class"], **_arguments(one), "name": one["name"]} for one in inner]
+    return config
 
 
 def _read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-    except Exception as error:
-        raise ScionError(f"{path}: not a readable checkpoint ({type(error).__name__})") from None
+    content = read_checkpoint(path)
+    state = content.get("state_dict") if isinstance(content, dict) else None
+    if not isinstance(state, dict):
+        raise ScionError(f"{path}: not a readable checkpoint; it holds no state_dict")
     return split_checkpoint(state, str(path))
 
 
 def split_checkpoint(state: dict[str, Any], where: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The record and the tensors in the state dict of a checkpoint, whatever module the backbone sits in."""
+    for name in state:
+        check(name, str, where, "a name in the state_dict")
     # <path of the root>peft.<method>._extra_state holds each method's record
-    records = [(name, decode_extra_state(tensor)) for name, tensor in state.items()
+    records = [(name, decode_extra_state(tensor, f"{where}: {one_line(name)}")) for name, tensor in state.items()
                if name.endswith("._extra_state") and "peft." in name]
     if not records:
         raise ScionError(f"{where}: this checkpoint holds no PEFT method")
@@ -138,8 +276,10 @@ def split_checkpoint(state: dict[str, Any], where: str) -> tuple[dict[str, Any],
     tensors = {name.removeprefix(prefix): tensor for name, tensor in state.items()
                if name.startswith(prefix) and not name.endswith("_extra_state")}
     outside = {f"{OUTSIDE}{name}": tensor for name, tensor in state.items() if not name.startswith(prefix)}
-    return ({"format": FORMAT, "methods": [record for _, record in records],
-             "base": {"class": "", "fingerprint": records[0][1]["base"]}}, {**tensors, **outside})
+    specs = [{key: value for key, value in record.items() if key != "base"} for _, record in records]
+    record = {"format": FORMAT, "methods": specs, "base": {"class": "", "fingerprint": records[0][1]["base"]}}
+    check_record(record, where)
+    return record, {**tensors, **outside}
 
 
 OUTSIDE = "outside."
@@ -147,10 +287,18 @@ OUTSIDE = "outside."
 
 
 def restore(record: dict[str, Any], tensors: dict[str, Tensor], model: nn.Module,
-            base: Literal["same", "any"] | nn.Module = "same", where: str = "") -> list[PEFTMethod]:
-    """Make the methods of ``record``, attach them to ``model`` and load ``tensors`` strictly."""
-    from core import peft
+            base: Literal["same", "any"] | nn.Module = "same", where: str = "",
+            check_whole: Callable[[], None] | None = None) -> list[PEFTMethod]:
+    """Make the methods of ``record``, attach them to ``model`` and load ``tensors`` strictly.
 
+    Args:
+        record: as `read_adapter` gives it.
+        tensors: likewise.
+        model: the backbone; untouched where anything is refused.
+        base: see `load_adapter`.
+        where: the source, for messages.
+        check_whole: called once everything fits and before anything is written; refuses damaged files.
+    """
     model = uncompiled(model)
     check_base(model, where)
     anatomy = dissect(model)
@@ -160,27 +308,63 @@ def restore(record: dict[str, Any], tensors: dict[str, Tensor], model: nn.Module
     if other and base != "same":
         tensors = _carried(tensors, model, anatomy.head_names(), base, expected, where)
         warnings.warn(f"{where}: carried from base {expected} to {print_now}", stacklevel=3)
-    methods = [peft.make(spec["class"], {**spec["config"], "name": spec["name"]}) for spec in record["methods"]]
     done: list[PEFTMethod] = []
     try:
-        for method, spec in zip(methods, record["methods"], strict=True):
-            method.attach(model)
-            done.append(method)
-            method.restructure(spec.get("structure", {}))
-        load_tensors(methods, tensors, where, write=not other or base != "same")
+        rehearse(record["methods"], tensors, model, where)
+        attach(record["methods"], model, done)
+        load_tensors(done, tensors, where, write=False)
         if other and base == "same":
             raise ScionError("all names and shapes fit")
+        if check_whole is not None:
+            check_whole()
+        load_tensors(done, tensors, where)
     except Exception as error:
         for method in reversed(done):
             method.remove()
-        if not isinstance(error, ScionError):
-            raise
-        what = str(error).removeprefix(f"{where}: ")
+        what = str(refusal(error)).removeprefix(f"{where}: ")
         if other and base == "same":
             what = (f"the adapter belongs to another base (fingerprint {expected}, here {print_now}; {what}); load it "
                     "onto the backbone it was trained on, or pass base='any' to carry it over")
-        raise ScionError(f"{where}: {what}") from None
-    return methods
+        raise ScionError(f"{where}: {what}") from (None if isinstance(error, ScionError) else error)
+    return done
+
+
+def attach(specs: list[Spec], model: nn.Module, done: list[PEFTMethod]) -> None:
+    """Attach the methods of these records in their saved structures; ``done`` is what has to be taken off again."""
+    methods = [method_of(spec) for spec in specs]
+    for method, spec in zip(methods, specs, strict=True):
+        method.attach(model)
+        done.append(method)
+        method.restructure(spec.get("structure", {}))
+
+
+def refusal(error: Exception) -> ScionError:
+    """What building from a record was refused for. The types in it are right; what else does not go together comes up
+    in any line of a method or of torch."""
+    if isinstance(error, ScionError):
+        return error
+    lines = str(error).strip().splitlines() or [""]
+    return ScionError(f"cannot be built as it is recorded ({type(error).__name__}: {one_line(lines[0])[:200]})")
+
+
+def rehearse(specs: list[Spec], tensors: dict[str, Tensor], model: nn.Module, where: str) -> None:
+    """Refuse what would be larger than the tensors of the file, without building it: see `core.rehearsal`.
+
+    Raises:
+        ScionError: a tensor that the methods would have is not in the file, or has another shape there.
+    """
+    structures = [spec.get("structure", {}) for spec in specs]
+    factor = max(reach(spec["config"]) for spec in specs) * largest(structures)
+    hollow_model = None if is_small(factor, model) else twin(model)
+    if hollow_model is None:
+        return
+    count = len(tensors) + sum(1 for _ in model.parameters())
+    done: list[PEFTMethod] = []
+    with rehearsing(count), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what there is to say is said in earnest
+        attach(specs, hollow_model, done)
+        own = {name: tensor for name, tensor in tensors.items() if not name.startswith(OUTSIDE)}
+        load_tensors(done, hollow(own), where, write=False)
 
 
 def _carried(tensors: dict[str, Tensor], model: nn.Module, heads: set[str], base: Literal["any"] | nn.Module | str,
@@ -191,9 +375,9 @@ def _carried(tensors: dict[str, Tensor], model: nn.Module, heads: set[str], base
         return tensors
     here = dict(model.named_parameters())
     for name in moved:
-        if name not in here or here[name].shape != tensors[name].shape:
-            shape = list(here[name].shape) if name in here else "absent"
-            raise ScionError(f"{where}: {name} is {list(tensors[name].shape)} in the file, {shape} here")
+        if name not in here:
+            raise ScionError(f"{where}: {name} is {list(tensors[name].shape)} in the file, absent here")
+        check_fit(tensors[name], here[name], name, where)
     if not isinstance(base, nn.Module):
         raise ScionError(f"{where}: holds values of its base's own tensors ({listed(moved, 2)}), not the change of "
                          "them, so that alone it cannot be carried to another base; pass base=<the backbone it was "
@@ -211,7 +395,8 @@ def _carried(tensors: dict[str, Tensor], model: nn.Module, heads: set[str], base
 
 
 def load_tensors(methods: list[PEFTMethod], tensors: dict[str, Tensor], where: str = "", write: bool = True) -> None:
-    """Copy saved tensors into attached methods; missing, extra and misshapen ones are refused before any is written."""
+    """Copy saved tensors into attached methods. Missing and extra ones, those of another shape or kind of numbers, and
+    values that are not finite or out of range are refused before any is written."""
     root = methods[0]._need_root()
     home: Home = root.peft  # type: ignore[assignment]
     parameters = dict(root.named_parameters())
@@ -226,18 +411,28 @@ def load_tensors(methods: list[PEFTMethod], tensors: dict[str, Tensor], where: s
     if missing:
         raise ScionError(f"{where}: tensors are missing: {listed(missing, 4)}")
     if extra:
-        raise ScionError(f"{where}: tensors that no method here has: {listed(extra, 4)}")
+        raise ScionError(f"{where}: tensors that no method here has: {listed(map(one_line, extra), 4)}")
     for name, tensor in into.items():
-        if tensor.shape != given[name].shape:
-            raise ScionError(f"{where}: {name} is {list(given[name].shape)} in the file, {list(tensor.shape)} here")
-    if write:
-        with torch.no_grad():
-            for name, tensor in into.items():
-                tensor.copy_(given[name])
-            for name, (packing, parts) in packed.items():
-                packing.unpack({part: given[f"{name}.{part}"] for part in parts}, live[name])
-        for method in methods:
-            method.prepared = True
+        check_fit(given[name], tensor, name, where)
+    if not write:
+        return
+    limits = {f"{method.prefix}{path}.{name}": limit for method in methods
+              for path, graft in method.module.named_modules() if isinstance(graft, Graft)
+              for name, limit in graft.limits().items()}
+    for name, tensor in into.items():
+        check_values(given[name], tensor, name, where, limits.get(name))
+    unpacked: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for name, (packing, parts) in packed.items():
+            unpacked[name] = torch.empty_like(live[name])
+            packing.unpack({part: given[f"{name}.{part}"] for part in parts}, unpacked[name])
+            check_values(unpacked[name], live[name], name, where)
+        for name, tensor in into.items():
+            tensor.copy_(given[name])
+        for name, tensor in unpacked.items():
+            live[name].copy_(tensor)
+    for method in methods:
+        method.prepared = True
 
 
 # ------------------------------------------------------------------------------------------------- checkpoints

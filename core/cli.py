@@ -41,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
     sub.epilog = overrides
     sub.add_argument("config", help="a YAML file, on disk or in an installed domain")
     sub.add_argument("--json", action="store_true", help="print JSON")
+    sub.add_argument("--trust", action="store_true", help="where CONFIG is in a run's folder: the run is your own")
     sub = command("methods", "list the methods, or show one's card")
     sub.add_argument("name", nargs="?", help="a method")
     sub.add_argument("--json", action="store_true", help="print JSON")
@@ -62,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("run", help="a run folder")
     sub.add_argument("files", nargs="+", help="files to label, or folders of them")
     sub.add_argument("--json", action="store_true", help="print JSON")
+    sub.add_argument("--trust", action="store_true", help="the run is your own: it may name any class by its full path")
     return main
 
 
@@ -150,7 +152,7 @@ def _dispatch(arguments: argparse.Namespace, rest: list[str]) -> int:
     from core import commands
 
     if arguments.command == "describe":
-        return commands.describe(arguments.config, rest, arguments.json) or 0
+        return commands.describe(arguments.config, rest, arguments.json, arguments.trust) or 0
     if arguments.command == "methods":
         return commands.methods(arguments.name, arguments.json) or 0
     if arguments.command == "roles":
@@ -161,19 +163,19 @@ def _dispatch(arguments: argparse.Namespace, rest: list[str]) -> int:
         return commands.export(arguments.adapter, arguments.out, arguments.model) or 0
     if arguments.command == "import":
         return commands.import_(arguments.folder, arguments.out, arguments.model) or 0
-    return commands.predict(arguments.run, arguments.files, arguments.json) or 0
+    return commands.predict(arguments.run, arguments.files, arguments.json, arguments.trust) or 0
 
 
 def _glance(run: str) -> None:
     """Refuse what can be seen from a run folder's records alone, before anything heavy is imported."""
-    import json
     from pathlib import Path
 
-    from core.errors import ScionError
+    from core.errors import ScionError, one_line
+    from core.files import read_json
 
     try:
-        adapter = json.loads((Path(run) / "adapter" / "adapter.json").read_text())["base"]["fingerprint"]
-        trained_on = json.loads((Path(run) / "metrics.json").read_text())["backbone"]["fingerprint"]
+        adapter = one_line(read_json(Path(run) / "adapter" / "adapter.json")["base"]["fingerprint"])
+        trained_on = one_line(read_json(Path(run) / "metrics.json")["backbone"]["fingerprint"])
     except (OSError, ValueError, KeyError, TypeError):
         return  # told in detail by those who need them
     if adapter != trained_on:

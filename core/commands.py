@@ -1,16 +1,25 @@
-"""What the subcommands do, apart from ``run``. Bad input raises ``ScionError``; a return value is an exit code."""
+"""What the subcommands do, apart from ``run``. Bad input raises ``ScionError``; a return value is an exit code.
+
+A run's folder and an adapter may come from a stranger: nothing that they name is imported, but for what Scion and the
+installed domains publish.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
+import math
 import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.errors import ScionError, listed, nearest
+from core.errors import ScionError, listed, nearest, one_line, printable
+from core.files import check_regular, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -19,9 +28,30 @@ if TYPE_CHECKING:
     from core.data import DataModule
     from core.module import FineTuner
 
+def says_what_failed(command: Callable[..., int]) -> Callable[..., int]:
+    """The command, with an error of the system told as bad input is: a full disk, a folder that cannot be read."""
+
+    @functools.wraps(command)
+    def run(*arguments: Any, **options: Any) -> int:
+        try:
+            code = command(*arguments, **options)
+            sys.stdout.flush()
+            return code
+        except BrokenPipeError:  # whoever reads has seen enough
+            raise
+        except OSError as error:
+            with contextlib.suppress(OSError, ValueError):  # what could not be printed is not tried again at the end
+                sys.stdout.flush()
+            name = printable(error.filename) + ": " if error.filename is not None else ""
+            raise ScionError(f"{name}{error.strerror or one_line(error)}") from error
+
+    return run
+
+
 # ------------------------------------------------------------------------------------------------- questions
 
 
+@says_what_failed
 def methods(name: str | None, as_json: bool) -> int:
     """Print the table of all methods, or the card of one."""
     from core import report
@@ -33,6 +63,7 @@ def methods(name: str | None, as_json: bool) -> int:
     return 0
 
 
+@says_what_failed
 def roles(model: str) -> int:
     """Print which roles a model has and which modules play them, from its shapes alone.
 
@@ -164,34 +195,62 @@ def _from_timm(name: str, weights: bool) -> nn.Module | None:
 
 
 def _meta(make: Any) -> nn.Module:
-    import torch
+    from core.rehearsal import rehearsing
 
-    with torch.device("meta"):
+    with rehearsing(MOST_TENSORS):
         return make()
 
 
-def _from_folder(folder: Path, weights: bool) -> nn.Module:
-    file = folder / "config.json"
-    try:
-        config = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise ScionError(f"no config.json in the folder {folder}") from None
-    except ValueError:
-        raise ScionError(f"{file} is not valid JSON") from None
-    if "architecture" in config and "model_type" not in config:  # as timm writes it
-        import timm
+MOST_TENSORS = 4000
+"""Tensors of a backbone; far more are an absurd number in a stranger's config.json."""
+OF_TIMM = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "scriptable",
+           "exportable", "no_jit")
+"""Arguments of ``timm.create_model`` that are none of a model's."""
 
-        arguments = {"num_classes": config.get("num_classes", 0), **config.get("model_args", {})}
-        if not timm.is_model(config["architecture"]):
-            raise ScionError(f"{file}: timm has no model {config['architecture']!r}")
-        if weights:
-            return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-        return _meta(lambda: timm.create_model(config["architecture"], pretrained=False, **arguments))
-    return _from_transformers(str(folder), weights)
+
+def _from_folder(folder: Path, weights: bool) -> nn.Module:
+    from core.schema import check
+
+    file = folder / "config.json"
+    if not os.path.lexists(file):
+        raise ScionError(f"no config.json in the folder {folder}")
+    config = read_json(file)
+    check(config, dict[str, Any], str(file))
+    if "architecture" not in config or "model_type" in config:
+        return _from_transformers(str(folder), weights)
+    import timm  # as timm writes it
+
+    arguments = config.get("model_args") or {}
+    check(config["architecture"], str, str(file), "architecture")
+    check(arguments, dict[str, Any], str(file), "model_args")
+    if not timm.is_model(config["architecture"]):
+        raise ScionError(f"{file}: timm has no model {config['architecture']!r}")
+    for name in OF_TIMM:
+        if name in arguments:
+            raise ScionError(f"{file}: model_args.{name} is no argument of a model")
+    arguments = {"num_classes": config.get("num_classes", 0), **arguments}
+    try:
+        hollow = _meta(lambda: timm.create_model(config["architecture"], pretrained=False, **arguments))
+        if not weights:
+            return hollow
+        _check_size(hollow, folder)
+        return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    except ScionError:
+        raise
+    except Exception as error:  # from any of a thousand architectures, or from what fits a file to it
+        raise ScionError(f"{folder}: not a model that timm can build ({_first_line(error)})") from None
+
+
+def _check_size(hollow: nn.Module, folder: Path) -> None:
+    """Refuse a config.json that asks for far more numbers than the files of weights beside it can hold."""
+    numbers = sum(parameter.numel() for parameter in hollow.parameters())
+    held = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    if numbers > 4 * held:
+        raise ScionError(f"{folder}/config.json: asks for {numbers:,} numbers, and the files there are {held:,} bytes")
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
+    return one_line((str(error).strip().splitlines() or [type(error).__name__])[0][:150])
 
 
 def _from_transformers(name: str, weights: bool) -> nn.Module:
@@ -199,9 +258,14 @@ def _from_transformers(name: str, weights: bool) -> nn.Module:
         from transformers import AutoConfig, AutoModel
     except ImportError:
         raise ScionError(f"{name!r} is no model that is known here, and transformers is not installed") from None
+
+    safe: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
-        config = AutoConfig.from_pretrained(name, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+        config = AutoConfig.from_pretrained(name, **safe)
+    except Exception as error:  # what is wrong with a config.json comes up in any line of the library
+        if Path(name).is_dir() and "auto_map" in read_json(Path(name) / "config.json"):
+            raise ScionError(f"{name}/config.json: asks to run code of its own (auto_map), which is never done; give a "
+                             "model that transformers itself has") from None
         if Path(name).is_dir():
             raise ScionError(f"{name}/config.json: not a model that transformers knows "
                              f"({_first_line(error)})") from None
@@ -215,24 +279,44 @@ def _from_transformers(name: str, weights: bool) -> nn.Module:
         raise ScionError(f"{name!r} is not known{nearest(name, known)}: wanted a name of a domain's backbone, a timm "
                          "name, a folder with config.json, or a transformers id in the cache (nothing is downloaded "
                          "for this)") from None
-    if weights:
-        try:
-            return AutoModel.from_pretrained(name, local_files_only=True)
-        except OSError as error:
-            raise ScionError(f"{name}: its weights are not at hand ({_first_line(error)})") from None
+    # The attention is said here: a config.json may name one that is fetched from a hub, and is code.
+    hollow, kind = None, "sdpa"
     try:
-        return _meta(lambda: AutoModel.from_config(config, attn_implementation="sdpa"))
-    except (ValueError, ImportError):  # an architecture without that attention
-        return _meta(lambda: AutoModel.from_config(config))
+        try:
+            hollow = _meta(lambda: AutoModel.from_config(config, attn_implementation=kind, trust_remote_code=False))
+        except (ValueError, ImportError):  # an architecture without that attention
+            kind = "eager"
+            hollow = _meta(lambda: AutoModel.from_config(config, attn_implementation=kind, trust_remote_code=False))
+        if not weights:
+            return hollow
+        if Path(name).is_dir():
+            _check_size(hollow, Path(name))
+        return AutoModel.from_pretrained(name, attn_implementation=kind, weights_only=True, **safe)
+    except ScionError:
+        raise
+    except Exception as error:
+        if hollow is None:
+            raise ScionError(f"{name}: not a model that transformers can build ({_first_line(error)})") from None
+        raise ScionError(f"{name}: its weights are not at hand ({_first_line(error)})") from None
 
 
-def describe(config: str, overrides: list[str], as_json: bool) -> int:
-    """Print what each run that a configuration asks for will cost: parameters, FLOPs, bytes."""
+@says_what_failed
+def describe(config: str, overrides: list[str], as_json: bool, trust: bool = False) -> int:
+    """Print what each run that a configuration asks for will cost: parameters, FLOPs, bytes.
+
+    Args:
+        config: a configuration, which may name any class: it is code. That of a run's folder may not.
+        overrides: what the command line changes in it.
+        as_json: print JSON.
+        trust: whether a run's configuration may name any class too.
+    """
     from core import cost
     from core.config import points
     from core.report import value_text
     from core.run import assemble
 
+    if not trust:
+        _check_published(config)
     found = points(config, overrides)
     records: list[dict[str, Any]] = []
     for point in found:
@@ -258,9 +342,39 @@ def describe(config: str, overrides: list[str], as_json: bool) -> int:
     return 0
 
 
+def _check_published(config: str) -> None:
+    """Refuse the configuration in a run's folder where it names a class by its full path."""
+    from core.config import read
+
+    file = Path(config)
+    if not (file.name == "config.yaml" and os.path.lexists(file.parent / "metrics.json") and file.is_file()):
+        return
+    raw = read(file)
+    for name in _classes_named(raw):
+        if "." in name:
+            raise ScionError(f"{file}: {printable(name)} is a full path, and the configuration of a run imports none; "
+                             "pass --trust if the run is your own")
+    domain = raw.get("domain")
+    if domain and not str(domain).isidentifier():
+        raise ScionError(f"{file}: domain {printable(domain)} is no plain word")
+
+
+def _classes_named(node: Any, key: str = "") -> Iterator[str]:
+    """Everything in a configuration that stands where a class can stand."""
+    if isinstance(node, dict):
+        for name, value in node.items():
+            yield from _classes_named(value, str(name).rpartition(".")[2])
+    elif isinstance(node, list):
+        for value in node:
+            yield from _classes_named(value, key)
+    elif isinstance(node, str) and key in ("class", "class_path", "backbone", "task", "data", "peft", "methods"):
+        yield node
+
+
 # ------------------------------------------------------------------------------------------------- merge
 
 
+@says_what_failed
 def merge(run: str, out: str) -> int:
     """Write the methods of a run into its backbone, and the plain backbone into a new folder ``out``.
 
@@ -268,32 +382,77 @@ def merge(run: str, out: str) -> int:
     """
     from core.module import load_run
 
-    target = _to_make(out)
+    target = check_free(out)
     tuner = load_run(run)
     merge_methods(tuner)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise ScionError(f"{target.parent} cannot be written ({error.strerror})") from None
-    try:
+    with new_folder(target) as scratch:
         save_plain(tuner, scratch)
-        umask = os.umask(0)
-        os.umask(umask)
-        scratch.chmod(0o777 & ~umask)
-        os.replace(scratch, target)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
-    print(f"{out}: a plain {type(tuner.backbone.model).__name__}, head.safetensors and labels.json")
+    print(f"{printable(out)}: a plain {type(tuner.backbone.model).__name__}, head.safetensors and labels.json")
     return 0
 
 
-def _to_make(folder: str) -> Path:
+def check_free(folder: str) -> Path:
+    """The path of a folder to make: there is nothing, or an empty folder.
+
+    Raises:
+        ScionError: something is there.
+    """
     target = Path(folder)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ScionError(f"{folder} exists and is not empty; give a folder to make")
+    if os.path.isdir(target):
+        if any(target.iterdir()):
+            raise ScionError(f"{folder} exists and is not empty; give a folder to make")
+    elif os.path.lexists(target):
+        what = "a link that leads nowhere" if target.is_symlink() else "a file"
+        raise ScionError(f"{folder} is {what}; give a folder to make")
     return target
+
+
+@contextlib.contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes ``target`` when everything is written, and leaves nothing otherwise.
+
+    Args:
+        target: as `check_free` gives it; an empty folder that is there stays, and gets the files.
+
+    Raises:
+        ScionError: it cannot be written.
+    """
+    from safetensors import SafetensorError
+
+    made: list[Path] = []
+    is_there = os.path.isdir(target)
+    scratch: Path | None = None
+    placed: list[Path] = []
+    try:
+        missing = [target] if is_there else [folder for folder in target.absolute().parents if not folder.exists()]
+        for folder in () if is_there else reversed(missing):
+            folder.mkdir()
+            made.append(folder)
+        beside = target if is_there else target.absolute().parent
+        scratch = Path(tempfile.mkdtemp(prefix=".writing-", dir=beside))
+        yield scratch
+        umask = os.umask(0)
+        os.umask(umask)
+        if is_there:
+            for file in sorted(scratch.iterdir()):
+                os.replace(file, target / file.name)
+                placed.append(target / file.name)
+            scratch.rmdir()
+        else:
+            scratch.chmod(0o777 & ~umask)
+            os.replace(scratch, target.absolute())
+    except BaseException as error:
+        for file in placed:
+            file.unlink(missing_ok=True)
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+        for folder in reversed(made):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        if isinstance(error, OSError | SafetensorError):
+            reason = getattr(error, "strerror", None) or one_line(error)
+            raise ScionError(f"{target} cannot be written ({reason})") from None
+        raise
 
 
 def merge_methods(tuner: FineTuner) -> None:
@@ -363,48 +522,60 @@ def save_plain(tuner: FineTuner, folder: Path) -> None:
 # ------------------------------------------------------------------------------------------------- export, import
 
 
+@says_what_failed
 def export(adapter: str, out: str, model: str | None) -> int:
     """Write a run's or an adapter's methods into a new folder ``out``, as Hugging Face peft writes them."""
-    from core.artifact import load_adapter, read_adapter
+    from core.artifact import load_adapter, open_adapter
     from core.interop import CONFIG, to_peft
     from core.module import load_run
 
-    target = _to_make(out)
+    target = check_free(out)
     if model is not None:
         backbone: Any = model_of(model)
         loaded = load_adapter(adapter, backbone)
         methods = loaded if isinstance(loaded, list) else [loaded]
         inner = backbone
     else:
-        if not (read_adapter(adapter)[0].get("model") or {}).get("backbone"):
+        if not (open_adapter(adapter).record.get("model") or {}).get("backbone"):
             raise ScionError(f"{adapter}: does not say which backbone it is for; name it with --model")
         tuner = load_run(adapter)
         backbone, methods, inner = tuner.backbone, tuner.methods, tuner.backbone.model
-    to_peft(methods, backbone, target)
-    kind = json.loads((target / CONFIG).read_text())["peft_type"]
-    print(f"{out}: a peft adapter ({kind}) for {type(inner).__name__}; a task's head is no part of it")
+    with new_folder(target) as scratch:
+        to_peft(methods, backbone, scratch)
+        kind = read_json(scratch / CONFIG)["peft_type"]
+    print(f"{printable(out)}: a peft adapter ({kind}) for {type(inner).__name__}; a task's head is no part of it")
     return 0
 
 
+@says_what_failed
 def import_(folder: str, out: str, model: str) -> int:
     """Read an adapter folder of Hugging Face peft for ``model``, and save it as an adapter in a new folder ``out``."""
     from core.artifact import save_adapter
     from core.interop import from_peft
 
-    target = _to_make(out)
+    target = check_free(out)
     loaded = from_peft(folder, model_of(model))
     methods = loaded if isinstance(loaded, list) else [loaded]
-    save_adapter(methods, target)
-    print(f"{out}: {', '.join(map(repr, methods))}, for {model}")
+    with new_folder(target) as scratch:
+        save_adapter(methods, scratch)
+    print(printable(f"{out}: {', '.join(map(repr, methods))}, for {model}"))
     return 0
 
 
 # ------------------------------------------------------------------------------------------------- predict
 
 
-def predict(run: str, files: list[str], as_json: bool) -> int:
+@says_what_failed
+def predict(run: str, files: list[str], as_json: bool, trust: bool = False) -> int:
     """Print a label and a score for each file, and for each in a folder; 2 if one could not be read, the others are
-    labelled all the same."""
+    labelled all the same.
+
+    Args:
+        run: folder of a finished run.
+        files: to label, or folders of them.
+        as_json: print JSON.
+        trust: whether the run's configuration may name a data class by its full path, which runs that module.
+    """
     import torch
     from tqdm import tqdm
 
@@ -415,7 +586,7 @@ def predict(run: str, files: list[str], as_json: bool) -> int:
     if not files:
         raise ScionError("no files given")
     tuner = load_run(run, "cuda" if torch.cuda.is_available() else "cpu")
-    data = data_of(run)
+    data = data_of(run, trust)
     files = [name for file in files for name in _inside(file, data)]
     if tuner.task.compares:
         return _compare(run, tuner, data, files, as_json)
@@ -423,35 +594,71 @@ def predict(run: str, files: list[str], as_json: bool) -> int:
     results: list[dict[str, Any]] = []
     shown: list[tuple[Tensor, str]] = []
     with tqdm(total=len(files), unit="file", disable=len(files) <= 8 or not sys.stderr.isatty(),
-              file=sys.stderr) as bar, torch.inference_mode():
+              file=sys.stderr) as bar:
+
+        def fail(entry: dict[str, Any], reason: object) -> None:
+            entry["error"] = _failure(entry["file"], reason)
+            bar.write(entry["error"], file=sys.stderr)
+
         for start in range(0, len(files), size):
             inputs, readable = [], []
-            chunk: list[dict[str, Any]] = []
-            for file in files[start:start + size]:
-                entry: dict[str, Any] = {"file": file}
-                chunk.append(entry)
-                try:
-                    inputs.append(data.read(file))
-                    readable.append(entry)
-                except (ScionError, OSError) as error:
-                    text = " ".join(str(error).split())
-                    entry["error"] = text if file in text else f"{file}: {text}"
-                    bar.write(entry["error"], file=sys.stderr)
-            if inputs:
-                outputs = tuner(torch.stack(inputs).to(next(tuner.parameters()).device))
-                for entry, prediction in zip(readable, tuner.task.predict(outputs), strict=True):
-                    entry.update(prediction)
-            shown += [(one, f"{caption(entry)}\n{Path(entry['file']).name}") for one, entry in zip(
-                inputs, readable, strict=True)][:MOST - len(shown)]
-            for entry in readable if not as_json else []:
-                label = ", ".join(entry["labels"]) or "-" if "labels" in entry else entry["label"]
-                bar.write(f"{entry['file']}\t{label}\t{entry['score']:.4f}", file=sys.stdout)
+            chunk: list[dict[str, Any]] = [{"file": file} for file in files[start:start + size]]
+            for entry in chunk:
+                one = _input(entry["file"], data)
+                if isinstance(one, Exception):
+                    fail(entry, one)
+                    continue
+                inputs.append(one)
+                readable.append(entry)
+            outputs = _outputs(tuner, inputs) if inputs else []
+            for entry, one, output in zip(readable, inputs, outputs, strict=True):
+                [prediction] = tuner.task.predict(output[None])
+                if not (bool(output.isfinite().all()) and math.isfinite(prediction["score"])):
+                    fail(entry, "the model's outputs are not finite")
+                    continue
+                entry.update(prediction)
+                if len(shown) < MOST:
+                    shown.append((one, f"{caption(entry)}\n{Path(entry['file']).name}"))
+                if not as_json:
+                    label = ", ".join(entry["labels"]) or "-" if "labels" in entry else entry["label"]
+                    bar.write(f"{printable(entry['file'])}\t{printable(label)}\t{entry['score']:.4f}", file=sys.stdout)
             results += chunk
             bar.update(len(chunk))
     if as_json:
-        print(json.dumps(results, indent=1))
+        print(json.dumps(results, indent=1, allow_nan=False))
     _show(run, data, shown)
     return 2 if any("error" in entry for entry in results) else 0
+
+
+def _input(file: str, data: DataModule) -> Tensor | Exception:
+    """A file as the model reads it, or why that cannot be."""
+    try:
+        check_regular(file)
+        one = data.read(file)
+        if one.is_floating_point() and not bool(one.isfinite().all()):
+            raise ScionError(f"{file}: holds values that are not finite")
+        return one
+    except Exception as error:  # whatever a decoder says of a file, the others are labelled all the same
+        return error
+
+
+def _outputs(tuner: FineTuner, inputs: list[Tensor]) -> Tensor:
+    """What the model gives for these inputs, on the CPU."""
+    import torch
+
+    try:
+        with torch.inference_mode():
+            return tuner(torch.stack(inputs).to(next(tuner.parameters()).device)).cpu()
+    except ScionError:
+        raise
+    except Exception as error:  # inputs of another shape, memory that is not there
+        raise ScionError(f"the model cannot compute this ({_first_line(error)})") from error
+
+
+def _failure(file: str, reason: object) -> str:
+    """Why a file has no prediction, in one line with its name."""
+    text, name = one_line(reason) or type(reason).__name__, printable(file)
+    return text if name in text else f"{name}: {text}"
 
 
 def _show(run: str, data: DataModule, shown: list[tuple[Tensor, str]], columns: int = 8) -> None:
@@ -459,11 +666,12 @@ def _show(run: str, data: DataModule, shown: list[tuple[Tensor, str]], columns: 
     from core.pictures import of_files
 
     file = Path(run) / "predictions.png"
+    texts = ["\n".join(map(printable, text.split("\n"))) for _, text in shown]
     try:
-        if of_files(data, [one for one, _ in shown], [text for _, text in shown], file, columns=columns):
-            print(f"pictures: {file}", file=sys.stderr)
+        if of_files(data, [one for one, _ in shown], texts, file, columns=columns):
+            print(f"pictures: {printable(file)}", file=sys.stderr)
     except OSError as error:  # what was asked for is printed already
-        print(f"{file}: cannot be written ({error.strerror})", file=sys.stderr)
+        print(f"{printable(file)}: cannot be written ({error.strerror})", file=sys.stderr)
 
 
 def _compare(run: str, tuner: FineTuner, data: DataModule, files: list[str], as_json: bool) -> int:
@@ -474,19 +682,18 @@ def _compare(run: str, tuner: FineTuner, data: DataModule, files: list[str], as_
     from core.tasks.embedding import SHOWN, neighbours
 
     inputs, readable, vectors, results = [], [], [], []
-    with torch.inference_mode():
-        for file in tqdm(files, unit="file", disable=len(files) <= 8 or not sys.stderr.isatty(), file=sys.stderr):
-            results.append({"file": file})
-            try:
-                one = data.read(file)
-            except (ScionError, OSError) as error:
-                text = " ".join(str(error).split())
-                results[-1]["error"] = text if file in text else f"{file}: {text}"
-                tqdm.write(results[-1]["error"], file=sys.stderr)
-                continue
-            vectors.append(tuner(one[None].to(next(tuner.parameters()).device))[0].cpu())
-            readable.append(results[-1])
-            inputs.append(one)
+    for file in tqdm(files, unit="file", disable=len(files) <= 8 or not sys.stderr.isatty(), file=sys.stderr):
+        results.append({"file": file})
+        one = _input(file, data)
+        vector = one if isinstance(one, Exception) else _outputs(tuner, [one])[0]
+        if isinstance(vector, Exception) or not bool(vector.isfinite().all()):
+            reason = vector if isinstance(vector, Exception) else "the model's outputs are not finite"
+            results[-1]["error"] = _failure(file, reason)
+            tqdm.write(results[-1]["error"], file=sys.stderr)
+            continue
+        vectors.append(vector)
+        readable.append(results[-1])
+        inputs.append(one)
     if len(vectors) < 2:
         raise ScionError(f"{len(vectors)} readable file{'s' * (len(vectors) != 1)}; this run compares files with each "
                          "other, so at least two are wanted")
@@ -496,13 +703,14 @@ def _compare(run: str, tuner: FineTuner, data: DataModule, files: list[str], as_
         entry["neighbours"] = [{"file": readable[i]["file"], "score": round(value, 4)}
                                for i, value in zip(near, score, strict=True)]
         if not as_json:
-            print("\t".join([entry["file"], *(f"{one['file']} {one['score']:.4f}" for one in entry["neighbours"])]))
+            print("\t".join([printable(entry["file"]), *(f"{printable(one['file'])} {one['score']:.4f}"
+                                                         for one in entry["neighbours"])]))
         if row < SHOWN[0]:
             shown += [(inputs[row], f"query\n{Path(entry['file']).name}"), *(
                 (inputs[i], f"{value:.2f}\n{Path(readable[i]['file']).name}")
                 for i, value in zip(near, score, strict=True))]
     if as_json:
-        print(json.dumps(results, indent=1))
+        print(json.dumps(results, indent=1, allow_nan=False))
     _show(run, data, shown, columns=1 + len(places[0]))
     return 2 if any("error" in entry for entry in results) else 0
 
@@ -510,27 +718,51 @@ def _compare(run: str, tuner: FineTuner, data: DataModule, files: list[str], as_
 def _inside(file: str, data: DataModule) -> list[str]:
     """The files that a name on the command line stands for: itself, or what a folder holds. An empty folder stays, so
     that it is named as what cannot be read."""
-    found = [str(inner) for inner in data.files(Path(file))] if Path(file).is_dir() else []
+    try:
+        found = [str(inner) for inner in data.files(Path(file))] if os.path.isdir(file) else []
+    except OSError:  # told when it is read
+        found = []
     return found or [file]
 
 
-def data_of(run: str) -> DataModule:
-    """The datamodule of a run, ready to ``read`` files: from its config.yaml, and what it saved of the data."""
+def data_of(run: str, trust: bool = False) -> DataModule:
+    """The datamodule of a run, ready to ``read`` files: from its config.yaml, and what it saved of the data.
+
+    Args:
+        run: the run's folder.
+        trust: whether a class may be named by its full path, so that its module is imported.
+
+    Raises:
+        ScionError: no such folder, something in it is damaged, or a class is none that an installed domain publishes.
+    """
     from core.config import make, read
     from core.data import DataModule
+    from core.schema import check
 
     file = Path(run) / "config.yaml"
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise ScionError(f"{file}: missing; predict needs a whole run folder, not an adapter alone")
     config = read(file)
-    part = config.get("data")
+    part, domain = config.get("data"), config.get("domain") or ""
     if not isinstance(part, dict) or "class_path" not in part:
         raise ScionError(f"{file}: no data section with a class_path")
+    check(part["class_path"], str, str(file), "data.class_path")
+    check(part.get("init_args", {}), dict[str, Any], str(file), "data.init_args")
+    check(domain, str, str(file), "domain")
+    if "." in part["class_path"] and not trust:
+        raise ScionError(f"{file}: data.class_path {printable(part['class_path'])} is a full path, and predict imports "
+                         "what the installed domains publish alone; pass --trust if the run is your own")
+    if domain and not domain.isidentifier():
+        raise ScionError(f"{file}: domain {printable(domain)} is no plain word")
+    data: DataModule = make({"init_args": {}, **part}, "data", domain, DataModule)
     state = Path(run) / "data_state.json"
-    data: DataModule = make({"init_args": {}, **part}, "data", str(config.get("domain") or ""), DataModule)
-    if state.is_file():
+    if os.path.lexists(state):
+        saved = read_json(state)
         try:
-            data.load_state(json.loads(state.read_text()))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ScionError(f"{state}: damaged ({error})") from None
+            check(saved, dict[str, Any], str(state))
+            data.load_state(saved)
+        except ScionError:
+            raise
+        except Exception as error:  # it knows what it has saved, and nothing else
+            raise ScionError(f"{state}: damaged ({type(error).__name__}: {_first_line(error)})") from None
     return data

@@ -22,18 +22,19 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from core import graft as grafts
 from core.anatomy import Anatomy, Site
-from core.config import component
 from core.errors import ScionError, listed, nearest
 from core.graft import Graft, route_rows
 from core.method import PEFTMethod, key_of, methods_on
+from core.schema import check
 from core.spec import plain
+from core.tensors import check_fit, check_values
 
 if TYPE_CHECKING:
     import lightning.pytorch as L
@@ -44,14 +45,25 @@ HIDDEN = ("attention", "mlp", "block", "norm1", "norm2")
 """Roles where a hidden state of a block enters and leaves."""
 
 
+class Trained(NamedTuple):
+    """What a folder holds of a trained method."""
+
+    folder: str
+    base: str
+    """The fingerprint of its base."""
+    tensors: dict[str, Tensor]
+    """By their names in the method's module."""
+    spec: dict[str, Any]
+
+
 class SideBySide(PEFTMethod):
     """What compositions share: several methods, each in a branch of its own of the composition's module."""
 
     def __init__(self, methods: Sequence[Any], **common: Any) -> None:
         super().__init__(**common)
         kind = type(self).__name__
-        self.trained: dict[str, tuple[str, str, dict[str, Tensor]]] = {}
-        """Method's name -> (folder, fingerprint of its base, its tensors), for those that come from folders."""
+        self.trained: dict[str, Trained] = {}
+        """What there is of those methods that come from folders, by their names."""
         self.methods: list[PEFTMethod] = [self._method(entry) for entry in methods]
         names = [method.name for method in self.methods]
         if not names or len(set(names)) < len(names):
@@ -75,14 +87,18 @@ class SideBySide(PEFTMethod):
 
         if isinstance(entry, PEFTMethod):
             return entry
-        if isinstance(entry, str) or isinstance(entry, dict) and "adapter" in entry:
+        kind = type(self).__name__
+        check(entry, str | dict[str, Any], kind, "methods")
+        if isinstance(entry, str) or "adapter" in entry:
             return self._from_folder({"adapter": entry} if isinstance(entry, str) else entry)
-        part = component(entry, type(self).__name__)
-        return peft.make(part["class_path"], part["init_args"])
+        rest = {key: value for key, value in entry.items() if key not in ("class", "class_path")}
+        name, arguments = entry.get("class") or entry.get("class_path", ""), entry.get("init_args", rest)
+        check(name, str, kind, "class")
+        check(arguments, dict[str, Any], kind, "init_args")
+        return peft.make(name, arguments)
 
     def _from_folder(self, entry: dict[str, Any]) -> PEFTMethod:
-        from core import peft
-        from core.artifact import read_adapter
+        from core.artifact import method_of, read_adapter
 
         kind, folder = type(self).__name__, str(entry["adapter"])
         if unknown := sorted(set(entry) - {"adapter", "name"}):
@@ -92,13 +108,14 @@ class SideBySide(PEFTMethod):
         if len(names) != 1:
             raise ScionError(f"{kind}: {folder} holds {len(names)} methods ({listed(names)}), one is wanted")
         spec = record["methods"][0]
-        method = peft.make(spec["class"], {**spec["config"], "name": entry.get("name") or spec["name"]})
+        check(entry.get("name"), str | None, kind, "name")
+        method = method_of(spec, name=entry.get("name") or spec["name"])
         if spec.get("structure") and spec["structure"] != plain(method.structure()):
             raise ScionError(f"{kind}: {folder}: {spec['name']} was saved in a later stage than {spec['class']} "
                              "begins with, and cannot take part")
         prefix = f"peft.{key_of(spec['name'])}."
-        self.trained[method.name] = (folder, record["base"]["fingerprint"], {
-            name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)})
+        own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        self.trained[method.name] = Trained(folder, record["base"]["fingerprint"], own, spec)
         return method
 
     # --------------------------------------------------------------------------------- attaching
@@ -127,9 +144,10 @@ class SideBySide(PEFTMethod):
             return
         home: Any = getattr(anatomy.root, "peft", None)
         here = fingerprint(anatomy.root, anatomy.head_names()) if home is None else home.fingerprint
-        for folder, base, _ in self.trained.values():
-            if base != here:
-                raise ScionError(f"{self.name}: {folder} belongs to another base (fingerprint {base}, here {here})")
+        for trained in self.trained.values():
+            if trained.base != here:
+                raise ScionError(f"{self.name}: {trained.folder} belongs to another base (fingerprint {trained.base}, "
+                                 f"here {here})")
 
     def feature_dim(self, dim: int, anatomy: Anatomy) -> int:
         widths = {method.name: method.feature_dim(dim, anatomy) for method in self.methods}
@@ -144,6 +162,8 @@ class SideBySide(PEFTMethod):
     def _fill(self, module: nn.Module, anatomy: Anatomy) -> None:
         for method in self.methods:
             branch = nn.Module()
+            if method.name in self.trained:
+                self._rehearse(method.name, anatomy)
             method._fill(branch, anatomy)
             if method.name in self.trained:
                 self._load(method.name, branch)
@@ -153,8 +173,21 @@ class SideBySide(PEFTMethod):
             module.add_module(key_of(method.name), branch)
         self.arrange(module, anatomy)
 
+    def _rehearse(self, name: str, anatomy: Anatomy) -> None:
+        """Refuse a trained method that would be larger than its file (see `core.rehearsal`)."""
+        from core.artifact import refusal, rehearse
+
+        trained = self.trained[name]
+        spec: Any = {**trained.spec, "name": "rehearsed"}
+        tensors = {f"peft.rehearsed.{key}": tensor for key, tensor in trained.tensors.items()}
+        try:
+            rehearse([spec], tensors, anatomy.root, trained.folder)
+        except Exception as error:
+            what = str(refusal(error)).removeprefix(f"{trained.folder}: ")
+            raise ScionError(f"{self.name}: {trained.folder}: {what}") from error
+
     def _load(self, name: str, branch: nn.Module) -> None:
-        folder, _, tensors = self.trained[name]
+        folder, tensors = self.trained[name].folder, self.trained[name].tensors
         into = {key: tensor for key, tensor in branch.state_dict().items() if not key.endswith("_extra_state")}
         packed = {key: (graft, into.pop(key)) for path, graft in branch.named_modules() if isinstance(graft, Graft)
                   for key in (f"{path}.{part}" for part in graft.packed) if key not in tensors}
@@ -164,6 +197,11 @@ class SideBySide(PEFTMethod):
             one, two = (list(side[key].shape) if key in side else "absent" for side in (tensors, into))
             if one != two:
                 raise ScionError(f"{self.name}: {folder}: {key} is {one} in the file, {two} here")
+        limits = {f"{path}.{key}": limit for path, graft in branch.named_modules() if isinstance(graft, Graft)
+                  for key, limit in graft.limits().items()}
+        for key, tensor in into.items():
+            check_fit(tensors[key], tensor, key, f"{self.name}: {folder}")
+            check_values(tensors[key], tensor, key, f"{self.name}: {folder}", limits.get(key))
         with torch.no_grad():
             for key, tensor in into.items():
                 tensor.copy_(tensors[key])

@@ -79,9 +79,13 @@ def bad_input(error: BaseException) -> ScionError | None:
 def one_line(text: object) -> str:
     """``text`` on one line for a terminal: other characters than printable ones, escapes for instance, are spelled
     out."""
-    words = " ".join(str(text).split())
+    return printable(" ".join(str(text).split()))
+
+
+def printable(text: object) -> str:
+    """``text`` with other characters than printable ones, tabs and line breaks too, spelled out: a field of a line."""
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii")
-                   for letter in words)
+                   for letter in str(text))
 
 
 def nearest(word: str, known: Iterable[str], n: int = 3) -> str:

@@ -129,23 +129,48 @@ def files_below(folder: str | Path) -> tuple[list[Path], list[Path]]:
     return sorted(files), sorted(closed)
 
 
-def read_json(path: str | Path) -> Any:
-    """The value in a JSON file.
+def read_json(path: str | Path, largest: int = LARGEST_JSON) -> Any:
+    """The value in a JSON file. A key twice in one mapping, and numbers that are not finite, are no JSON of ours.
+
+    Args:
+        path: the file.
+        largest: bytes beyond which it is not read.
 
     Raises:
         ScionError: names the file that is missing, no regular file, unreadable, too large, or no JSON.
     """
     path = Path(path)
     try:
-        if check_regular(path).stat().st_size > LARGEST_JSON:
-            raise ScionError(f"{path}: larger than {LARGEST_JSON >> 20} MiB, which no record of ours is")
-        return json.loads(path.read_text(encoding="utf-8"))
+        if check_regular(path).stat().st_size > largest:
+            raise ScionError(f"{path}: larger than {largest >> 20} MiB, which no record of ours is")
+        return parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ScionError(f"{path}: cannot be read ({error.strerror or error})") from None
     except ScionError:
         raise
     except (ValueError, RecursionError):
         raise ScionError(f"{path}: damaged, not valid JSON") from None
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: it is none, holds a key twice in one mapping, or a number that is not finite.
+        RecursionError: it is nested too deeply.
+    """
+    return json.loads(text, object_pairs_hook=_without_repetition, parse_constant=_refuse_constant)
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key stands twice in one mapping")
+    return found
+
+
+def _refuse_constant(word: str) -> Any:
+    raise ValueError(f"{word} is no number")
 
 
 # ------------------------------------------------------------------------------------------------- locks

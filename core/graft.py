@@ -114,6 +114,11 @@ class Graft(nn.Module):
         """Whether it takes part in the forward, after all."""
         return self.active and not self.dropped
 
+    def limits(self) -> dict[str, int]:
+        """Its tensors of positions, each with the number of positions that there are: what a file holds must lie
+        below it."""
+        return {}
+
     def forward(self, *args: Any, verb: str) -> Any:
         """Calls a verb, or ``merged`` and its like. The core calls them so, and a graft is then itself a module whose
         parameters other grafts can change."""

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,10 +23,17 @@ import torch
 from torch import Tensor, nn
 
 from core.anatomy import Anatomy, Site, dissect
-from core.errors import ScionError, listed
+from core.errors import ScionError, listed, one_line
+from core.files import read_json, write_json
 from core.graft import Carrier, Graft
 from core.method import PEFTMethod, key_of, methods_on, uncompiled
+from core.rehearsal import hollow, is_small, reach, rehearsing, twin
+from core.schema import check, shown
+from core.spec import types_of
+from core.tensors import kind_of, read_tensors, write_tensors
 
+Names = str | list[str] | None
+"""Modules, as peft names them: a pattern, or their names' endings."""
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 VERSION = "0.21.2"
 """The version of peft whose way of writing is meant."""
@@ -36,6 +45,14 @@ BOOKKEEPING = frozenset((
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "fan_in_fan_out",
     "runtime_config"))
 """Config keys that say nothing beyond the names of the tensors in the file."""
+
+
+TYPES: dict[str, Any] = {
+    "peft_type": str, "target_modules": Names, "exclude_modules": Names, "modules_to_save": list[str] | None,
+    "layers_to_transform": int | list[int] | None, "layers_pattern": Names, "bias": str, "fan_in_fan_out": bool | None}
+"""Types of keys that all configs have."""
+LARGEST_CONFIG = 16 * 2**20
+"""Bytes of a config."""
 
 
 class Inexpressible(ScionError):
@@ -73,6 +90,9 @@ class PeftForm:
         patterns: keys that hold other values of an option for some modules -> that option's key.
         modules: kinds of modules that peft can adapt so (see `Site.kind`).
     """
+
+    types: Mapping[str, Any] = {}
+    """Types of the config's keys that this form reads itself, beside those of ``options`` and ``patterns``."""
 
     def __init__(self, kind: str, options: Mapping[str, str] | None = None, tensors: Mapping[str, str] | None = None, *,
                  fixed: Mapping[str, Any] | None = None, training: Sequence[str] = (),
@@ -143,6 +163,22 @@ class PeftForm:
 
     # ------------------------------------------------------------------------------- theirs to ours
 
+    def check(self, config: dict[str, Any], cls: type[PEFTMethod], where: str) -> None:
+        """Refuse a config in which something that is read has another type than peft gives it.
+
+        Raises:
+            ScionError: begins with ``where`` and names the key.
+        """
+        ours = {theirs: types_of(cls)[option] for option, theirs in self.options.items()}
+        patterns = {pattern: dict[str, ours.get(key, Any)] | None for pattern, key in self.patterns.items()}
+        for key, kind in {**ours, **patterns, **TYPES, **self.types}.items():
+            if key in config:
+                check(config[key], kind, where, key)
+
+    def sizes(self) -> set[str]:
+        """The config's keys that may say how large something is."""
+        return {*self.options.values(), *self.patterns, *self.types}
+
     def matches(self, config: dict[str, Any]) -> bool:
         """Whether a config of this type means this method."""
         return all((config.get(key) or False) == value for key, value in self.fixed.items())
@@ -152,13 +188,20 @@ class PeftForm:
         return {ours: config[theirs] for ours, theirs in self.options.items() if theirs in config}
 
     def own(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        """The options of one module alone."""
-        found = {}
-        for pattern, key in self.patterns.items():
-            for module, value in (config.get(pattern) or {}).items():
-                if re.match(rf"(.*\.)?({module})$", name):
-                    found[key] = value
-                    break
+        """The options of one module alone, beside those that a pattern gives it."""
+        return {}
+
+    def by_pattern(self, config: dict[str, Any], names: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """The options that patterns give to modules, by the modules' names."""
+        matches = Matcher()
+        found: dict[str, dict[str, Any]] = {}
+        for name in names:
+            found[name] = {}
+            for pattern, key in self.patterns.items():
+                for module, value in (config.get(pattern) or {}).items():
+                    if matches(module, name, whole=False):
+                        found[name][key] = value
+                        break
         return found
 
     def targets(self, config: dict[str, Any], roles: dict[str, list[str]]) -> dict[str, Any]:
@@ -200,8 +243,9 @@ class PeftForm:
             raise ScionError(f"{place.where}: holds no tensors of {self.kind}")
         paths = place.paths(modules)
         groups: dict[str, tuple[dict[str, Any], list[str]]] = {}
+        patterned = self.by_pattern(config, modules)
         for name, tensors in modules.items():
-            own = self.own(config, name, tensors)
+            own = {**patterned[name], **self.own(config, name, tensors)}
             groups.setdefault(json.dumps(own, sort_keys=True), (own, []))[1].append(name)
         plans = []
         for own, names in groups.values():
@@ -281,6 +325,46 @@ def placed(site: Site, rows: Tensor, fill: Tensor | None = None) -> Tensor:
     axis = 1 if site.kind == "conv1d" else 0
     everything = rows.new_zeros(site.full_weight.shape[axis], *rows.shape[1:]) if fill is None else fill
     return site.rows.put(everything, rows)
+
+
+SIMPLE = re.compile(r"(?:\\.|[^\\*+?{}()\[\]])*", re.DOTALL)
+"""Patterns that say one text, or one of several: they are matched in the time that reading them takes."""
+PATIENCE = 1.0
+"""Seconds that all other patterns of a config may take together."""
+
+
+class Matcher:
+    """Says whether a pattern of a config means a module of that name; patterns that take too long are refused.
+
+    A pattern is a regular expression, and some of those take time without end.
+    """
+
+    def __init__(self) -> None:
+        self.left = PATIENCE
+
+    def __call__(self, pattern: str, name: str, whole: bool = True) -> bool:
+        """Whether the pattern is all of the name; without ``whole`` further parts may stand before it."""
+        wide = pattern if whole else rf"(?:.*\.)?(?:{pattern})"
+        try:
+            return re.fullmatch(wide, name) is not None if SIMPLE.fullmatch(pattern) else self._timed(wide, name)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ScionError(f"{shown(pattern)} is no pattern ({one_line(error)})") from None
+
+    def _timed(self, pattern: str, name: str) -> bool:
+        try:
+            import regex
+        except ImportError:
+            raise ScionError(f"the pattern {shown(pattern)} can only be matched with the package regex: "
+                             "pip install regex") from None
+        start = time.monotonic()
+        try:
+            return regex.fullmatch(pattern, name, timeout=max(self.left, 1e-3)) is not None
+        except TimeoutError:
+            raise ScionError(f"the pattern {shown(pattern)} takes too long to match {name}") from None
+        except regex.error as error:
+            raise re.error(str(error)) from None
+        finally:
+            self.left -= time.monotonic() - start
 
 
 def reshaped(tensor: Tensor, like: Tensor, name: str) -> Tensor:
@@ -494,19 +578,13 @@ def _head(place: Place, root: nn.Module) -> tuple[list[str], dict[str, Tensor]]:
 
 def write_folder(folder: str | Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Both files of a peft adapter, the config last."""
-    from safetensors.torch import save_file
-
-    from core.files import write_atomically
-
     target = Path(folder)
     try:
         target.mkdir(parents=True, exist_ok=True)
-        stored = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        write_atomically(target / TENSORS, lambda path: save_file(stored, path, metadata={"format": "pt"}))
-        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-        write_atomically(target / CONFIG, lambda path: path.write_text(text))
+        write_tensors(target / TENSORS, tensors)
+        write_json(target / CONFIG, dict(sorted(config.items())), indent=2)
     except OSError as error:
-        raise ScionError(f"{folder} cannot be written ({error.strerror})") from None
+        raise ScionError(f"{folder} cannot be written ({error.strerror or error})") from None
 
 
 # ------------------------------------------------------------------------------------------------- theirs to ours
@@ -516,30 +594,26 @@ def is_peft(source: str | Path) -> bool:
     """Whether ``source`` is a folder that peft wrote."""
     from core.artifact import RECORD
 
-    return (Path(source) / CONFIG).is_file() and not (Path(source) / RECORD).is_file()
+    return os.path.isfile(Path(source) / CONFIG) and not os.path.isfile(Path(source) / RECORD)
 
 
 def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Config and tensors of a peft adapter."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     path = Path(folder)
-    try:
-        config = json.loads((path / CONFIG).read_text())
-        assert isinstance(config, dict) and isinstance(config["peft_type"], str)
-    except FileNotFoundError:
-        raise ScionError(f"{folder}: no {CONFIG} here; give the folder of a peft adapter") from None
-    except (ValueError, KeyError, AssertionError):
-        raise ScionError(f"{path / CONFIG}: damaged, or not the config of a peft adapter") from None
-    if not (path / TENSORS).is_file() and (path / "adapter_model.bin").is_file():
+    if not os.path.lexists(path / CONFIG):
+        raise ScionError(f"{folder}: no {CONFIG} here; give the folder of a peft adapter")
+    config = read_json(path / CONFIG, LARGEST_CONFIG)
+    if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
+        raise ScionError(f"{path / CONFIG}: damaged, or not the config of a peft adapter")
+    if not os.path.isfile(path / TENSORS) and os.path.isfile(path / "adapter_model.bin"):
         raise ScionError(f"{path / 'adapter_model.bin'}: a pickle, which can run anything when it is opened; save the "
                          f"adapter as {TENSORS} (save_pretrained of any recent peft does)")
-    try:
-        return config, load_file(path / TENSORS)
-    except (SafetensorError, OSError) as error:
-        reason = "missing" if isinstance(error, FileNotFoundError) else "damaged or cut short"
-        raise ScionError(f"{path / TENSORS}: {reason}; copy the adapter again") from None
+    tensors = read_tensors(path / TENSORS)
+    for name, tensor in tensors.items():
+        if kind_of(tensor) != "float":
+            raise ScionError(f"{path / TENSORS}: {one_line(name)} holds {tensor.dtype}, where numbers of a method are "
+                             "wanted")
+    return config, tensors
 
 
 def method_for(config: dict[str, Any], where: str) -> tuple[type[PEFTMethod], PeftForm]:
@@ -573,40 +647,68 @@ def from_peft(folder: str | Path, model: nn.Module, name: str | None = None) -> 
     Raises:
         ScionError: an option, a tensor or a module that there is nothing here for; the model is untouched then.
     """
-    from core.artifact import load_tensors
+    from core.artifact import load_tensors, refusal
 
     where = str(folder)
     config, given = read_folder(folder)
     cls, form = method_for(config, where)
+    form.check(config, cls, f"{where}/{CONFIG}")
     root = uncompiled(model)
     done: list[PEFTMethod] = []
-    before = {method.name for method in methods_on(root)}
-    base = name or cls.__name__
     try:
         form.refuse(config, where)
-        place = Place(root, where)
-        plans = form.read(config, given, place)
-        tensors = _read_head(given, place, config)
-        shared = {key.removeprefix(BASE): given.pop(key) for key in list(given)
-                  if key.startswith(BASE) and not key.startswith(MODEL)}
-        if given:
-            raise ScionError(f"{where}: holds {listed(given, 3)}, which is nothing that {cls.__name__} has")
-        for number, plan in enumerate(plans, 1):
-            label = base if len(plans) == 1 else f"{base}-{number}"
-            if label in before:
-                raise ScionError(f"{where}: a method called {label} is attached already; give this one another name")
-            method = cls(**plan.arguments, **({} if label == cls.__name__ else {"name": label}))
-            method.attach(root)
-            done.append(method)
-            tensors |= form.collect(method, plan, config, shared)
+        _rehearse(form, cls, config, given, root, where, name)
+        tensors = _build(form, cls, config, given, root, where, name, done)
         load_tensors(done, tensors, where)
     except Exception as error:
         for method in reversed(done):
             method.remove()
-        if isinstance(error, ScionError) and where not in str(error):
-            raise ScionError(f"{where}: {error}") from None
-        raise
+        told = refusal(error)
+        text = str(told) if where in str(told) else f"{where}: {told}"
+        raise ScionError(text) from (None if isinstance(error, ScionError) else error)
     return done[0] if len(done) == 1 else done
+
+
+def _build(form: PeftForm, cls: type[PEFTMethod], config: dict[str, Any], tensors: dict[str, Tensor], root: nn.Module,
+           where: str, name: str | None, done: list[PEFTMethod]) -> dict[str, Tensor]:
+    """Attach the methods that a folder means to ``root``; ``done`` is what has to be taken off again. Returns their
+    tensors, by their names in the root."""
+    given = dict(tensors)
+    before = {method.name for method in methods_on(root)}
+    base = name or cls.__name__
+    place = Place(root, where)
+    plans = form.read(config, given, place)
+    found = _read_head(given, place, config)
+    shared = {key.removeprefix(BASE): given.pop(key) for key in list(given)
+              if key.startswith(BASE) and not key.startswith(MODEL)}
+    if given:
+        raise ScionError(f"{where}: holds {listed(map(one_line, given), 3)}, which is nothing that {cls.__name__} has")
+    for number, plan in enumerate(plans, 1):
+        label = base if len(plans) == 1 else f"{base}-{number}"
+        if label in before:
+            raise ScionError(f"{where}: a method called {label} is attached already; give this one another name")
+        method = cls(**plan.arguments, **({} if label == cls.__name__ else {"name": label}))
+        method.attach(root)
+        done.append(method)
+        found |= form.collect(method, plan, config, shared)
+    return found
+
+
+def _rehearse(form: PeftForm, cls: type[PEFTMethod], config: dict[str, Any], tensors: dict[str, Tensor],
+              root: nn.Module, where: str, name: str | None) -> None:
+    """Refuse what would be larger than the tensors of the file, without building it: see `core.rehearsal`."""
+    from core.artifact import load_tensors
+
+    sizes = {key: value for key, value in config.items() if key in form.sizes()}
+    hollow_root = None if is_small(reach(sizes), root) else twin(root)
+    if hollow_root is None:
+        return
+    count = len(tensors) + sum(1 for _ in root.parameters())
+    done: list[PEFTMethod] = []
+    with rehearsing(count), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what there is to say is said in earnest
+        found = _build(form, cls, config, hollow(tensors), hollow_root, where, name, done)
+        load_tensors(done, found, where, write=False)
 
 
 def _read_head(given: dict[str, Tensor], place: Place, config: dict[str, Any]) -> dict[str, Tensor]:

@@ -18,9 +18,9 @@ import json
 import math
 import warnings
 from abc import ABC
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NotRequired, TypedDict
 
 import torch
 from lightning.pytorch import Callback
@@ -32,9 +32,11 @@ from core.anatomy import NORMS, Anatomy, Site, check_layers, check_roles, dissec
 from core.base import check_base, check_quantized
 from core.data import seed_of
 from core.errors import ScionError, listed, nearest
+from core.files import parse_json
 from core.graft import Graft
 from core.random_state import random_states, restore_random_states, seeded
-from core.spec import Recorded, plain
+from core.schema import Name, check, check_fields
+from core.spec import Recorded, plain, signature
 
 if TYPE_CHECKING:
     import lightning.pytorch as L
@@ -84,6 +86,12 @@ class PEFTMethod(Recorded, Callback, ABC):
     instance."""
     mode: ClassVar[Literal["eval", "train"]] = "eval"
     """Default of ``backbone_mode``."""
+    structure_types: ClassVar[Mapping[str, Any] | None] = None
+    """The keys of `structure` with the types of their values (see `core.schema`), against which files are checked;
+    None checks nothing."""
+    start_only: ClassVar[tuple[str, ...]] = ()
+    """Arguments that only say what the method starts from (a folder, a download): files leave them at their
+    defaults."""
     peft: ClassVar[Any] = None
     """How Hugging Face peft writes this method, a `core.interop.PeftForm`; None where it does not have it."""
 
@@ -690,8 +698,10 @@ class PEFTMethod(Recorded, Callback, ABC):
 
     def spec(self) -> dict[str, Any]:
         """How to make this method again, as JSON: the class's name in the registry, its arguments, its structure."""
-        return {"class": type(self).__name__, "name": self.name,
-                "config": {key: plain(value) for key, value in self.config.items()}, "structure": self.structure()}
+        config = {key: plain(value) for key, value in self.config.items()}
+        for key in self.start_only:
+            config[key] = plain(signature(type(self)).parameters[key].default)
+        return {"class": type(self).__name__, "name": self.name, "config": config, "structure": self.structure()}
 
     # --------------------------------------------------------------------------------- as a callback
 
@@ -939,7 +949,7 @@ class MethodModule(nn.Module):
         return torch.frombuffer(bytearray(json.dumps(record).encode()), dtype=torch.uint8).clone()
 
     def set_extra_state(self, state: Tensor) -> None:
-        saved = decode_extra_state(state)
+        saved = decode_extra_state(state, "the checkpoint")
         home: Home = self.method.root.peft  # type: ignore[union-attr, assignment]
         if saved["class"] != type(self.method).__name__:
             raise ScionError(f"the checkpoint holds {saved['class']} where {type(self.method).__name__} is attached")
@@ -948,13 +958,47 @@ class MethodModule(nn.Module):
         if saved["base"] != home.fingerprint:
             raise ScionError(f"{self.method.name} was trained on another base ({saved['base']}) than this one "
                              f"({home.fingerprint}): build the same backbone with the same weights")
+        check_structure(type(self.method), saved.get("structure", {}), "the checkpoint")
         self.method.restructure(saved.get("structure", {}))
         self.method.prepared = True
 
 
-def decode_extra_state(state: Tensor) -> dict[str, Any]:
-    """The JSON record in a method's ``_extra_state``: spec and base fingerprint."""
-    return json.loads(bytes(state.cpu().tolist()).decode())
+Spec = TypedDict("Spec", {"class": str, "name": Name, "config": dict[str, Any],
+                          "structure": NotRequired[dict[str, Any]]})
+"""What `PEFTMethod.spec` gives, and files hold."""
+Own = TypedDict("Own", {"class": str, "name": Name, "config": dict[str, Any], "structure": NotRequired[dict[str, Any]],
+                        "base": str})
+"""A method's record in a checkpoint: its spec, and its base's fingerprint."""
+LARGEST_STATE = 16 * 2**20
+"""Bytes of such a record."""
+
+
+def decode_extra_state(state: Any, where: str) -> dict[str, Any]:
+    """The JSON record in a method's ``_extra_state``: spec and base fingerprint.
+
+    Raises:
+        ScionError: it is no such record; begins with ``where``.
+    """
+    if not (isinstance(state, Tensor) and state.dtype == torch.uint8 and state.dim() == 1 and not state.is_meta
+            and state.layout == torch.strided and state.numel() <= LARGEST_STATE):
+        raise ScionError(f"{where}: a method's record is damaged")
+    try:
+        record = parse_json(state.cpu().numpy().tobytes().decode())
+    except (ValueError, RecursionError):
+        raise ScionError(f"{where}: a method's record is damaged") from None
+    check(record, Own, where)
+    return record
+
+
+def check_structure(cls: type[PEFTMethod], structure: Any, where: str) -> None:
+    """Refuse what this class's `PEFTMethod.structure` cannot have given.
+
+    Raises:
+        ScionError: begins with ``where`` and says what is wrong.
+    """
+    fields = {} if cls.structure is PEFTMethod.structure else cls.structure_types
+    if fields is not None:
+        check_fields(structure, fields, where, f"{cls.__name__}.structure")
 
 
 class Home(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,19 +17,31 @@ from torch.utils._pytree import tree_leaves
 
 from core import exact_resume
 from core.anatomy import dissect
-from core.artifact import keep_only_owned, read_adapter, restore, split_checkpoint
+from core.artifact import (
+    OUTSIDE,
+    Saved,
+    attach,
+    keep_only_owned,
+    load_tensors,
+    open_adapter,
+    refusal,
+    restore,
+    split_checkpoint,
+)
 from core.backbone import Backbone
 from core.config.schema import Optimizer, Schedule
 from core.config.schema import check as check_shape
 from core.data import EpochLoader, Share, seed_of
-from core.errors import ScionError, listed, nearest
+from core.errors import ScionError, listed, nearest, one_line
 from core.graft import Graft, checkpoint_activations
 from core.method import PEFTMethod, home_in, key_of, methods_on
 from core.optim import Together, steps_of
 from core.random_state import part_random_states
-from core.spec import is_finite, plain
+from core.rehearsal import SMALL, hollow, largest, reach, rehearsing
+from core.spec import check_arguments, is_finite, plain, signature
 from core.tally import LossSum, compute, joint, load_metric_states, mean_loss, metric_states
 from core.tasks.base import STAGES, Task
+from core.tensors import check_fit, check_values
 
 
 @dataclass
@@ -141,8 +154,8 @@ class FineTuner(L.LightningModule):
                  schedule: ScheduleSettings | dict[str, Any] | None = None, checkpointing: bool = False,
                  seed: int = 0) -> None:
         super().__init__()
-        self.backbone: Backbone = build(backbone, seed) if isinstance(backbone, dict) else backbone
-        self.task: Task = build(task, seed) if isinstance(task, dict) else task
+        self.backbone: Backbone = build(backbone, seed, Backbone) if isinstance(backbone, dict) else backbone
+        self.task: Task = build(task, seed, Task) if isinstance(task, dict) else task
         self.head_dim: int | None = None
         """Width of the features that the head reads; None where the task came with its head."""
         if not hasattr(self.task, "head"):
@@ -539,10 +552,6 @@ class FineTuner(L.LightningModule):
             self.fit_aside()
 
 
-OUTSIDE = "outside."
-"""Prefix, in a run's adapter, of the tensors around the backbone: the task's head."""
-
-
 def outside(tuner: FineTuner) -> dict[str, Tensor]:
     """The parameters around the backbone, under the names and in the form that an adapter gives them."""
     found = _around(tuner)
@@ -560,44 +569,109 @@ def _packings(tuner: FineTuner) -> dict[str, Graft]:
     return {f"{OUTSIDE}task.{name}": packing for name, packing in tuner.task.packings().items()}
 
 
-def load_outside(tuner: FineTuner, tensors: dict[str, Tensor], where: str) -> None:
-    """Copy a saved head into ``tuner``; missing, extra and misshapen tensors are refused before any is written."""
+def load_outside(tuner: FineTuner, tensors: dict[str, Tensor], where: str, write: bool = True) -> None:
+    """Copy a saved head into ``tuner``; missing, extra and misshapen tensors, and values that are not finite, are
+    refused before any is written."""
     into = outside(tuner)
     given = {name: tensor for name, tensor in tensors.items() if name.startswith(OUTSIDE)}
     if into.keys() != given.keys():
-        raise ScionError(f"{where}: the head's tensors are {listed(sorted(given), 4)}, wanted "
+        raise ScionError(f"{where}: the head's tensors are {listed(map(one_line, sorted(given)), 4)}, wanted "
                          f"{listed(sorted(into), 4)}")
     for name, tensor in into.items():
-        if tensor.shape != given[name].shape:
-            raise ScionError(f"{where}: {name} is {list(given[name].shape)} in the file, {list(tensor.shape)} here")
+        check_fit(given[name], tensor, name, where)
+    if not write:
+        return
+    for name, tensor in into.items():
+        check_values(given[name], tensor, name, where)
     packings = _packings(tuner)
-    for name, tensor in _around(tuner).items():
-        if name in packings:
-            packings[name].unpack({part.removeprefix(f"{name}."): given[part] for part in given
-                                   if part.startswith(f"{name}.")}, tensor)
-        else:
-            tensor.copy_(given[name])
+    around = _around(tuner)
+    unpacked: dict[str, Tensor] = {}
+    for name, packing in packings.items():
+        parts = {part.removeprefix(f"{name}."): given[part] for part in given if part.startswith(f"{name}.")}
+        unpacked[name] = torch.empty_like(around[name])
+        packing.unpack(parts, unpacked[name])
+        check_values(unpacked[name], around[name], name, where)
+    for name, tensor in around.items():
+        tensor.copy_(unpacked[name] if name in unpacked else given[name])
 
 
 def load_run(folder: str, device: str = "cpu") -> FineTuner:
     """The model of a finished run, from the folder that ``lightning run`` left.
 
+    Nothing is built but what ``core.tasks`` and the installed domains publish, and the methods of the registry.
+
     Raises:
         ScionError: a damaged adapter, or a backbone that only its own program can build.
     """
     path = Path(folder) / "adapter"
-    record, tensors = read_adapter(path)
-    model = record.get("model") or {}
+    saved = open_adapter(path)
+    model = saved.record.get("model") or {}
     if not model.get("backbone") or not model.get("task"):
         raise ScionError(f"{path}: the record does not say how to build backbone and task (they are no domain's); "
                          "build the backbone and use core.load_adapter")
-    tuner = FineTuner(model["backbone"], model["task"], model["classes"], model["multilabel"], seed=model["seed"])
-    restore(record, {k: t for k, t in tensors.items() if not k.startswith(OUTSIDE)}, tuner.backbone, where=str(path))
+    try:
+        _rehearse(saved, str(path))
+        tuner = _around_backbone(model, build(model["backbone"], model["seed"], Backbone))
+        own = {name: tensor for name, tensor in saved.tensors.items() if not name.startswith(OUTSIDE)}
+        restore(saved.record, own, tuner.backbone, where=str(path), check_whole=saved.check_whole)
+        _prepare_head(tuner)
+        load_outside(tuner, saved.tensors, str(path))
+    except Exception as error:
+        what = str(refusal(error)).removeprefix(f"{path}: ")
+        raise ScionError(f"{path}: {what}") from (None if isinstance(error, ScionError) else error)
+    return tuner.to(device).eval()
+
+
+def _around_backbone(model: dict[str, Any], backbone: Any) -> FineTuner:
+    """What a record says of a run's model, around its backbone."""
+    task = build(model["task"], model["seed"], Task)
+    return FineTuner(backbone, task, model["classes"], model["multilabel"], seed=model["seed"])
+
+
+def _prepare_head(tuner: FineTuner) -> None:
+    """The head as inference has it, for the methods that are attached."""
     tuner.fit_head()
     for name in tuner.task.training_only:  # the file does not hold it, and untrained it means nothing
         setattr(tuner.task, name, None)
-    load_outside(tuner, tensors, str(path))
-    return tuner.to(device).eval()
+
+
+def _rehearse(saved: Saved, where: str) -> None:
+    """Refuse a run whose backbone would be absurdly large, or whose methods or head have other shapes than the tensors
+    of the file, before any of it takes memory (`core.rehearsal`)."""
+    model = saved.record["model"]
+    sizes = [largest(model["backbone"]), largest(model["task"]), len(model["classes"]),
+             *(reach(spec["config"]) for spec in saved.record["methods"])]
+    if max(sizes) <= USUAL:
+        return
+    with rehearsing(len(saved.tensors) + USUAL), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what there is to say is said in earnest
+        backbone = _hollow_backbone(model["backbone"], model["seed"])
+        tuner = _around_backbone(model, backbone)
+        tensors = hollow({name: tensor for name, tensor in saved.tensors.items() if not name.startswith(OUTSIDE)})
+        attach(saved.record["methods"], backbone, done := [])
+        load_tensors(done, tensors, where, write=False)
+        _prepare_head(tuner)
+        load_outside(tuner, hollow(saved.tensors), where, write=False)
+
+
+USUAL = 2048
+"""Sizes up to which nothing that a record describes takes much memory."""
+MARGIN = 4
+"""How many times as many numbers a backbone may have with its recorded arguments as with its name alone."""
+
+
+def _hollow_backbone(recorded: dict[str, Any], seed: int) -> Backbone:
+    """The recorded backbone on the meta device, where it is about as large as its name says."""
+    cls = published(recorded, Backbone)
+    untrained = {"pretrained": False} if "pretrained" in signature(cls).parameters else {}
+    name = {"name": recorded["name"]} if "name" in recorded else {}
+    backbone = build({**recorded, **untrained}, seed, Backbone)
+    usual = build({"class": recorded["class"], **name, **untrained}, seed, Backbone)
+    numbers, limit = (sum(p.numel() for p in one.parameters()) for one in (backbone, usual))
+    if numbers > MARGIN * limit + SMALL:
+        raise ScionError(f"the backbone would have {numbers:,} numbers with its recorded arguments, and "
+                         f"{recorded.get('name', recorded['class'])} has {limit:,}")
+    return backbone
 
 
 # ------------------------------------------------------------------------------------------------- specs
@@ -621,13 +695,53 @@ def spec(part: nn.Module) -> dict[str, Any] | None:
     return found
 
 
-def build(recorded: dict[str, Any], seed: int = 0) -> Any:
-    """The part that `spec` described; only names that ``core.tasks`` or a domain publish are looked up. Random weights
-    are those of ``seed``; the global random state stays as it is."""
-    home, _, name = str(recorded["class"]).partition(":")
-    module = importlib.import_module(home if home == "core.tasks" else f"domains.{home}")
-    if name not in getattr(module, "__all__", ()):
-        raise ScionError(f"{home} publishes no class {name!r}")
+def published(recorded: dict[str, Any], base: type) -> type:
+    """The class that a record names, ``"audio:AST"`` or ``"core.tasks:Classification"``: one that ``core.tasks`` or an
+    installed domain publishes. No other module is imported.
+
+    Raises:
+        ScionError: there is no such class, or it is no ``base``.
+    """
+    home, _, name = one_line(recorded.get("class")).partition(":")
+    module = importlib.import_module("core.tasks") if home == "core.tasks" else _domain(home)
+    names = list(getattr(module, "__all__", ()))
+    if name not in names:
+        raise ScionError(f"{home} publishes no class {name!r}{nearest(name, names)}")
+    found = getattr(module, name)
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise ScionError(f"{home}:{name} is no {base.__name__}")
+    return found
+
+
+def _domain(name: str) -> Any:
+    """An installed domain's package."""
+    import pkgutil
+
+    try:
+        import domains
+    except ImportError:
+        installed = []
+    else:
+        installed = [info.name for info in pkgutil.iter_modules(domains.__path__)]
+    if name not in installed:
+        raise ScionError(f"no domain is called {name!r}{nearest(name, installed)}; installed are "
+                         f"{listed(installed) or 'none'}")
+    try:
+        return importlib.import_module(f"domains.{name}")
+    except ImportError as error:
+        raise ScionError(f"the domain {name} cannot be imported ({one_line(error)})") from None
+
+
+def build(recorded: dict[str, Any], seed: int = 0, base: type = nn.Module) -> Any:
+    """The part that `spec` described: a class that ``core.tasks`` or a domain publishes, with arguments of the right
+    types. Random weights are those of ``seed``; the global random state stays as it is.
+
+    Raises:
+        ScionError: no such class, none of this ``base``, or wrong arguments.
+    """
+    cls = published(recorded, base)
+    arguments = {key: value for key, value in recorded.items() if key != "class"}
+    check_arguments(cls, arguments, recorded["class"])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return getattr(module, name)(**{key: value for key, value in recorded.items() if key != "class"})
+        return cls(**arguments)

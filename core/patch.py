@@ -13,19 +13,23 @@ a method whose formula reads the weight (DoRA), the numbers are carried, not the
 
 from __future__ import annotations
 
-import json
+import math
+import os
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NotRequired, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from core.anatomy import dissect
 from core.artifact import fingerprint
-from core.errors import ScionError, listed
-from core.files import write_atomically
+from core.errors import ScionError, listed, one_line
+from core.files import read_json, write_json
 from core.method import methods_on, uncompiled
+from core.schema import Shapes, check, shown
+from core.tensors import check_values, checksum, kind_of, read_tensors, write_tensors
 
 FORMAT = 1
 TENSORS, RECORD = "patch.safetensors", "patch.json"
@@ -207,8 +211,6 @@ class Patch:
 
     def save(self, folder: str | Path) -> Path:
         """Write ``patch.safetensors`` and ``patch.json`` into ``folder``."""
-        from safetensors.torch import save_file
-
         tensors = {f"head:{name}": tensor for name, tensor in self.head.items()}
         shapes = {}
         for name, change in self.changes.items():
@@ -217,11 +219,12 @@ class Patch:
             if change.down is not None:
                 tensors[f"down:{name}"] = change.down
         target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
-        packed = {name: tensor.detach().contiguous().cpu().clone() for name, tensor in tensors.items()}
-        record = {"format": FORMAT, "base": self.base, "shapes": shapes}
-        write_atomically(target / TENSORS, lambda path: save_file(packed, path, metadata={"format": "pt"}))
-        write_atomically(target / RECORD, lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+            digest = write_tensors(target / TENSORS, tensors)
+            write_json(target / RECORD, {"format": FORMAT, "base": self.base, "shapes": shapes, "sha256": digest})
+        except OSError as error:
+            raise ScionError(f"{folder} cannot be written ({error.strerror or error})") from None
         return target
 
     @classmethod
@@ -231,26 +234,57 @@ class Patch:
         Raises:
             ScionError: no patch, or a damaged one.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         path = Path(folder)
-        if not (path / RECORD).is_file():
+        if not os.path.isfile(path / RECORD):
             raise ScionError(f"{folder}: no {RECORD} here; give a folder that Patch.save wrote")
-        try:
-            record = json.loads((path / RECORD).read_text())
-            tensors = load_file(path / TENSORS)
-            if record["format"] != FORMAT:
-                raise ScionError(f"{path / RECORD}: format {record['format']} is unknown; this version reads {FORMAT}")
-            changes = {}
-            for name, shape in record["shapes"].items():
-                low = f"up:{name}" in tensors
-                up = tensors[f"up:{name}" if low else f"dense:{name}"]
-                changes[name] = Change(up, tensors[f"down:{name}"] if low else None, tuple(shape))
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            raise ScionError(f"{path}: damaged, or not a patch ({type(error).__name__}); copy it again") from None
-        head = {name.removeprefix("head:"): tensor for name, tensor in tensors.items() if name.startswith("head:")}
-        return cls(changes, str(record["base"]), head)
+        record = read_json(path / RECORD)
+        if isinstance(record, dict) and record.get("format") != FORMAT:
+            raise ScionError(f"{path / RECORD}: format {shown(record.get('format'))} is unknown; this version reads "
+                             f"{FORMAT}")
+        check(record, PatchRecord, f"{path / RECORD}")
+        tensors = read_tensors(path / TENSORS)
+        changes = {name: _change(name, shape, tensors, str(path)) for name, shape in record["shapes"].items()}
+        head = {name.removeprefix("head:"): tensors.pop(name) for name in list(tensors) if name.startswith("head:")}
+        if tensors:
+            raise ScionError(f"{path}: holds {listed(map(one_line, tensors), 3)}, which the record does not name")
+        for name, tensor in head.items():
+            _check_numbers(tensor, name, str(path))
+        if "sha256" in record and checksum(path / TENSORS) != record["sha256"]:
+            raise ScionError(f"{path / TENSORS}: not the tensors that {RECORD} was written with, for their checksums "
+                             "differ; copy both files again")
+        return cls(changes, record["base"], head)
+
+
+class PatchRecord(TypedDict):
+    """What patch.json holds."""
+
+    format: int
+    base: str
+    shapes: Shapes
+    sha256: NotRequired[str]
+
+
+def _change(name: str, shape: list[int], tensors: dict[str, Tensor], where: str) -> Change:
+    """Takes one parameter's change from ``tensors``."""
+    dense, up, down = (tensors.pop(f"{kind}:{name}", None) for kind in ("dense", "up", "down"))
+    if dense is not None and up is None and down is None:
+        fits = list(dense.shape) == shape
+    else:
+        fits = dense is None and up is not None and down is not None and up.dim() == down.dim() == 2 and (
+            up.shape[1] == down.shape[0]) and bool(shape) and [up.shape[0], down.shape[1]] == [
+            shape[0], math.prod(shape[1:])]
+    if not fits:
+        raise ScionError(f"{where}: the tensors of {one_line(name)} are not those of a change of shape {shape}")
+    for tensor in (dense, up, down):
+        if tensor is not None:
+            _check_numbers(tensor, name, where)
+    return Change(dense if up is None else up, down, tuple(shape))  # type: ignore[arg-type]
+
+
+def _check_numbers(tensor: Tensor, name: str, where: str) -> None:
+    if kind_of(tensor) != "float":
+        raise ScionError(f"{where}: {one_line(name)} holds {tensor.dtype}, where a change is of floats")
+    check_values(tensor, tensor, one_line(name), where)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from core.anatomy import Site
 from core.errors import ScionError
 from core.graft import Graft
+from core.schema import Count, Shapes
 
 
 def check_budget(method: str, density: float | None, count: int | None) -> None:
@@ -52,6 +53,15 @@ class SparseGraft(Graft):
             changed.register_hook(lambda gradient: watch(self, gradient))
         return changed.view_as(weight)
 
+    @property
+    def places(self) -> int:
+        """How many positions the site has."""
+        site = self.site
+        return site.full_weight.numel() if site.role == "parameter" else site.in_features * site.out_features
+
+    def limits(self) -> dict[str, int]:
+        return {"index": self.places}
+
     def delta(self) -> Tensor:
         """The change as a flat tensor of the site's whole size."""
         size = self.site.in_features * self.site.out_features
@@ -62,6 +72,10 @@ class SparseGraft(Graft):
         """Other positions, as many as before, with these values."""
         self.index.copy_(index)
         self.values.copy_(values)
+
+
+DESCRIBED = {"entries": Shapes, "counts": dict[str, Count], "shapes": Shapes}
+"""Types of what `entries_of` reads, for a method's ``structure_types``."""
 
 
 def described(grafts: Iterable[Graft]) -> dict[str, list[int]]:

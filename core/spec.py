@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from typing import Any
+from typing import Any, get_type_hints
 
-from core.errors import ScionError
+from core.errors import ScionError, listed, nearest
+from core.schema import check
 
 
 class Recorded:
@@ -73,13 +74,44 @@ def signature(cls: type) -> inspect.Signature:
     return inspect.Signature(sorted(kept.values(), key=lambda p: p.kind))
 
 
+@functools.cache
+def types_of(cls: type) -> dict[str, Any]:
+    """The types of the arguments of ``cls``'s constructor, as `signature` gives them; `Any` where that is unknown."""
+    found: dict[str, Any] = {}
+    for base in reversed(cls.__mro__):
+        if "__init__" in vars(base) and base is not object:
+            try:
+                found |= get_type_hints(vars(base)["__init__"], include_extras=True)
+            except NameError:  # a name that is imported for type checkers alone
+                continue
+    return {name: found.get(name, Any) for name in signature(cls).parameters}
+
+
+def check_arguments(cls: type, arguments: dict[str, Any], where: str) -> None:
+    """Refuse arguments that ``cls``'s constructor does not have, that are of another type, or that it lacks.
+
+    Raises:
+        ScionError: begins with ``where`` and names the argument.
+    """
+    known = signature(cls).parameters
+    for name in arguments:
+        if name not in known:
+            raise ScionError(f"{where}: {cls.__name__} has no option {name!r}{nearest(name, known)}; it has "
+                             f"{listed(known, 40)}")
+    for name, parameter in known.items():
+        if name in arguments:
+            check(arguments[name], types_of(cls)[name], where, f"{cls.__name__}.{name}")
+        elif parameter.default is parameter.empty:
+            raise ScionError(f"{where}: {cls.__name__} needs {name}")
+
+
 def plain(value: Any) -> Any:
     """``value`` as JSON can hold it: tuples become lists, recorded objects ``{"class": ..., **config}``."""
     if isinstance(value, Recorded):
         return {"class": type(value).__name__, **{key: plain(v) for key, v in value.config.items()}}
     if isinstance(value, dict):
         return {str(key): plain(v) for key, v in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
+    if isinstance(value, (list, tuple, set, frozenset, range)):
         return [plain(v) for v in value]
     if value is None or isinstance(value, (bool, int, float, str)):
         return value

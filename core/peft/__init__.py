@@ -60,7 +60,9 @@ def options(name: str) -> list[str]:
         ScionError: no method has that name; the message gives the nearest ones.
     """
     if name not in _sources() or name not in registry():
-        return [*_signature(method_class(name)).parameters]
+        from core.spec import signature
+
+        return [*signature(method_class(name)).parameters]
     found: list[str] = []
     node: ast.ClassDef | None = _sources()[name][1]
     while node is not None:
@@ -82,12 +84,6 @@ def _common() -> list[str]:
     return [argument.arg for argument in init.args.kwonlyargs]
 
 
-def _signature(cls: type) -> Any:
-    from core.spec import signature
-
-    return signature(cls)
-
-
 def method_class(name: str) -> type[PEFTMethod]:
     """The class of a method.
 
@@ -104,12 +100,15 @@ def method_class(name: str) -> type[PEFTMethod]:
 
 
 def make(name: str, config: dict[str, Any]) -> PEFTMethod:
-    """A method from its name and arguments, as an adapter's record or a configuration gives them."""
+    """A method from its name and arguments, as an adapter's record or a configuration gives them.
+
+    Raises:
+        ScionError: no such method, an argument that it does not have, or a value of another type.
+    """
+    from core.spec import check_arguments
+
     cls = method_class(name)
-    known = _signature(cls).parameters
-    for key in config:
-        if key not in known:
-            raise ScionError(f"peft: {name} has no option {key!r}{nearest(key, known)}; it has {listed(known, 40)}")
+    check_arguments(cls, config, "peft")
     return cls(**config)
 
 

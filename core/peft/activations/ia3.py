@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from core.anatomy import Anatomy, Site
 from core.errors import ScionError
 from core.graft import Graft
-from core.interop import Inexpressible, Part, PeftForm, Place, placed
+from core.interop import Inexpressible, Matcher, Names, Part, PeftForm, Place, placed
 from core.method import PEFTMethod
 
 
@@ -54,6 +53,8 @@ class ScaledInput(Graft):
 class IA3Form(PeftForm):
     """peft calls the modules whose inputs are scaled ``feedforward_modules``; other rows of a fused weight get ones."""
 
+    types = {"feedforward_modules": Names}
+
     def give(self, method: PEFTMethod, grafts: list[Graft]) -> Part:
         site, inputs = grafts[0].site, isinstance(grafts[0], ScaledInput)
         if site.kind not in self.modules:
@@ -75,7 +76,7 @@ class IA3Form(PeftForm):
         found: dict[str, list[str]] = {"outputs": [], "inputs": []}
         given = config.get("feedforward_modules") or []
         for role, names in roles.items():
-            inside = {bool(re.fullmatch(given, name)) if isinstance(given, str) else name.endswith(tuple(given))
+            inside = {Matcher()(given, name) if isinstance(given, str) else name.endswith(tuple(given))
                       for name in names}
             if len(inside) > 1:
                 raise ScionError(f"feedforward_modules holds some modules of the role {role!r} and not others")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from core.errors import ScionError
 from core.graft import Graft
 from core.method import PEFTMethod, key_of
 from core.random_state import seeded
+from core.schema import Count
 
 LEARNING_RATES = {"heads": 5e-3, "offsets": 1e-2}
 
@@ -48,6 +49,10 @@ class ShiftedHeads(Graft):
         assert site.heads is not None
         self.register_buffer("index", index.to(torch.int32))
         self.v = nn.Parameter(spread * torch.randn(len(index), site.heads.width))
+
+    def limits(self) -> dict[str, int]:
+        assert self.site.heads is not None
+        return {"index": self.site.heads.query}
 
     @property
     def offset(self) -> Tensor:
@@ -91,6 +96,7 @@ class LoFiT(PEFTMethod):
     needs = ("o",)
     recommended = {"lr": LEARNING_RATES["heads"], "weight_decay": 0.0}
     stages = ("heads", "offsets")
+    structure_types = {"stage": Literal["heads", "offsets"], "heads": dict[str, Count]}
 
     def __init__(self, heads: int | None = None, l1: float = 5e-4, spread: float = 1e-3,
                  targets: Sequence[str] = ("o",), **common: Any) -> None:

@@ -17,6 +17,7 @@ from core.method import PEFTMethod
 from core.peft.activations.houlsby import BottleneckGraft
 from core.peft.selection.full import all_parameters
 from core.peft.weights.lora import LoRAGraft
+from core.schema import Shapes
 from core.sparse import SparseGraft, check_budget
 
 
@@ -49,6 +50,7 @@ class APET(PEFTMethod):
 
     mergeable = True
     recommended = {"lr": 1e-4, "weight_decay": 0.0, "head_lr": 1e-3}
+    structure_types = {"shapes": Shapes}
 
     def __init__(self, density: float | None = None, count: int | None = None, targets: Sequence[str] | None = None,
                  **common: Any) -> None:
@@ -74,9 +76,10 @@ class APET(PEFTMethod):
         sites = super().sites(anatomy)
         sizes = [site.in_features * site.out_features for site in sites]
         generator = torch.Generator().manual_seed(seed_of(self.seed, self.name, "positions"))
-        drawn = distinct(sum(sizes), self.budget(anatomy), generator)
-        ends = torch.tensor(sizes).cumsum(0)
-        parts = drawn.tensor_split(torch.searchsorted(drawn, ends[:-1]))
+        with torch.device("cpu"):  # positions have values wherever the model is
+            drawn = distinct(sum(sizes), self.budget(anatomy), generator)
+            ends = torch.tensor(sizes).cumsum(0)
+            parts = drawn.tensor_split(torch.searchsorted(drawn, ends[:-1]))
         self.positions = {site.name: part - (end - size) for site, part, end, size in zip(
             sites, parts, ends.tolist(), sizes, strict=True) if len(part)}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from core.graft import Graft
 from core.method import PEFTMethod, key_of
 from core.peft.selection.full import all_parameters
 from core.random_state import draw_for_all
-from core.sparse import SparseGraft, check_budget, described, entries_of
+from core.sparse import DESCRIBED, SparseGraft, check_budget, described, entries_of
 
 LOW, HIGH, EDGE = -1.5, 1.5, 1e-4
 LEARNING_RATES = {"masks": 1e-5, "fixed": 5e-5}
@@ -93,6 +93,7 @@ class DiffPruning(PEFTMethod):
     by_rows = False
     inference_cost = "none once merged"
     recommended = {"lr": LEARNING_RATES["masks"], "weight_decay": 0.0, "head_lr": 1e-3}
+    structure_types = {"stage": Literal["masks", "fixed"], **DESCRIBED}
     stages = ("masks", "fixed")
     mode = "train"
 

@@ -13,6 +13,7 @@ from core.anatomy import Anatomy, Block, Site, dissect
 from core.data import seed_of
 from core.errors import ScionError
 from core.method import NORMS, Home, PEFTMethod
+from core.schema import Count
 
 CATEGORIES = (("q", "k", "v", "o"), ("cross.q", "cross.k", "cross.v", "cross.o"), ("mlp.up", "mlp.gate", "mlp.down"),
               ("conv",), tuple(role for role in NORMS if role != "norm"))
@@ -43,6 +44,7 @@ class HalfFineTuning(PEFTMethod):
     moves_base = True
     inference_cost = "none"
     recommended = {"lr": 5e-5, "weight_decay": 0.1, "head_lr": 1e-3}
+    structure_types = {"round": Count}
     mode = "train"
 
     def __init__(self, interval: int | None = None, whole: Sequence[str] = (), **common: Any) -> None:
@@ -66,10 +68,11 @@ class HalfFineTuning(PEFTMethod):
         generator = torch.Generator().manual_seed(seed_of(self.seed, self.name, "round", number))
         found: set[str] = set()
         for layers in self.units(anatomy):
-            larger = torch.randperm(len(layers), generator=generator) + int(torch.randint(2, (), generator=generator))
+            larger = torch.randperm(len(layers), generator=generator, device="cpu") + int(
+                torch.randint(2, (), generator=generator, device="cpu"))
             for units, place in zip(layers, larger.tolist(), strict=True):
                 parts = halves(units, larger=place % 2 == 0)
-                part = parts[int(torch.randint(len(parts), (), generator=generator))]
+                part = parts[int(torch.randint(len(parts), (), generator=generator, device="cpu"))]
                 found |= {name for path in part for name in units[path][0].parameter_names}
         for site in anatomy.sites(self.whole, self.layers, self.name) if self.whole else ():
             found |= set(site.parameter_names)
@@ -151,7 +154,11 @@ class HalfFineTuning(PEFTMethod):
         return {"round": self.round}
 
     def restructure(self, structure: dict[str, Any]) -> None:
-        while self.round < structure.get("round", 0):
+        last = structure.get("round", 0)
+        heads = dissect(self._need_root()).head_names()
+        while self.round < last:
+            if self._unmoved.keys() <= heads:  # no round adds anything any more
+                self.round = last - 1
             self.next_round()
 
 

@@ -12,6 +12,7 @@ from core.anatomy import Anatomy, Site
 from core.errors import ScionError
 from core.graft import Graft
 from core.method import PEFTMethod
+from core.schema import Count
 from core.sparse import SparseGraft, state_vectors
 
 
@@ -32,6 +33,9 @@ class LIFTGraft(SparseGraft):
         super().__init__(site, index)
         self.register_buffer("left_index", self.index[:0].clone())
         self.register_buffer("left_values", self.values.detach()[:0].clone())
+
+    def limits(self) -> dict[str, int]:
+        return {"index": self.places, "left_index": self.places}
 
     def weight(self, weight: Tensor) -> Tensor:
         if len(self.left_index):
@@ -75,6 +79,7 @@ class LIFT(PEFTMethod):
 
     mergeable = True
     recommended = {"lr": 2e-4, "weight_decay": 0.0, "head_lr": 1e-3}
+    structure_types = {"left": dict[str, Count]}
 
     def __init__(self, rank: int = 8, filter_rank: int | None = None, interval: int | None = 400,
                  targets: Sequence[str] | None = None, **common: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from core.anatomy import Anatomy, parameter_sites
 from core.errors import ScionError
 from core.method import PEFTMethod
 from core.peft.selection.full import all_parameters
-from core.sparse import SparseGraft, check_budget, described, entries_of
+from core.sparse import DESCRIBED, SparseGraft, check_budget, described, entries_of
 
 
 class LTSFT(PEFTMethod):
@@ -37,6 +37,7 @@ class LTSFT(PEFTMethod):
     moves_base = True
     inference_cost = "none once merged"
     recommended = {"lr": 5e-5, "weight_decay": 0.0}
+    structure_types = {"stage": Literal["dense", "sparse"], **DESCRIBED}
     stages = ("dense", "sparse")
     mode = "train"
 

@@ -13,6 +13,7 @@ from core.errors import ScionError
 from core.graft import Graft
 from core.method import PEFTMethod
 from core.optim import steps_of
+from core.schema import Share
 
 
 def smallest(scores: Tensor, count: int) -> Tensor:
@@ -81,6 +82,7 @@ class PST(PEFTMethod):
 
     mergeable = True
     recommended = {"lr": 3e-5, "weight_decay": 0.0, "head_lr": 1e-3}
+    structure_types = {"sparsity": Share}
 
     def __init__(self, sparsity: float = 0.9, initial: float = 0.0, warmup: float = 0.1, cooldown: float = 0.3,
                  rank: int = 8, score_rank: int = 8, alpha1: float = 1.0, alpha2: float = 1.0, beta: float = 1.0,

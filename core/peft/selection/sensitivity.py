@@ -15,6 +15,7 @@ from core.errors import ScionError
 from core.graft import Graft
 from core.method import PEFTMethod, key_of
 from core.peft.weights.lora import LoRAGraft
+from core.schema import Count, Shapes
 from core.sparse import SparseGraft, check_budget
 
 Plan = dict[str, int]
@@ -48,6 +49,7 @@ class SensitivityTuning(PEFTMethod):
 
     mergeable = True
     recommended = {"lr": 1e-3, "weight_decay": 1e-4}
+    structure_types = {"plan": dict[str, Count], "shapes": Shapes}
 
     def __init__(self, density: float | None = None, count: int | None = None, rank: int = 8, ratio: float = 10.0,
                  vector_ratio: float = 5.0, batches: int = 8, batch_size: int = 32,

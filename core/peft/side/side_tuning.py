@@ -123,6 +123,7 @@ class SideTuning(PEFTMethod):
     identity_at_start = False
     inference_cost = "the side network runs beside the backbone"
     recommended = {"lr": 1e-3, "weight_decay": 1e-4}
+    start_only = ("pretrained",)  # the adapter holds the trained values
 
     def __init__(self, network: Network = "mlp", hidden: int = 64, dim: int | None = None, pretrained: bool = False,
                  **common: Any) -> None:

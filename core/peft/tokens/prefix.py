@@ -15,6 +15,7 @@ from core.graft import Attention, Graft
 from core.interop import Inexpressible, PeftForm, Place, Plan
 from core.method import PEFTMethod
 from core.random_state import dropout_for_all
+from core.schema import Count
 
 
 class Reparametrization(nn.Module):
@@ -76,6 +77,8 @@ class PrefixGraft(Graft):
 class PrefixForm(PeftForm):
     """peft puts the prefix into the cache, which moves the tokens' positions on by its length. Under rotary positions
     that turns the queries, and is undone where the prefix's keys are turned as far; learned positions would change."""
+
+    types = {"num_virtual_tokens": Count, "token_dim": Count}
 
     def write(self, methods: list[PEFTMethod], place: Place) -> tuple[dict[str, Any], dict[str, Tensor]]:
         method, blocks = methods[0], place.anatomy.blocks
@@ -142,6 +145,7 @@ class PrefixTuning(PEFTMethod):
     inference_cost = "every attention reads `tokens` more keys and values"
     targets: tuple[str, ...]
     recommended = {"lr": 1e-2, "weight_decay": 0.1}
+    structure_types = {"folded": bool}
     peft = PrefixForm("PREFIX_TUNING", tensors={"prefix": "prefix"}, training=(
         "num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules",
         "prefix_projection", "encoder_hidden_size", "init_weights"))

@@ -13,6 +13,7 @@ from core.errors import ScionError
 from core.interop import Inexpressible, PeftForm, Place, Plan
 from core.method import PEFTMethod, key_of
 from core.prompts import Prompted, PromptGraft, TextPrompt, Values
+from core.schema import Count
 
 COUNTS = ("num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules")
 """What peft says of the model, and of a prompt's size."""
@@ -20,6 +21,8 @@ COUNTS = ("num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads"
 
 class PromptForm(PeftForm):
     """peft keeps the prompts as one table, P-tuning's as well, without the network that made them."""
+
+    types = {"num_virtual_tokens": Count}
 
     def write(self, methods: list[PEFTMethod], place: Place) -> tuple[dict[str, Any], dict[str, Tensor]]:
         grafts = [graft for method in methods for graft in method.grafts if isinstance(graft, PromptGraft)]
@@ -123,6 +126,7 @@ class PTuning(Prompted, PEFTMethod):
     """
 
     recommended = {"lr": 1e-2, "weight_decay": 0.0}
+    structure_types = {"folded": bool}
     peft = PromptForm("P_TUNING", training=(
         *COUNTS, "encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout"))
 

@@ -13,6 +13,7 @@ from core.anatomy import Anatomy, Site
 from core.errors import ScionError
 from core.graft import Attention, Call, Graft
 from core.method import PEFTMethod
+from core.schema import Count
 
 
 class Exchange:
@@ -111,6 +112,9 @@ class FeatureGraft(Graft):
         """Give only the columns ``kept`` [k] of ``columns``, in that order."""
         self.columns, self.kept = columns, kept.to(torch.int32)
 
+    def limits(self) -> dict[str, int]:
+        return {} if self.kept is None else {"kept": self.columns}
+
     def before(self, x: Tensor) -> Tensor:
         self.exchange.begin()
         return x
@@ -179,6 +183,7 @@ class VQT(PEFTMethod):
     needs = ("attend",)
     inference_cost = "`tokens` queries more in each layer, without keys, and a wider head"
     recommended = {"lr": 0.125, "weight_decay": 1e-4}
+    structure_types = {"kept": Count, "columns": Count}
 
     def __init__(self, tokens: int = 1, dropout: float = 0.1, normalize: bool = True,
                  reduce: Literal["concat", "mean", "sum"] = "concat", lr_factor: float = 1.0,

@@ -14,6 +14,7 @@ from core.errors import ScionError
 from core.graft import Graft
 from core.interop import Inexpressible, PeftForm
 from core.method import PEFTMethod
+from core.schema import Shapes
 
 
 class BoneGraft(Graft):
@@ -48,6 +49,8 @@ class BoneGraft(Graft):
 
 class BoneForm(PeftForm):
     """peft calls the method MiSS; its ``init_weights`` says which form."""
+
+    types = {"init_weights": bool | str | None, "mini_r": int}
 
     def matches(self, config: dict[str, Any]) -> bool:
         return config.get("init_weights") != "bat"
@@ -88,6 +91,7 @@ class Bone(PEFTMethod):
 
     mergeable = True
     recommended = {"lr": 1e-3, "weight_decay": 0.0}
+    structure_types = {"shapes": Shapes}
     peft = BoneForm("MISS", {"rank": "r"}, {"miss_block": "D"}, training=("init_weights", "mini_r", "miss_dropout"))
 
     def __init__(self, rank: int = 64, columns: int | None = None, targets: Sequence[str] | None = None, **common: Any

@@ -13,6 +13,7 @@ from core.errors import ScionError
 from core.graft import Graft
 from core.interop import PeftForm
 from core.method import PEFTMethod
+from core.schema import Shapes
 
 
 class FourierGraft(Graft):
@@ -66,6 +67,7 @@ class FourierFT(PEFTMethod):
 
     mergeable = True
     recommended = {"lr": 1e-2, "weight_decay": 0.0}
+    structure_types = {"shapes": Shapes}
     peft = PeftForm("FOURIERFT", {"frequencies": "n_frequency", "scale": "scaling", "places": "random_loc_seed"},
                     {"fourierft_spectrum": "c"}, training=("init_weights",),
                     patterns={"n_frequency_pattern": "n_frequency"}, modules=("linear", "conv1d"))

@@ -41,6 +41,9 @@ class MoSGraft(LoRAGraft):
         self.register_buffer("index_B", index_B.to(torch.int32))
         self.rank, self.scale, self.dropout = rank, scale, nn.Dropout(dropout)
 
+    def limits(self) -> dict[str, int]:
+        return {"index_A": len(self.pool[0].A), "index_B": len(self.pool[0].B)}
+
     @property
     def A(self) -> Tensor:  # type: ignore[override]
         return self.pool[0].A[self.index_A].view(self.rank, -1)

@@ -87,6 +87,8 @@ class RotatedWeight(OFTGraft):
 class OFTForm(PeftForm):
     """peft's series ends with the third power both at 3 terms and at 4, and blocks may be given by their number."""
 
+    types = {"use_cayley_neumann": bool, "num_cayley_neumann_terms": int}
+
     def config(self, method: PEFTMethod) -> dict[str, Any]:
         terms = method.config["terms"]
         if terms == 3:

@@ -12,6 +12,7 @@ from core.errors import ScionError
 from core.graft import Graft
 from core.method import PEFTMethod
 from core.patch import Patch
+from core.schema import Count
 
 
 class PatchGraft(Graft):
@@ -49,6 +50,8 @@ class PortLLM(PEFTMethod):
     mergeable = True
     trains_backbone = False
     recommended = {"lr": 1e-3, "weight_decay": 0.1}
+    structure_types = {"changes": dict[str, list[list[Count]]]}
+    start_only = ("patch",)  # the adapter holds the numbers, wherever the folder is by then
 
     def __init__(self, patch: str = "", scale: float = 1.0, **common: Any) -> None:
         super().__init__(**common)
@@ -74,10 +77,6 @@ class PortLLM(PEFTMethod):
         if not self.grafts:
             raise ScionError(f"{self.name}: give the folder of a patch (patch=...), as Patch.save writes it")
         super().on_fit_start(trainer, pl_module)
-
-    def spec(self) -> dict[str, Any]:  # the adapter holds the numbers, wherever the folder is by then
-        found = super().spec()
-        return {**found, "config": {**found["config"], "patch": ""}}
 
     def structure(self) -> dict[str, Any]:
         return {"changes": {graft.site.name: [list(part.shape) for part in (graft.up, graft.down) if part is not None]

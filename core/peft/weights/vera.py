@@ -67,6 +67,8 @@ class VeRAGraft(Graft):
 class VeRAForm(PeftForm):
     """The random map is in peft's file, or is drawn by the seed in its config."""
 
+    types = {"projection_prng_key": int | None, "save_projection": bool}
+
     def shared(self, method: PEFTMethod) -> dict[str, Tensor]:
         assert isinstance(method, VeRA)
         return {"vera_A": method.projections.A, "vera_B": method.projections.B}
@@ -80,12 +82,15 @@ class VeRAForm(PeftForm):
             if config.get("save_projection", True):
                 raise ScionError(f"{place.where}: save_projection is true, but the file holds no vera_A")
             names = {name for plan in plans for name in plan.parts}
+            vectors = [part["vera_lambda_d"] for plan in plans for part in plan.parts.values()]
+            if any(len(vector) != config["r"] for vector in vectors):
+                raise ScionError(f"{place.where}: r is {config['r']}, but vera_lambda_d is {list(vectors[0].shape)}")
             sites = [site for site in place.anatomy.all_sites() if site.name in names]
             generator = torch.Generator().manual_seed(config.get("projection_prng_key") or 0)
             for name, shape in (("A", (config["r"], max(site.in_features for site in sites))),
                                 ("B", (max(site.out_features for site in sites), config["r"]))):
                 given[f"base_model.vera_{name}"] = nn.init.kaiming_uniform_(
-                    torch.empty(shape), nonlinearity="relu", generator=generator)
+                    torch.empty(shape, device="cpu"), nonlinearity="relu", generator=generator)
         return plans
 
     def take_shared(self, method: PEFTMethod, config: dict[str, Any], given: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -112,6 +117,7 @@ class VeRA(PEFTMethod):
 
     mergeable = True
     recommended = {"lr": 1e-2, "weight_decay": 0.0}
+    structure_types = {"stored": bool}
     peft = VeRAForm("VERA", {"rank": "r", "start": "d_initial"}, {"vera_lambda_b": "b", "vera_lambda_d": "d"},
                     modules=("linear", "conv1d"),
                     training=("vera_dropout", "projection_prng_key", "save_projection", "init_weights"))
