@@ -51,7 +51,7 @@ def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> Fingerprint:
         if name in skip or name.startswith("peft.") or name.endswith("_extra_state"):
             continue
         heads.append(f"{name}{tuple(tensor.shape)}".encode())
-        flat = torch.empty(0) if tensor.is_meta else tensor.detach().reshape(-1)
+        flat = torch.empty(0, device="cpu") if tensor.is_meta else tensor.detach().reshape(-1)
         step = flat.numel() // SAMPLES
         early.append((flat[:step * SAMPLES:step] if step > 1 else flat[:SAMPLES]).to("cpu", torch.float32))
         even.append(flat[places(flat.numel()).to(flat.device)].to("cpu", torch.float32))
@@ -62,9 +62,9 @@ def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> Fingerprint:
 def places(size: int) -> Tensor:
     """Where a tensor of so many values is looked at."""
     if size <= SAMPLES + TAIL:
-        return torch.arange(size)
-    evenly = torch.arange(SAMPLES) * (size - 1) // (SAMPLES - 1)
-    tail = size - 1 - size // SAMPLES // 2 ** torch.arange(1, TAIL + 1)
+        return torch.arange(size, device="cpu")
+    evenly = torch.arange(SAMPLES, device="cpu") * (size - 1) // (SAMPLES - 1)
+    tail = size - 1 - size // SAMPLES // 2 ** torch.arange(1, TAIL + 1, device="cpu")
     return torch.cat([evenly, tail])
 
 
