@@ -67,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     return main
 
 
-OWN = {"--run_dir": True, "--overwrite": False, "--json": False, "--help": False}
+OWN = {"--run_dir": True, "--overwrite": False, "--json": False, "--trust": False, "--help": False}
 """Options of ``run`` and ``describe`` that are no keys of a configuration, or stand beside one (``--run_dir``), and
 whether a value follows."""
 

@@ -587,6 +587,7 @@ def predict(run: str, files: list[str], as_json: bool, trust: bool = False) -> i
         raise ScionError("no files given")
     tuner = load_run(run, "cuda" if torch.cuda.is_available() else "cpu")
     data = data_of(run, trust)
+    _check_agreement(run, tuner, data)
     files = [name for file in files for name in _inside(file, data)]
     if tuner.task.compares:
         return _compare(run, tuner, data, files, as_json)
@@ -628,6 +629,18 @@ def predict(run: str, files: list[str], as_json: bool, trust: bool = False) -> i
         print(json.dumps(results, indent=1, allow_nan=False))
     _show(run, data, shown)
     return 2 if any("error" in entry for entry in results) else 0
+
+
+def _check_agreement(run: str, tuner: FineTuner, data: DataModule) -> None:
+    """Refuse data of other sizes than the backbone's, which takes them from the data where it is not told them."""
+    from core.spec import signature
+
+    if not os.path.lexists(Path(run) / "data_state.json"):
+        return
+    for name in signature(type(tuner.backbone)).parameters:
+        here, there = getattr(data, name, None), getattr(tuner.backbone, name, None)
+        if isinstance(here, int) and isinstance(there, int) and here != there:
+            raise ScionError(f"{run}: the data have {name} {here}, the backbone was trained with {there}")
 
 
 def _input(file: str, data: DataModule) -> Tensor | Exception:
@@ -725,6 +738,10 @@ def _inside(file: str, data: DataModule) -> list[str]:
     return found or [file]
 
 
+LARGEST_SIZE = 1_000_000
+"""What a number in the data section of a run may be, at most: a stranger's may ask for any memory."""
+
+
 def data_of(run: str, trust: bool = False) -> DataModule:
     """The datamodule of a run, ready to ``read`` files: from its config.yaml, and what it saved of the data.
 
@@ -754,6 +771,9 @@ def data_of(run: str, trust: bool = False) -> DataModule:
                          "what the installed domains publish alone; pass --trust if the run is your own")
     if domain and not domain.isidentifier():
         raise ScionError(f"{file}: domain {printable(domain)} is no plain word")
+    for name, value in part.get("init_args", {}).items():
+        if isinstance(value, int) and abs(value) > LARGEST_SIZE and name != "seed":
+            raise ScionError(f"{file}: data.{name} {value} is more than any data need")
     data: DataModule = make({"init_args": {}, **part}, "data", domain, DataModule)
     state = Path(run) / "data_state.json"
     if os.path.lexists(state):

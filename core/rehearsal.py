@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from core.errors import ScionError
 from core.method import methods_on
 
-CALLS, CALLS_A_TENSOR = 20_000, 500
+CALLS, CALLS_A_TENSOR = 20_000, 150
 """Calls of torch within which a rehearsal must end: so many, and so many more for each tensor that is there already."""
 SMALL = 2**24
 """Numbers that may be made without a rehearsal."""

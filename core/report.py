@@ -326,7 +326,7 @@ def gallery(pictures: Any, captions: Sequence[str], path: str | Path, title: str
             side.set_color(RIGHT if mark else WRONG)
             side.set_linewidth(2.5)
         axes.set_xlabel("\n".join(line if len(line) <= 20 else f"{line[:19]}…" for line in text.splitlines()),
-                        fontsize=7, color="#222222" if mark is None else RIGHT if mark else WRONG)
+                        fontsize=7, parse_math=False, color="#222222" if mark is None else RIGHT if mark else WRONG)
     figure.suptitle(title, fontsize=10)
     _save(figure, path)
 

@@ -10,6 +10,9 @@ from typing import Any, get_type_hints
 from core.errors import ScionError, listed, nearest
 from core.schema import check
 
+LONGEST_LIST = 2000
+"""Entries that a list among the arguments of a constructor may have: roles, layers, names."""
+
 
 class Recorded:
     """Remembers the arguments of its construction in ``config``, defaults included.
@@ -100,7 +103,10 @@ def check_arguments(cls: type, arguments: dict[str, Any], where: str) -> None:
                              f"{listed(known, 40)}")
     for name, parameter in known.items():
         if name in arguments:
-            check(arguments[name], types_of(cls)[name], where, f"{cls.__name__}.{name}")
+            value = arguments[name]
+            if isinstance(value, (list, tuple, range)) and len(value) > LONGEST_LIST:
+                raise ScionError(f"{where}: {cls.__name__}.{name} has {len(value):,} entries, more than {LONGEST_LIST}")
+            check(value, types_of(cls)[name], where, f"{cls.__name__}.{name}")
         elif parameter.default is parameter.empty:
             raise ScionError(f"{where}: {cls.__name__} needs {name}")
 

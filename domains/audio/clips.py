@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypedDict
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from core.data import Source, seed_of
 from core.errors import ScionError
 from core.files import open_regular
 from core.labelled import LabelledData, Parts, Sample, few, naming, noted, plainly, readable
+from core.schema import Rule, check
 from domains.audio import features
 
 
@@ -99,6 +100,14 @@ class Clips(Dataset):
         if self.masks is not None:
             bank = features.specaugment(bank, generator, *self.masks)
         return bank, target
+
+
+class State(TypedDict):
+    """What a run saves of its clips."""
+
+    frames: Annotated[int, Rule(lambda count: 16 <= count <= 360_000, "a number of frames, 16 to 360000 (an hour)")]
+    mean: float
+    std: Annotated[float, Rule(lambda value: value > 0, "a number above 0")]
 
 
 class AudioData(LabelledData):
@@ -182,7 +191,8 @@ class AudioData(LabelledData):
         return {"frames": self.frames, "mean": self.mean, "std": self.std}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self._frames, self.mean, self.std = int(state["frames"]), float(state["mean"]), float(state["std"])
+        check(state, State, "data")
+        self._frames, self.mean, self.std = state["frames"], state["mean"], state["std"]
         self._measured = True
 
     # ------------------------------------------------------------------------------ loading

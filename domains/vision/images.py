@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypedDict, get_args
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from core.data import Source, seed_of
 from core.errors import ScionError, listed, nearest
 from core.files import open_regular
 from core.labelled import LabelledData, Parts, Sample, few, naming, noted, plainly, readable
+from core.schema import Rule, check
 
 Resize = Literal["squash", "crop"]
 Interpolation = Literal["bicubic", "bilinear"]
@@ -284,6 +285,15 @@ class Pictures(Dataset):
 # ------------------------------------------------------------------------------------------------- the datamodules
 
 
+class State(TypedDict):
+    """What a run saves of how its pictures are read."""
+
+    size: Annotated[int, Rule(lambda side: 8 <= side <= 8192, "a number of pixels, 8 to 8192")]
+    resize: Resize
+    interpolation: Interpolation
+    normalise: Normalise
+
+
 class ImageData(LabelledData):
     """Picture files with labels as inputs [3, size, size], or the mini in their place.
 
@@ -359,7 +369,8 @@ class ImageData(LabelledData):
                 "normalise": self.normalise}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self._size, self.resize, self.interpolation = int(state["size"]), state["resize"], state["interpolation"]
+        check(state, State, "data")
+        self._size, self.resize, self.interpolation = state["size"], state["resize"], state["interpolation"]
         self.normalise = state["normalise"]
 
     # ------------------------------------------------------------------------------ loading
