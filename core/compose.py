@@ -49,8 +49,9 @@ class SideBySide(PEFTMethod):
     def __init__(self, methods: Sequence[Any], **common: Any) -> None:
         super().__init__(**common)
         kind = type(self).__name__
-        self.trained: dict[str, tuple[str, str, dict[str, Tensor]]] = {}
-        """Method's name -> (folder, fingerprint of its base, its tensors), for those that come from folders."""
+        self.trained: dict[str, tuple[str, str, dict[str, Tensor], dict[str, Any]]] = {}
+        """Method's name -> (folder, fingerprint of its base, its tensors, its structure), for those that come from
+        folders."""
         self.methods: list[PEFTMethod] = [self._method(entry) for entry in methods]
         names = [method.name for method in self.methods]
         if not names or len(set(names)) < len(names):
@@ -92,12 +93,14 @@ class SideBySide(PEFTMethod):
             raise ScionError(f"{kind}: {folder} holds {len(names)} methods ({listed(names)}), one is wanted")
         spec = record["methods"][0]
         method = peft.make(spec["class"], {**spec["config"], "name": entry.get("name") or spec["name"]})
-        if spec.get("structure") and spec["structure"] != plain(method.structure()):
+        stage = _stage(spec.get("structure", {}))
+        if stage and stage != _stage(plain(method.structure())):
             raise ScionError(f"{kind}: {folder}: {spec['name']} was saved in a later stage than {spec['class']} "
                              "begins with, and cannot take part")
         prefix = f"peft.{key_of(spec['name'])}."
         self.trained[method.name] = (folder, record["base"]["fingerprint"], {
-            name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)})
+            name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)},
+            spec.get("structure", {}))
         return method
 
     # --------------------------------------------------------------------------------- attaching
@@ -126,7 +129,7 @@ class SideBySide(PEFTMethod):
             return
         home: Any = getattr(anatomy.root, "peft", None)
         here = fingerprint(anatomy.root, anatomy.head_names()) if home is None else home.fingerprint
-        for folder, base, _ in self.trained.values():
+        for folder, base, *_ in self.trained.values():
             if base != here:
                 raise ScionError(f"{self.name}: {folder} belongs to another base (fingerprint {base}, here {here})")
 
@@ -144,16 +147,17 @@ class SideBySide(PEFTMethod):
         for method in self.methods:
             branch = nn.Module()
             method._fill(branch, anatomy)
+            method.module = branch
             if method.name in self.trained:
+                method.restructure(self.trained[method.name][3])
                 self._load(method.name, branch)
             if not method.is_trained:
                 branch.requires_grad_(False)
-            method.module = branch
             module.add_module(key_of(method.name), branch)
         self.arrange(module, anatomy)
 
     def _load(self, name: str, branch: nn.Module) -> None:
-        folder, _, tensors = self.trained[name]
+        folder, _, tensors, _ = self.trained[name]
         into = {key: tensor for key, tensor in branch.state_dict().items() if not key.endswith("_extra_state")}
         packed = {key: (graft, into.pop(key)) for path, graft in branch.named_modules() if isinstance(graft, Graft)
                   for key in (f"{path}.{part}" for part in graft.packed) if key not in tensors}
@@ -175,6 +179,15 @@ class SideBySide(PEFTMethod):
     def branch(self, method: PEFTMethod) -> list[Graft]:
         """The grafts of one of its methods."""
         return method.standing(method.module)
+
+    def structure(self) -> dict[str, Any]:
+        found = {method.name: method.structure() for method in self.methods}
+        own = {name: structure for name, structure in found.items() if structure}
+        return {"methods": own} if own else {}
+
+    def restructure(self, structure: dict[str, Any]) -> None:
+        for method in self.methods:
+            method.restructure(structure.get("methods", {}).get(method.name, {}))
 
     def spec(self) -> dict[str, Any]:  # what is saved holds the tensors, wherever a folder is by then
         found = super().spec()
@@ -199,6 +212,13 @@ class SideBySide(PEFTMethod):
         terms = [term for method in self.methods
                  if (term := method.loss_terms(module, batch, outputs)) is not None]
         return torch.stack(terms).sum() if terms else None
+
+
+def _stage(structure: dict[str, Any]) -> dict[str, Any]:
+    """What of a structure says how far a method has come, and not on which weights."""
+    found = {key: _stage(value) if isinstance(value, dict) else value for key, value in structure.items()
+             if key not in ("shapes", "basis", "stored", "ranks")}
+    return {key: value for key, value in found.items() if value != {}}
 
 
 class Route(SideBySide):
