@@ -110,7 +110,8 @@ class SideBySide(PEFTMethod):
         spec = record["methods"][0]
         check(entry.get("name"), str | None, kind, "name")
         method = method_of(spec, name=entry.get("name") or spec["name"])
-        if spec.get("structure") and spec["structure"] != plain(method.structure()):
+        stage = _stage(spec.get("structure", {}))
+        if stage and stage != _stage(plain(method.structure())):
             raise ScionError(f"{kind}: {folder}: {spec['name']} was saved in a later stage than {spec['class']} "
                              "begins with, and cannot take part")
         prefix = f"peft.{key_of(spec['name'])}."
@@ -165,11 +166,12 @@ class SideBySide(PEFTMethod):
             if method.name in self.trained:
                 self._rehearse(method.name, anatomy)
             method._fill(branch, anatomy)
+            method.module = branch
             if method.name in self.trained:
+                method.restructure(self.trained[method.name].spec.get("structure", {}))
                 self._load(method.name, branch)
             if not method.is_trained:
                 branch.requires_grad_(False)
-            method.module = branch
             module.add_module(key_of(method.name), branch)
         self.arrange(module, anatomy)
 
@@ -215,6 +217,15 @@ class SideBySide(PEFTMethod):
         """The grafts of one of its methods."""
         return method.standing(method.module)
 
+    def structure(self) -> dict[str, Any]:
+        found = {method.name: method.structure() for method in self.methods}
+        own = {name: structure for name, structure in found.items() if structure}
+        return {"methods": own} if own else {}
+
+    def restructure(self, structure: dict[str, Any]) -> None:
+        for method in self.methods:
+            method.restructure(structure.get("methods", {}).get(method.name, {}))
+
     def spec(self) -> dict[str, Any]:  # what is saved holds the tensors, wherever a folder is by then
         found = super().spec()
         return {**found, "config": {**found["config"], "methods": [
@@ -238,6 +249,13 @@ class SideBySide(PEFTMethod):
         terms = [term for method in self.methods
                  if (term := method.loss_terms(module, batch, outputs)) is not None]
         return torch.stack(terms).sum() if terms else None
+
+
+def _stage(structure: dict[str, Any]) -> dict[str, Any]:
+    """What of a structure says how far a method has come, and not on which weights."""
+    found = {key: _stage(value) if isinstance(value, dict) else value for key, value in structure.items()
+             if key not in ("shapes", "basis", "stored", "ranks")}
+    return {key: value for key, value in found.items() if value != {}}
 
 
 class Route(SideBySide):

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from core import exact_resume
 from core import graft as grafts
+from core import merging
 from core.anatomy import NORMS, Anatomy, Site, check_layers, check_roles, dissect
 from core.base import check_base, check_quantized
 from core.data import seed_of
@@ -585,75 +586,32 @@ class PEFTMethod(Recorded, Callback, ABC):
             raise ScionError(f"{self.name} cannot be merged into the weights: {self.inference_cost}")
         parameters = dict(root.named_parameters())
         shared = {name for name, _ in root.named_parameters(remove_duplicate=False)} - set(parameters)
-        merged: dict[str, tuple[Tensor, Tensor]] = {}
         for name, tensor in self.live_tensors().items():
             if not bool(torch.isfinite(tensor).all()):
                 raise ScionError(f"{self.name}: {name} holds values that are not finite: it cannot be merged")
+        for graft in self.grafts:
+            if graft.dropped:
+                continue
+            name = graft.site.weight_name
+            merging.check_order(self, graft)
+            if name in shared or (not graft.site.tied and any(  # tied modules that all have the graft change as one
+                    root.get_parameter(other) is parameters[name] for other in shared)):
+                raise ScionError(f"{self.name}: {name} is tied to another tensor, which merging would change too")
+        merged = merging.merged_values(self, parameters)
         with torch.no_grad():
-            for graft in self.grafts:
-                if graft.dropped:
-                    continue
-                site = graft.site
-                name = site.weight_name
-                self._check_neighbours(graft)
-                if name in shared or (not site.tied and any(  # tied modules that all have the graft change as one
-                        root.get_parameter(other) is parameters[name] for other in shared)):
-                    raise ScionError(f"{self.name}: {name} is tied to another tensor, which merging would change too")
-                before, now = merged.get(name, (parameters[name].detach().clone(), parameters[name].detach()))
-                wide = now.float() if now.dtype in (torch.float16, torch.bfloat16) else now
-                merged[name] = (before, site.unmatrix(graft(site.matrix(wide), verb="merged"), wide))
-                self._merge_bias(graft, parameters, merged)
-            for name, (_, now) in merged.items():
-                if not bool(torch.isfinite(now).all()):
-                    raise ScionError(f"{self.name}: merging would write values that are not finite into {name}")
             self._made = [name for name in merged if name not in parameters]
             for name in self._made:
                 module = root.get_submodule(name.rpartition(".")[0])
                 module.bias = parameters[name] = nn.Parameter(merged[name][0].clone(), requires_grad=False)
-            for name, (before, now) in merged.items():
-                merged[name] = (before, now.to(before.dtype, copy=True))  # a graft may give the weight itself
-                parameters[name].copy_(merged[name][1])
+            for name, (_, after) in merged.items():
+                parameters[name].copy_(after)
             for name in self.start:  # the base's own tensors, moved: they must be the same when the method comes back
                 value = parameters[name].detach().clone()
                 merged[name] = (value, value)
         self._disconnect()
         self._merged, self._home = merged, root.peft  # type: ignore[assignment]
         self._leave_home(root)
-
-    def _merge_bias(self, graft: Graft, parameters: dict[str, nn.Parameter], merged: dict[str, tuple[Tensor, Tensor]]
-                    ) -> None:
-        if type(graft).merged_bias is Graft.merged_bias:
-            return
-        site = graft.site
-        name = f"{site.path}.bias" if site.path else "bias"
-        bias = parameters[name].detach() if name in parameters else site.full_weight.new_zeros(
-            site.full_weight.numel() // site.in_features)
-        if name not in parameters and not graft.adds_bias:
-            shift = graft(torch.zeros(site.out_features, device=bias.device), verb="merged_bias")
-            if shift is not None and bool(shift.any()):
-                raise ScionError(f"{self.name}: {site.name} has no bias, so there is no place for the shift that "
-                                 "merging leaves")
-            return
-        before, now = merged.get(name, (bias.clone(), bias))
-        wide = now.float() if now.dtype in (torch.float16, torch.bfloat16) else now
-        part = graft(wide if site.rows is None else site.rows.take(wide), verb="merged_bias")
-        if part is not None:
-            merged[name] = (before, part if site.rows is None else site.rows.put(wide, part.to(wide.dtype)))
-
-    def _check_neighbours(self, graft: Graft) -> None:
-        """Refuse to merge where another graft works on the same weight and one of the two reads it: whichever is
-        merged first, the other would then compute something else."""
-        carrier = grafts.Carrier.of(graft.site.module)
-        standing = carrier.grafts if carrier else []
-        for other in standing[: standing.index(graft)] if graft in standing else []:
-            if (other.reads_output or graft.reads_output) and overlap(graft.site, other.site) and (
-                    other not in self.grafts):
-                raise ScionError(f"{self.name} cannot be merged before another method that was attached earlier at "
-                                 f"{other.site.name}: merge in the order of attachment")
-        for other in standing:
-            if other is not graft and (other.reads_weight or graft.reads_weight) and overlap(graft.site, other.site):
-                raise ScionError(f"{self.name} cannot be merged while another method stands at {other.site.name}: one "
-                                 "of the two depends on the weight that merging changes")
+        merging.note(self)
 
     def unmerge(self) -> None:
         """Restore the weights bit for bit and put the method back.
@@ -665,12 +623,8 @@ class PEFTMethod(Recorded, Callback, ABC):
         if self._merged is None:
             raise ScionError(f"{self.name} is not merged")
         parameters = dict(root.named_parameters())
-        for name, (_, after) in self._merged.items():
-            if not torch.equal(parameters[name].detach(), after):
-                raise ScionError(f"{self.name}: {name} has changed since it was merged; unmerge what came later first")
-        with torch.no_grad():
-            for name, (before, _) in self._merged.items():
-                parameters[name].copy_(before)
+        merging.take_out(self, self._merged, parameters)
+        merging.forget(self)
         for name in self._made:
             root.get_submodule(name.rpartition(".")[0]).bias = None  # type: ignore[assignment]
         self._made = []
@@ -1108,11 +1062,6 @@ def uncompiled(model: nn.Module) -> nn.Module:
     """The module inside ``torch.compile``'s wrapper, whose names are those without it."""
     inner = getattr(model, "_orig_mod", model)
     return inner if isinstance(inner, nn.Module) else model
-
-
-def overlap(one: Site, other: Site) -> bool:
-    """Whether two sites of one module share outputs: all do but disjoint parts of a fused projection."""
-    return one.rows is None or other.rows is None or not set(one.rows.indices()).isdisjoint(other.rows.indices())
 
 
 def key_of(name: str) -> str:

@@ -88,6 +88,8 @@ class Row:
     """Forwards in train mode move running statistics of its own."""
     state: int = 0
     """Bytes for each trained number that a checkpoint holds beside it and its two moments."""
+    carries: Config = field(default_factory=dict)
+    """Arguments with which its file can go onto another base."""
     stored: float = 1.0
     """Numbers that the file may hold for each trained one (positions, indices)."""
     schedule: Callable[[], None] | None = None
@@ -878,8 +880,9 @@ METHODS: dict[str, Row] = {
         {"q, v": Variant(), "all": Variant({"rank": 3, **WIDE}, learns={"lr": 3e-2})},
         trained=_svfit,
         cards=(("bert_base", {}, 18_432),),
-        bad=(({"rank": 0}, "rank 0"), ({"rank": 99}, "rank 99"), *NOT_LINEAR),
-        weights=True, operators=7, saved=0.85, stored=90, size=0.02,
+        bad=(({"rank": 0}, "rank 0"), ({"rank": 99}, "rank 99"), ({"energy": 0.0}, "energy 0"),
+             ({"energy": 0.9, "rank": 3}, "not both"), *NOT_LINEAR),
+        weights=True, operators=7, saved=0.85, size=0.02, carries={"save_basis": True},
         artifact={"rank": 1},
     ),
     "IA3": Row(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -110,7 +111,8 @@ def test_unmerge_of_other_weights(cell: Cell) -> None:
 
 def _merge_both(methods: list[PEFTMethod], model: nn.Module, inputs: Tensor) -> bool:
     """Merge one after the other: the function stays what it was with both attached, or a merge refuses and changes
-    nothing. Returns whether both could be merged."""
+    nothing. They come out again in reverse, or, where their changes add up, in any order. Returns whether both could be
+    merged."""
     values, both, left = snapshot(model), outputs(model, inputs), trace(model)
     base = values
     first, second = methods
@@ -125,10 +127,13 @@ def _merge_both(methods: list[PEFTMethod], model: nn.Module, inputs: Tensor) -> 
         assert distance(outputs(model, inputs), both) < 1e-10
         return False
     assert distance(outputs(model, inputs), both) < 1e-10
-    with pytest.raises(ScionError, match="unmerge what came later first"):
-        first.unmerge()
-    second.unmerge()
+    if any(graft.reads_weight or graft.reads_output for method in methods for graft in method.grafts):
+        with pytest.raises(ScionError, match="unmerge what came later first"):
+            first.unmerge()
+        second, first = first, second
     first.unmerge()
+    assert distance(outputs(model, inputs), both) < 1e-10
+    second.unmerge()
     assert same(base, snapshot(model)) and distance(outputs(model, inputs), both) < 1e-10
     return True
 
@@ -167,8 +172,8 @@ def test_merge_beside_lora(cell: Cell, early: str, order: tuple[int, int]) -> No
 @pytest.mark.parametrize("early", ["reader", "other"])
 @pytest.mark.parametrize("other", ["qkv", "sparse"])
 def test_merge_beside_a_reader_of_the_weight(other: str, early: str, order: tuple[int, int]) -> None:
-    """33: DoRA reads the weight's norm; a graft on the whole fused weight, or on the parameter, changes it too, so that
-    the second merge refuses."""
+    """33: DoRA reads the weight's norm; a graft on the whole fused weight, or on the parameter, changes it too. What is
+    added to DoRA's output afterwards can be merged after it, and nothing else."""
     model, inputs = make("timm_vit", dtype=torch.float64), batch("timm_vit", dtype=torch.float64)
     reader = Cell("DoRA", "q, v", "timm_vit").new()
     beside = Cell("LoRA", "q, v", "timm_vit").new(targets=("qkv",)) if other == "qkv" else Cell(
@@ -179,7 +184,67 @@ def test_merge_beside_a_reader_of_the_weight(other: str, early: str, order: tupl
         if method is beside and other == "sparse":
             Cell("LTSFT", "sparse", "timm_vit").make_ready(method)
         randomize(method, seed=seed, size=0.05)
-    assert not _merge_both([methods[i] for i in order], model, inputs)
+    possible = other == "qkv" and early == "reader" and order == (0, 1)
+    assert _merge_both([methods[i] for i in order], model, inputs) == possible
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "Bat": {"rank": 2}, "Bone": {"rank": 4}, "LoRA": {"rank": 2}, "DoRA": {"rank": 2}, "BOFT": {}, "LoHa": {"rank": 2},
+    "OFT": {"block": 4}, "RAMT": {}, "PST": {"rank": 2, "score_rank": 2, "initial": 0.3}, "Hydra": {}, "SSF": {},
+    "RepAdapter": {"targets": ("mlp",), "dropout": 0.0}, "IA3": {"outputs": ("mlp.up",), "inputs": ()}}
+ORDERS = {
+    "Bat Bat": ">", "Bat LoRA": ">", "LoRA Bat": "<", "Bone Bat": "<", "Bat Bone": ">", "Bone Bone": "<>",
+    "LoRA LoHa": "<>", "DoRA LoRA": ">", "DoRA Bone": ">", "DoRA Hydra": ">", "DoRA SSF": ">", "LoRA DoRA": "",
+    "DoRA DoRA": "", "Bat DoRA": "", "DoRA Bat": "", "SSF DoRA": "", "LoHa BOFT": ">", "BOFT LoHa": ">",
+    "LoHa Bat": ">", "RAMT PST": ">", "RAMT LoRA": ">", "LoRA PST": "<", "SSF Bat": "<", "SSF LoHa": "<",
+    "OFT LoRA": "<", "LoRA OFT": ">", "OFT OFT": "<", "OFT DoRA": "<", "DoRA OFT": ">", "RepAdapter Bat": "<",
+    "RepAdapter OFT": "<", "IA3 LoRA": ">", "LoRA IA3": ">", "IA3 Hydra": ">"}
+"""Methods in their order of attachment, and whether they can be merged in it (>) and in reverse (<)."""
+
+
+@pytest.mark.parametrize("order", "><")
+@pytest.mark.parametrize(("pair", "orders"), ORDERS.items())
+def test_order_of_merging(pair: str, orders: str, order: str) -> None:
+    """33: whatever has an exact order can be merged in it, and the message says which it is."""
+    model, inputs = make("timm_vit", dtype=torch.float64), batch("timm_vit", dtype=torch.float64)
+    methods: list[PEFTMethod] = []
+    for place, name in enumerate(pair.split()):
+        targets = {} if name in ("RepAdapter", "IA3") else {"targets": ("mlp.up",)}
+        method = peft.method_class(name)(**{**targets, **SETTINGS[name]}, name=("early", "late")[place])
+        method.attach(model)
+        randomize(method, seed=place, size=0.05)
+        methods.append(method)
+    first, second = methods if order == ">" else methods[::-1]
+    assert _merge_both([first, second], model, inputs) == (order in orders)
+    if orders and order not in orders:
+        with pytest.raises(ScionError, match=f"merge {second.name} first"):
+            first.merge()
+
+
+def test_three_that_add_up_come_out_in_any_order() -> None:
+    """33: what is left is, to the bit, as if the one that came out had not been merged."""
+    inputs = batch("timm_vit")
+    for first in range(3):
+        model, other = make("timm_vit"), make("timm_vit")
+        both = []
+        for base in (model, other):
+            methods = [peft.method_class(name)(**SETTINGS[name], targets=("mlp.up",), name=f"m{i}").attach(base)
+                       for i, name in enumerate(("Bone", "LoRA", "Bone"))]
+            for i, method in enumerate(methods):
+                randomize(method, seed=i)
+            both.append(methods)
+        expected, start = outputs(model, inputs), snapshot(make("timm_vit"))
+        for method in both[0]:
+            method.merge()
+        both[0][first].unmerge()
+        for i in range(3):
+            if i != first:
+                both[1][i].merge()
+        assert same(snapshot(model), snapshot(other)) and distance(outputs(model, inputs), expected) < 1e-5
+        for i in range(3):
+            if i != first:
+                both[0][i].unmerge()
+        assert same(snapshot(model), start) and distance(outputs(model, inputs), expected) < 1e-5
 
 
 @invariant(34, "a merged model is a plain backbone", where=mergeable)

@@ -116,9 +116,9 @@ def test_adapter_file(cell: Cell, tmp_path: Path) -> None:
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted([TENSORS, RECORD])
 
 
-def _saved(cell: Cell, folder: Path, family: str | None = None) -> PEFTMethod:
-    model = make(family or cell.family)
-    method = cell.attach(model)
+def _saved(cell: Cell, folder: Path, **changes: Any) -> PEFTMethod:
+    model = make(cell.family)
+    method = cell.attach(model, **changes)
     randomize(method)
     method.save(folder)
     return method
@@ -138,7 +138,7 @@ def _refuses(folder: Path, model: nn.Module, *words: str, **options: Any) -> str
 
 @invariant(39, "another base refuses, base='any' carries the delta")
 def test_other_base(cell: Cell, tmp_path: Path) -> None:
-    saved = _saved(cell, tmp_path)
+    saved = _saved(cell, tmp_path, **cell.row.carries)
     assert _refuses(tmp_path, make(cell.family, seed=1), "another base", "base='any'")
     other = make(cell.family, seed=1)
     start, inputs = snapshot(other), batch(cell.family)

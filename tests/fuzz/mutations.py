@@ -23,7 +23,8 @@ WORDS = ["", " ", "LoRA", "lora", "Nothing", "os.system", "builtins.eval", "core
 """Texts of every kind that one meets where something else was meant."""
 VALUES: st.SearchStrategy[Any] = st.one_of(
     st.sampled_from([None, True, False, 0, 1, -1, 2, 7, 10**6, 10**30, -10**18, 0.0, 0.5, -0.5, 1e-30, 1e30,
-                     float("nan"), float("inf"), float("-inf"), [], {}, [[]], [None], {"": None}, {"a": {"b": {"c": []}}}]),
+                     float("nan"), float("inf"), float("-inf"), [], {}, [[]], [None], {"": None},
+                     {"a": {"b": {"c": []}}}]),
     st.sampled_from(WORDS), st.lists(st.sampled_from([1, "q", None, {}]), max_size=3),
     st.dictionaries(st.sampled_from(["class", "class_path", "init_args", "rank", "name", "a"]),
                     st.sampled_from(["LoRA", 4, None, [], {}]), max_size=3))

@@ -77,8 +77,8 @@ def test_command_lines(tiny_config: Path, user: Path, words: list[tuple[str, str
     held(user, tiny_config, found)
 
 
-COMMANDS = ["run", "describe", "methods", "roles", "merge", "export", "import", "predict", "--json", "--model", "--over",
-            "--overwrite", "--run_dir", "LoRA", ".", "thesis", "metrics.json", "thesis/chapter.tex"]
+COMMANDS = ["run", "describe", "methods", "roles", "merge", "export", "import", "predict", "--json", "--model",
+            "--over", "--overwrite", "--run_dir", "LoRA", ".", "thesis", "metrics.json", "thesis/chapter.tex"]
 
 
 @tries(20, 300)

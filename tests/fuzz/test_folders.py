@@ -18,7 +18,7 @@ from tests.toolkit import randomize
 
 METHODS: dict[str, dict[str, Any]] = {
     "LoRA": {"rank": 2}, "LIFT": {"rank": 2}, "TriAdaptLoRA": {"rank": 2, "growth": 1}, "RAMT": {},
-    "VPT": {"tokens": 2}, "MoS": {"rank": 2}, "BitFit": {}, "Compacter": {}}
+    "VPT": {"tokens": 2}, "MoS": {"rank": 2}, "BitFit": {}, "Houlsby": {}}
 
 
 @pytest.fixture(scope="module")

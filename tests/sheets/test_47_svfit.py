@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from core import load_adapter
+from core.compose import Route
+from core.errors import ScionError
 from core.peft import method_class
 from tests.models import batch, make
 from tests.sheets.sites import bert_base, check_effective, matrix, meta, numbers, run, shift
@@ -115,35 +119,127 @@ def test_6_signs_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     assert distance(*found) < 1e-10 and distance(found[0], outputs(make("bert", dtype=torch.float64), inputs)) > 1e-4
 
 
-def test_6_and_8_the_file_holds_its_basis(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With repeated singular values the directions are anybody's: a fresh base on a machine that finds others gives
-    the same outputs from the file. Trained are r numbers a target, and the file says so."""
-    model, inputs = _repeated(), batch("bert")
-    method = SVFit(rank=6, targets=("q",)).attach(model)
-    randomize(method)
-    expected = outputs(model, inputs)
-    method.save(tmp_path)
-    fresh, anew = _repeated(), _repeated()
-    kept = load_file(tmp_path / "adapter.safetensors")
-    assert {name.rpartition(".")[2] for name in kept} == {"U", "V", "S", "sigma"}
-    assert method.counts()["method"] == 12 and all(t.numel() == 6 for t in method.trainable().values())
+def _turned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on a decomposition finds other vectors where eight values are one: the same weight all the same."""
     svd = torch.linalg.svd
 
     def turned(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
         u, s, v = svd(*args, **kwargs)
         turn = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)).to(u)).Q
         u, v = u.clone(), v.clone()
-        u[:, :8], v[:8] = u[:, :8] @ turn, turn.t() @ v[:8]  # the same weight, where eight values are one
+        u[:, :8], v[:8] = u[:, :8] @ turn, turn.t() @ v[:8]
         return u, s, v
 
     monkeypatch.setattr(torch.linalg, "svd", turned)
-    loaded = load_adapter(tmp_path, fresh)
+
+
+def test_8_the_file_holds_sigma_alone(tmp_path: Path) -> None:
+    """r numbers a target; a fresh base gives the same outputs, for it has the same basis."""
+    model, inputs = make("bert"), batch("bert")
+    method = SVFit().attach(model)
+    randomize(method)
+    expected = outputs(model, inputs)
+    method.save(tmp_path)
+    kept = load_file(tmp_path / "adapter.safetensors")
+    assert {name.rpartition(".")[2] for name in kept} == {"sigma"} and all(t.numel() == 32 for t in kept.values())
+    assert method.counts()["stored"] == method.counts()["method"] == sum(t.numel() for t in kept.values())
+    fresh = make("bert")
+    load_adapter(tmp_path, fresh)
+    assert torch.equal(outputs(fresh, inputs), expected)
+
+
+@pytest.mark.parametrize("save_basis", [False, True])
+def test_6_another_basis_is_noticed(save_basis: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With repeated singular values the directions are anybody's. On a machine that finds others a file of sigma alone
+    is refused; one that holds its basis gives the same outputs, also when it is saved again."""
+    model, inputs = _repeated(), batch("bert")
+    method = SVFit(rank=6, targets=("q",), save_basis=save_basis).attach(model)
+    randomize(method)
+    expected = outputs(model, inputs)
+    method.save(tmp_path / "one")
+    fresh, anew = _repeated(), _repeated()
+    names = {name.rpartition(".")[2] for name in load_file(tmp_path / "one" / "adapter.safetensors")}
+    assert names == ({"U", "V", "S", "sigma"} if save_basis else {"sigma"})
+    _turned(monkeypatch)
+    if not save_basis:
+        before = snapshot(fresh)
+        with pytest.raises(ScionError, match="singular vectors of .*query.weight here are not those.*save_basis=True"):
+            load_adapter(tmp_path / "one", fresh)
+        assert same(before, snapshot(fresh)) and "peft" not in dict(fresh.named_children())
+        return
+    load_adapter(tmp_path / "one", fresh).save(tmp_path / "two")
     assert distance(outputs(fresh, inputs), expected) < 1e-6
-    other = SVFit(rank=6, targets=("q",)).attach(anew)
+    loaded = load_adapter(tmp_path / "two", anew)
+    assert distance(outputs(anew, inputs), expected) < 1e-6
     with torch.no_grad():
+        other = SVFit(rank=6, targets=("q",), name="other").attach(_repeated())
         for mine, theirs in zip(loaded.grafts, other.grafts, strict=True):
             theirs.sigma.copy_(mine.sigma)
-    assert distance(outputs(anew, inputs), expected) > 1e-5  # what a file of sigma alone would have given
+        assert distance(outputs(other.root, inputs), expected) > 1e-5  # what sigma alone would have given
+
+
+def test_6_another_basis_is_noticed_in_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, fresh = _repeated(), _repeated()
+    SVFit(rank=6, targets=("q",)).attach(model)
+    _turned(monkeypatch)
+    SVFit(rank=6, targets=("q",)).attach(fresh)
+    with pytest.raises(ScionError, match="singular vectors"):
+        fresh.load_state_dict(model.state_dict())
+
+
+def test_a_file_of_an_earlier_version_holds_its_basis(tmp_path: Path) -> None:
+    """Its record says nothing of one; alone, and as a variant of a Route."""
+    model, inputs = make("bert"), batch("bert")
+    method = SVFit(rank=3, save_basis=True).attach(model)
+    randomize(method)
+    expected = outputs(model, inputs)
+    method.save(tmp_path / "old")
+    record = json.loads((tmp_path / "old" / "adapter.json").read_text())
+    for option in ("energy", "save_basis"):
+        del record["methods"][0]["config"][option]
+    record["methods"][0]["structure"] = {}
+    (tmp_path / "old" / "adapter.json").write_text(json.dumps(record))
+    fresh = make("bert")
+    load_adapter(tmp_path / "old", fresh)
+    assert distance(outputs(fresh, inputs), expected) < 1e-6
+    fresh = make("bert")
+    route = Route([{"adapter": str(tmp_path / "old"), "name": "one"}, LoRA(name="two")]).attach(fresh)
+    assert distance(outputs(fresh, inputs), expected) < 1e-6
+    route.save(tmp_path / "route")
+    again = make("bert")
+    load_adapter(tmp_path / "route", again)
+    assert distance(outputs(again, inputs), expected) < 1e-6
+
+
+def test_in_a_route_the_basis_is_noticed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    method = SVFit(rank=6, targets=("q",)).attach(_repeated())
+    method.save(tmp_path)
+    bases = [_repeated(), _repeated()]
+    Route([str(tmp_path), LoRA()]).attach(bases[0]).save(tmp_path / "route")
+    _turned(monkeypatch)
+    with pytest.raises(ScionError, match="singular vectors"):
+        Route([str(tmp_path), LoRA()]).attach(bases[1])
+    with pytest.raises(ScionError, match="singular vectors"):
+        load_adapter(tmp_path / "route", bases[1])
+
+
+@pytest.mark.parametrize("save_basis", [False, True])
+def test_3_rank_by_energy(save_basis: bool, tmp_path: Path) -> None:
+    """As many of the largest values as hold the share of the sum of all squares, in each target."""
+    model, inputs = make("bert", dtype=torch.float64), batch("bert")
+    method = SVFit(energy=0.7, targets=WIDE, save_basis=save_basis).attach(model)
+    for graft in method.grafts:
+        values = torch.linalg.svdvals(matrix(graft)).square()
+        r = len(graft.S)
+        assert values[:r].sum() >= 0.7 * values.sum() > values[:r - 1].sum() and 1 < r < 32
+    assert len({len(graft.S) for graft in method.grafts}) > 1
+    assert all(len(graft.S) == 32 for graft in SVFit(energy=1.0).attach(make("bert")).grafts)
+    randomize(method)
+    expected = outputs(model, inputs)
+    method.save(tmp_path)
+    fresh = make("bert", dtype=torch.float64)
+    load_adapter(tmp_path, fresh)
+    assert distance(outputs(fresh, inputs), expected) < 1e-12
 
 
 def _repeated() -> Any:

@@ -142,7 +142,8 @@ class VeRA(PEFTMethod):
         return VeRAGraft(site, self.projections, self.first)
 
     def structure(self) -> dict[str, Any]:
-        return {"stored": True} if self.projections.stored else {}
+        projections = getattr(self, "projections", None)  # none before it has been attached
+        return {"stored": True} if projections is not None and projections.stored else {}
 
     def restructure(self, structure: dict[str, Any]) -> None:
         if structure.get("stored"):
