@@ -30,7 +30,6 @@ OUR_ARGUMENTS = ("checkpoint_every_n_steps",)
 """Arguments under ``trainer`` that Lightning does not know: a checkpoint within the epoch."""
 SET_BY_RUN = ("callbacks", "logger", "plugins", "default_root_dir", "barebones", "model_registry")
 """Arguments of the Trainer that a run sets itself, or cannot do with."""
-FORKING = re.compile(r"ddp_(spawn|fork|notebook)|xla")
 
 
 # ------------------------------------------------------------------------------------------------- without building
@@ -332,10 +331,9 @@ def _trainer_problem(arguments_as_json: str, construct: bool) -> str:
         if name not in (*known, *OUR_ARGUMENTS):
             return f"trainer.{cut(name)}: Lightning's Trainer has no such argument{nearest(name, known)}"
     own = {name: value for name, value in arguments.items() if name not in OUR_ARGUMENTS}
-    if FORKING.match(str(arguments.get("strategy", ""))):
-        return (f"trainer.strategy: {short(arguments['strategy'])} trains in copies of this process, which bring "
-                "nothing back; write ddp")
     try:
+        if re.match("ddp_(spawn|fork|notebook)", str(arguments.get("strategy", "")), re.IGNORECASE):
+            return f"trainer.strategy: {_copies(arguments['strategy'])}"
         own = typed(L.Trainer, own, "trainer")
         if construct:
             _make_trainer(own)
@@ -346,23 +344,34 @@ def _trainer_problem(arguments_as_json: str, construct: bool) -> str:
 
 def _make_trainer(arguments: dict[str, Any]) -> None:
     """Make a Trainer without consequences: what it would set in torch for the whole process is left out."""
+    arguments = {name: value for name, value in arguments.items() if name not in ("deterministic", "benchmark")}
+    problem = _refusal(arguments)
+    if problem:
+        alone = [name for name, value in arguments.items() if _refusal({name: value})]
+        named = sorted((name for name in arguments if re.search(rf"\b{name}\b", problem)), key=problem.find)
+        raise ScionError(f"{'.'.join(['trainer', *(alone or named)[:1]])}: {problem}")
+
+
+def _refusal(arguments: dict[str, Any]) -> str:
+    """What Lightning says against a Trainer with these arguments, or an empty text."""
     import lightning.pytorch as L
 
-    arguments = {name: value for name, value in arguments.items() if name not in ("deterministic", "benchmark")}
     quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
                              "enable_model_summary": False}
     with _unchanged(), _silent():
         try:
             trainer = L.Trainer(**{"devices": 1, "num_sanity_val_steps": 0, **arguments, **quiet})
         except (Exception, SystemExit) as error:
-            text = _said(error).partition(": ")[2] or _said(error)
-            named = sorted((name for name in arguments if re.search(rf"\b{name}\b", text)), key=text.find)
-            key = f"trainer.{named[0]}" if named else "trainer"
-            raise ScionError(f"{key}: {text}") from error
-        launcher = type(trainer.strategy.launcher).__name__
+            said = _said(error)
+            return said.partition(": ")[2] or said
+    launcher = type(trainer.strategy.launcher).__name__
     if "MultiProcessing" in launcher or "XLA" in launcher:
-        raise ScionError(f"trainer.strategy: {trainer.strategy.strategy_name} trains in copies of this process, which "  # type: ignore[attr-defined]
-                         "bring nothing back; write ddp")
+        return _copies(arguments.get("strategy", "auto"))
+    return ""
+
+
+def _copies(strategy: str) -> str:
+    return f"{strategy} trains in copies of this process, which bring nothing back; write ddp"
 
 
 @contextlib.contextmanager

@@ -17,7 +17,18 @@ from typing import Any
 from core.config import build
 from core.config.document import find, parse, read
 from core.config.overrides import Change, CommandLine, assign, command_line, in_order, whole_first
-from core.config.schema import COMPONENTS, Configuration, Over, Per, check, component, normal, normal_value, short
+from core.config.schema import (
+    COMPONENTS,
+    Configuration,
+    Over,
+    Per,
+    check,
+    component,
+    normal,
+    normal_value,
+    short,
+    shown,
+)
 from core.errors import ScionError, listed, nearest
 
 LONGEST = 240
@@ -97,19 +108,20 @@ def _axes(in_file: dict[str, list[Any]], asked: CommandLine) -> dict[str, list[A
     for axis, values in axes.items():
         if axis.partition(".")[0] in NO_AXES:
             raise ScionError(f"--over {axis}: {axis.partition('.')[0]} is no axis; it is the same for all runs")
-        kept = [_identity(value, axis) for value in values]
+        if axis in COMPONENTS:  # a table shows a class by its name, without the module
+            values = [label(component(value, axis)) for value in values]
+        kept = [_identity(value) for value in values]
         twice = [value for i, value in enumerate(values) if kept[i] in kept[:i]]
         if twice:
-            raise ScionError(f"--over {axis}: the value {short(str(label(twice[0])))} stands twice, and one run counts "
-                             "once")
+            raise ScionError(f"--over {axis}: the value {shown(twice[0])} stands twice, and a run counts once")
     count = math.prod(len(values) for values in axes.values())
     if count > MOST_POINTS:
         raise ScionError(f"--over: {count} runs; {MOST_POINTS} at most")
     return axes
 
 
-def _identity(value: Any, axis: str) -> str:
-    """The same text for values that mean the same: 0 and 0.0, a class with and without braces."""
+def _identity(value: Any) -> str:
+    """The same text for values that mean the same, as 0 and 0.0."""
     def same(one: Any) -> Any:
         if isinstance(one, str):
             one = _number(one)
@@ -119,7 +131,7 @@ def _identity(value: Any, axis: str) -> str:
             return [same(part) for part in one]
         return {key: same(part) for key, part in one.items()} if isinstance(one, dict) else one
 
-    return json.dumps(same(normal_value(axis, value)), sort_keys=True)
+    return json.dumps(same(value), sort_keys=True)
 
 
 def _number(text: str) -> Any:

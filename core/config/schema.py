@@ -58,6 +58,7 @@ NotNegative = Annotated[float, Rule(lambda value: value >= 0, "a number that is 
 Count = Annotated[int, Rule(lambda value: value >= 1, "a whole number of at least 1")]
 Whole = Annotated[int, Rule(lambda value: value >= 0, "a whole number of at least 0")]
 Limit = Annotated[int, Rule(lambda value: value == -1 or value >= 1, "a whole number of at least 1 or -1 (no limit)")]
+All = Annotated[int, Rule(lambda value: value >= -1, "a whole number of at least 0 or -1 (all)")]
 Seed = Annotated[int, Rule(lambda value: 0 <= value < 2**32, "a whole number from 0 to 4294967295")]
 
 
@@ -106,6 +107,7 @@ class Trainer(TypedDict, total=False):
     gradient_clip_val: NotNegative | None
     check_val_every_n_epoch: Count | None
     val_check_interval: Positive | str | dict[str, Any] | None
+    num_sanity_val_steps: All | None
     log_every_n_steps: Whole | None
     reload_dataloaders_every_n_epochs: Whole
     num_nodes: Count
