@@ -26,9 +26,8 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 
-from core import exact_resume
+from core import exact_resume, merging
 from core import graft as grafts
-from core import merging
 from core.anatomy import NORMS, Anatomy, Site, check_layers, check_roles, dissect
 from core.base import check_base, check_quantized
 from core.data import seed_of

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from core import cache as caches
+from core import file_cache
 from core.errors import ScionError, one_line
 
 SECONDS = 3.0
@@ -91,10 +91,10 @@ def download(archive: Archive, title: str, cache: Path, check: Callable[[Path], 
         ScionError: it cannot be had, is not what was published, or the cache cannot be written.
     """
     ready = cache / archive.folder
-    with caches.making(ready, f"files of {title}"):
+    with file_cache.making(ready, f"files of {title}"):
         if ready.exists():  # another process was faster
             return ready
-        with tempfile.TemporaryDirectory(dir=cache, prefix=f"{caches.DOWNLOAD}{archive.folder}-") as scratch:
+        with tempfile.TemporaryDirectory(dir=cache, prefix=f"{file_cache.DOWNLOAD}{archive.folder}-") as scratch:
             file = Path(scratch) / "archive"
             folder = Path(scratch) / archive.folder
             try:
@@ -105,7 +105,7 @@ def download(archive: Archive, title: str, cache: Path, check: Callable[[Path], 
             except ScionError:
                 raise
             except OSError as error:
-                if error.errno in caches.FULL:
+                if error.errno in file_cache.FULL:
                     raise
                 raise ScionError(_failed(archive, title, error)) from None
             except Exception as error:  # of what is no archive zipfile and tarfile raise whatever comes

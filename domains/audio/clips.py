@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from core import cache as caches
+from core import file_cache
 from core.data import Source, seed_of
 from core.errors import ScionError
 from core.files import open_regular
@@ -388,7 +388,7 @@ def filterbanks(clips: Sequence[Clip], frames: int, cache: Path, skip_bad: bool 
         banks, found = filterbanks([clips[row] for row in wanted], frames, cache, skip_bad, known)
         return banks, {wanted[index]: reason for index, reason in found.items()}
     store = _store(clips, frames, cache)
-    banks, found = caches.kept(store, f"filterbanks of {len(clips)} clips",
+    banks, found = file_cache.kept(store, f"filterbanks of {len(clips)} clips",
                                read=lambda: _read(store, clips, frames),
                                make=lambda: _make(store, clips, frames, skip_bad, bad))
     for row, reason in found.items():
@@ -402,10 +402,10 @@ def _notes(store: Path) -> Path:
 
 
 def _read(store: Path, clips: Sequence[Clip], frames: int) -> tuple[np.ndarray, dict[int, str]]:
-    """The banks in a file of the cache and the unreadable files, checked; raises what ``core.cache.kept`` asks for."""
+    """The banks in a file of the cache and the unreadable files, checked; raises what ``core.file_cache.kept`` asks for."""
     if not os.path.lexists(store):
         raise FileNotFoundError(store)
-    notes = caches.read_note(_notes(store))
+    notes = file_cache.read_note(_notes(store))
     shape = (len(clips), frames, features.BINS)
     try:
         with open_regular(store) as file:
@@ -413,15 +413,15 @@ def _read(store: Path, clips: Sequence[Clip], frames: int) -> tuple[np.ndarray, 
             while block := file.read(1 << 20):
                 size, checksum = size + len(block), zlib.crc32(block, checksum)
     except ScionError as error:
-        raise caches.Damaged(str(error)) from None
+        raise file_cache.Damaged(str(error)) from None
     if (size, checksum) != (notes["size"], notes["crc32"]):
-        raise caches.Damaged(f"damaged, {size} bytes of {notes['size']}" if size != notes["size"]
+        raise file_cache.Damaged(f"damaged, {size} bytes of {notes['size']}" if size != notes["size"]
                              else "damaged, its checksum is another")
     banks = np.load(store, mmap_mode="r")
     if banks.shape != shape or banks.dtype != np.float16:
-        raise caches.Damaged(f"{banks.dtype} {banks.shape} instead of float16 {shape}")
+        raise file_cache.Damaged(f"{banks.dtype} {banks.shape} instead of float16 {shape}")
     if any(readable(clips[row].file) for row in notes["closed"]):
-        raise caches.Damaged("files that could not be opened then can be now")
+        raise file_cache.Damaged("files that could not be opened then can be now")
     return banks, {int(row): reason for row, reason in notes["bad"].items()}
 
 
@@ -431,7 +431,7 @@ def _make(store: Path, clips: Sequence[Clip], frames: int, skip_bad: bool, bad: 
 
     bad = dict(bad)
     shape = (len(clips), frames, features.BINS)
-    caches.check_room(store.parent, 2 * math.prod(shape))
+    file_cache.check_room(store.parent, 2 * math.prod(shape))
     size, checksum = 0, 0
 
     def blocks() -> Iterator[bytes]:
@@ -453,7 +453,7 @@ def _make(store: Path, clips: Sequence[Clip], frames: int, skip_bad: bool, bad: 
                 size, checksum = size + len(block), zlib.crc32(block, checksum)
 
     with features.one_thread():
-        caches.write(store, write)
+        file_cache.write(store, write)
     # what could not even be opened may come back unchanged: then it is tried again
     closed = [row for row in bad if not readable(clips[row].file)]
-    caches.write_note(_notes(store), {"size": size, "crc32": checksum, "closed": closed, "bad": bad})
+    file_cache.write_note(_notes(store), {"size": size, "crc32": checksum, "closed": closed, "bad": bad})

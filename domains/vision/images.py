@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from core import cache as caches
+from core import file_cache
 from core.data import Source, seed_of
 from core.errors import ScionError, listed, nearest
 from core.files import open_regular
@@ -412,7 +412,7 @@ class ImageData(LabelledData):
             store, rows = whole, list(range(len(samples)))
         files = [samples[row].file for row in rows]
         known = {index: bad[row] for index, row in enumerate(rows) if row in bad}
-        found = caches.kept(store, f"verdicts on {len(files)} pictures", lambda: _recall(store, files),
+        found = file_cache.kept(store, f"verdicts on {len(files)} pictures", lambda: _recall(store, files),
                             lambda: _judge(store, files, known, self.skip_bad))
         for reason in found.values():
             with noted({}, 0, self.skip_bad):
@@ -474,10 +474,10 @@ def _one_of(option: str, value: str, known: Any) -> Any:
 
 
 def _recall(store: Path, files: list[Path]) -> dict[int, str]:
-    """Which files cannot be read and why, from the cache; raises what ``core.cache.kept`` asks for."""
-    note = caches.read_note(store)
+    """Which files cannot be read and why, from the cache; raises what ``core.file_cache.kept`` asks for."""
+    note = file_cache.read_note(store)
     if any(readable(files[index]) for index in note["closed"]):
-        raise caches.Damaged("files that could not be opened then can be now")
+        raise file_cache.Damaged("files that could not be opened then can be now")
     return {int(index): reason for index, reason in note["bad"].items()}
 
 
@@ -498,7 +498,7 @@ def _judge(store: Path, files: list[Path], bad: dict[int, str], skip_bad: bool) 
                         raise ScionError(reason)
     # what could not even be opened may come back unchanged: then it is looked at again
     closed = [index for index in bad if not readable(files[index])]
-    caches.write_note(store, {"closed": closed, "bad": bad})
+    file_cache.write_note(store, {"closed": closed, "bad": bad})
 
 
 def _verdict(file: Path) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from core import cache
+from core import file_cache
 from core.errors import ScionError
 
 
@@ -25,7 +25,7 @@ def _kept(file: Path, made: list[str] | None = None) -> list[int]:
             made.append("made")
         cache.write_note(file, [1, 2, 3])
 
-    return cache.kept(file, "three numbers", _read(file), make)
+    return file_cache.kept(file, "three numbers", _read(file), make)
 
 
 def _child(work: Callable[[int], None]) -> tuple[int, int]:
@@ -126,7 +126,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch:
 
     def fails(make: Callable[[], None]) -> str:
         with pytest.raises(ScionError) as caught:
-            cache.kept(file, "many numbers", _read(file), make)
+            file_cache.kept(file, "many numbers", _read(file), make)
         assert list(tmp_path.iterdir()) == [] and "\n" not in str(caught.value)
         return str(caught.value)
 
