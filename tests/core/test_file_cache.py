@@ -16,14 +16,14 @@ from core.errors import ScionError
 
 
 def _read(file: Path) -> Callable[[], list[int]]:
-    return lambda: cache.read_note(file)
+    return lambda: file_cache.read_note(file)
 
 
 def _kept(file: Path, made: list[str] | None = None) -> list[int]:
     def make() -> None:
         if made is not None:
             made.append("made")
-        cache.write_note(file, [1, 2, 3])
+        file_cache.write_note(file, [1, 2, 3])
 
     return file_cache.kept(file, "three numbers", _read(file), make)
 
@@ -69,15 +69,15 @@ def test_a_second_process_waits_and_takes_what_was_made(tmp_path: Path, monkeypa
     go_on, told = os.pipe()
 
     def work(pipe: int) -> None:
-        with cache.making(file, "three numbers"):
+        with file_cache.making(file, "three numbers"):
             os.write(pipe, b"1")
             os.read(go_on, 1)  # until the other one waits
-            cache.write_note(file, [1, 2, 3])
+            file_cache.write_note(file, [1, 2, 3])
 
     child, pipe = _child(work)
     assert os.read(pipe, 1) == b"1"
-    tell = cache._tell
-    monkeypatch.setattr(cache, "_tell", lambda line: (tell(line), os.write(told, b"1")))
+    tell = file_cache._tell
+    monkeypatch.setattr(file_cache, "_tell", lambda line: (tell(line), os.write(told, b"1")))
     made: list[str] = []
     assert _kept(file, made) == [1, 2, 3] and made == []
     os.waitpid(child, 0)
@@ -88,13 +88,13 @@ def test_a_second_process_waits_and_takes_what_was_made(tmp_path: Path, monkeypa
 
 def test_what_a_killed_process_left_is_swept_and_what_a_living_one_writes_is_not(tmp_path: Path) -> None:
     def work(pipe: int) -> None:
-        with cache.making(tmp_path / "y.json", "numbers"):
+        with file_cache.making(tmp_path / "y.json", "numbers"):
             def write(scratch: Path) -> None:
                 scratch.write_text("half")
                 os.write(pipe, b"1")
                 os.read(os.pipe()[0], 1)  # for ever
 
-            cache.write(tmp_path / "y.json", write)
+            file_cache.write(tmp_path / "y.json", write)
 
     def unfinished() -> list[str]:
         return [path.name for path in tmp_path.glob(".*")]
@@ -130,12 +130,12 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch:
         assert list(tmp_path.iterdir()) == [] and "\n" not in str(caught.value)
         return str(caught.value)
 
-    line = fails(lambda: cache.write(file, full))
+    line = fails(lambda: file_cache.write(file, full))
     assert line.startswith(f"cache: {tmp_path}: disk full where the many numbers should go")
     assert "set data.cache or SCION_CACHE" in line
-    free = cache.shutil.disk_usage(tmp_path)._replace(free=1_500_000)
-    monkeypatch.setattr(cache.shutil, "disk_usage", lambda folder: free)
-    assert "disk full (9.0 MB needed, 1.5 MB free)" in fails(lambda: cache.check_room(tmp_path, 9_000_000))
+    free = file_cache.shutil.disk_usage(tmp_path)._replace(free=1_500_000)
+    monkeypatch.setattr(file_cache.shutil, "disk_usage", lambda folder: free)
+    assert "disk full (9.0 MB needed, 1.5 MB free)" in fails(lambda: file_cache.check_room(tmp_path, 9_000_000))
     assert _kept(file) == [1, 2, 3]  # a second call goes on
 
 
@@ -156,5 +156,5 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 def test_a_cache_that_is_whole_is_never_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert _kept(tmp_path / "x.json") == [1, 2, 3]
-    monkeypatch.setattr(cache, "locked", lambda *_: pytest.fail("a folder that is read-only has no locks"))
+    monkeypatch.setattr(file_cache, "locked", lambda *_: pytest.fail("a folder that is read-only has no locks"))
     assert _kept(tmp_path / "x.json") == [1, 2, 3]
