@@ -402,7 +402,8 @@ def _notes(store: Path) -> Path:
 
 
 def _read(store: Path, clips: Sequence[Clip], frames: int) -> tuple[np.ndarray, dict[int, str]]:
-    """The banks in a file of the cache and the unreadable files, checked; raises what `core.file_cache.kept` asks for."""
+    """The banks in a file of the cache and the unreadable files, checked; raises what `core.file_cache.kept` asks
+    for."""
     if not os.path.lexists(store):
         raise FileNotFoundError(store)
     notes = file_cache.read_note(_notes(store))
