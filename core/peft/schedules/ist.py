@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,8 +10,8 @@ from torch import Tensor
 
 from core.anatomy import dissect
 from core.data import seed_of
-from core.errors import ScionError
-from core.method import Home, PEFTMethod, training_batch
+from core.errors import ScionError, listed
+from core.method import Home, PEFTMethod, sample_name, training_batch
 
 
 class IST(PEFTMethod):
@@ -178,6 +179,10 @@ class IST(PEFTMethod):
                     with trainer.precision_plugin.forward_context():
                         loss = module.loss(batch).float()
                     losses.append(float(trainer.strategy.reduce(loss, reduce_op="mean")))
+                    if not math.isfinite(losses[-1]):
+                        names = listed([sample_name(trainer, index) for index in chosen], 4)
+                        raise ScionError(f"{self.name}: the loss of the batch that it compares layers on is "
+                                         f"{losses[-1]} ({names})")
             finally:
                 for graft in grafts:
                     graft.strength = 1.0
