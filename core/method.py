@@ -873,14 +873,24 @@ class PEFTMethod(Recorded, Callback, ABC):
         loader: Any = trainer.train_dataloader
         generator = torch.Generator().manual_seed(seed_of(self.seed, self.name, "prepare"))
         order = torch.randperm(len(loader.dataset), generator=generator).tolist()
+        read: list[int] = []
+
+        def samples() -> Iterator[Any]:
+            for index in order:
+                read.append(index)
+                yield training_batch(trainer, [index])
 
         def loss(batch: Any) -> Tensor:
             with trainer.precision_plugin.forward_context():
-                return pl_module.loss(batch)
+                value = pl_module.loss(batch)
+            if not bool(torch.isfinite(value)):
+                raise ScionError(f"{self.name}: the loss of {sample_name(trainer, read[-1])} is {float(value)}, before "
+                                 "anything is trained; look at the sample")
+            return value
 
         states = random_states()
         restore_random_states(exact_resume.gather(states, trainer)[0])
-        self.prepare((training_batch(trainer, [i]) for i in order), loss)
+        self.prepare(samples(), loss)
         restore_random_states(states)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -1075,6 +1085,14 @@ def training_batch(trainer: L.Trainer, indices: Iterable[int]) -> Any:
     loader: Any = trainer.train_dataloader
     batch = loader.collate_fn([loader.dataset[i] for i in indices])
     return trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
+
+
+def sample_name(trainer: L.Trainer, index: int, dataset: Any = None) -> str:
+    """What a sample is called, in the training set unless another is given: its file, where the data know it."""
+    name_of = getattr(trainer.datamodule, "name_of", None)  # type: ignore[attr-defined]
+    if name_of is None:
+        return f"sample {index}"
+    return name_of(trainer.train_dataloader.dataset if dataset is None else dataset, index)
 
 
 def _resumes_exactly(pl_module: Any) -> bool:

@@ -34,7 +34,7 @@ from core.config.schema import check as check_shape
 from core.data import EpochLoader, Share, seed_of
 from core.errors import ScionError, listed, nearest, one_line
 from core.graft import Graft, checkpoint_activations
-from core.method import PEFTMethod, home_in, key_of, methods_on
+from core.method import PEFTMethod, home_in, key_of, methods_on, sample_name
 from core.optim import Together, steps_of
 from core.random_state import part_random_states
 from core.rehearsal import SMALL, hollow, largest, reach, rehearsing
@@ -313,7 +313,7 @@ class FineTuner(L.LightningModule):
         hard = targets
         if targets.is_floating_point():  # class weights, of mixup for one, or the zeros and ones of several labels
             hard = (targets >= 0.5).int() if self.task.multilabel else targets.argmax(-1)
-        self.task.collection(stage).update(losses.outputs.detach(), hard)
+        self.task.collection(stage).update(self.task.scores(losses.outputs.detach()), hard)
         self.sums[stage].add(losses.total, len(targets))
 
     def _begin_epoch(self, stage: str) -> None:
@@ -345,7 +345,9 @@ class FineTuner(L.LightningModule):
             if not bool(torch.isfinite(value)):
                 raise ScionError(f"{self._when(stage)}: {name} is {float(value)}")
             shown = stage == "train" if name == "loss" else name == self.task.selects[0]
-            self.log(f"{stage}/{name}", value, prog_bar=shown)
+            # Lightning wants to hear how numbers of several processes are joined: these are the same in all.
+            joined: dict[str, Any] = {"sync_dist": True, "reduce_fx": "max"} if self.trainer.world_size > 1 else {}
+            self.log(f"{stage}/{name}", value, prog_bar=shown, **joined)
         self._begin_epoch(stage)
 
     def on_fit_start(self) -> None:
@@ -427,8 +429,7 @@ class FineTuner(L.LightningModule):
         places = loader.indices(index) if loader is not None else []
         if loader is None or not places:
             return [f"row {row} of batch {index}" for row in rows]
-        name_of = getattr(self.trainer.datamodule, "name_of", None)
-        return [name_of(loader.dataset, places[row]) if name_of else f"sample {places[row]}" for row in rows]
+        return [sample_name(self.trainer, places[row], loader.dataset) for row in rows]
 
     def _check_trained(self, consequence: str) -> None:
         """Refuse to go on with trained tensors that are not finite."""
@@ -438,7 +439,10 @@ class FineTuner(L.LightningModule):
         if not trained or bool(torch.stack([torch.isfinite(p).all() for p in trained.values()]).all()):
             return
         broken = [name for name, p in trained.items() if not bool(torch.isfinite(p).all())]
-        raise ScionError(f"{listed(broken, 2)}: values that are not finite; {consequence}")
+        hint = ""
+        if any(trained[name].dtype == torch.float16 for name in broken):
+            hint = "; Adam's eps of 1e-8 is zero in float16: set optimizer.options.eps to 1e-4, or take bf16-true"
+        raise ScionError(f"{listed(broken, 2)}: values that are not finite; {consequence}{hint}")
 
     def on_train_end(self) -> None:
         self._check_trained("the training came to nothing")

@@ -53,6 +53,10 @@ class Task(nn.Module, Recorded, ABC):
         """features [batch, dim] -> outputs"""
         return self.head(features)
 
+    def scores(self, outputs: Tensor) -> Tensor:
+        """What the metrics are updated with, from the outputs."""
+        return outputs
+
     def packings(self) -> dict[str, Graft]:
         """Parameters, by their names in the task, whose stored form is not the one in use."""
         return {}

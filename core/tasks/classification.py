@@ -117,6 +117,11 @@ class Classification(Task):
             return F.binary_cross_entropy_with_logits(outputs, soft)
         return F.cross_entropy(outputs, targets, label_smoothing=self.label_smoothing)
 
+    def scores(self, outputs: Tensor) -> Tensor:
+        """The probabilities of several labels: torchmetrics would guess batch by batch whether it is given such, and
+        take a batch of small logits for them."""
+        return outputs.sigmoid() if self.multilabel else outputs
+
     def predict(self, outputs: Tensor) -> list[dict[str, Any]]:
         scores = outputs.float().sigmoid() if self.multilabel else outputs.float().softmax(-1)
         found = []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from core import peft
+from tests.core import ddp_fits
 from tests.methods import Cell
 from tests.models import WIDTH, make
 from tests.toolkit import CLASSES, narrowed, problem, randomize
@@ -90,16 +93,23 @@ def moved(name: str, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in method.live_tensors().items()}
 
 
-def work(rank: int, folder: str, cells: list[Cell]) -> None:
-    """Every cell in turn, and every method that moves, its result or its error into a file."""
+def work(rank: int, folder: str, cells: list[Cell], methods: bool) -> None:
+    """Every cell in turn, every method that moves, and runs of a `FineTuner` (of every method, or of a few): the result
+    or the error into a file each."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=PATIENCE)
-    for cell in [*cells, *MOVING]:
+    tasks: dict[str, Callable[[], Any]] = {str(cell): functools.partial(trained, cell, rank, 2) for cell in cells}
+    tasks |= {name: functools.partial(moved, name, rank, 2) for name in MOVING}
+    tasks |= {f"fit {name}": functools.partial(ddp_fits.result, fit, Path(folder), rank, 2)
+              for name, fit in ddp_fits.everything(methods).items()}
+    tasks |= {"masks": functools.partial(ddp_fits.masks, Path(folder), rank, 2),
+              "stopped": functools.partial(ddp_fits.stopped, Path(folder), rank, 2)}
+    for name, task in tasks.items():
         result: Any
         try:
-            result = moved(cell, rank, 2) if isinstance(cell, str) else trained(cell, rank, 2)
-        except Exception as error:  # told to the test of this cell; the others go on
+            result = task()
+        except Exception as error:  # told to the test of this task; the others go on
             result = f"{type(error).__name__}: {error}"
-        torch.save(result, Path(folder) / f"{cell}-{rank}.pt")
+        torch.save(result, Path(folder) / f"{name}-{rank}.pt")
         dist.barrier()
     dist.destroy_process_group()

@@ -28,6 +28,16 @@ class GaLoreAdamW(AdamW):
     ``interval`` steps; the moments stay.
     """
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As saved: torch would round the moments of R to the parameter's type."""
+        super().load_state_dict(state_dict)
+        saved = [key for group in state_dict["param_groups"] for key in group["params"]]
+        own = [parameter for group in self.param_groups for parameter in group["params"]]
+        for key, parameter in zip(saved, own, strict=True):
+            for name, value in state_dict["state"].get(key, {}).items():
+                if name != "step" and isinstance(value, Tensor):
+                    self.state[parameter][name] = value.to(parameter.device, copy=True)
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:  # type: ignore[override]
         loss = run_closure(closure)  # before groups are set aside: it clears the gradients of all of them

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,9 +12,9 @@ from torch import Tensor
 
 from core.anatomy import dissect
 from core.data import seed_of
-from core.errors import ScionError
+from core.errors import ScionError, listed
 from core.graft import Graft
-from core.method import Home, PEFTMethod, training_batch
+from core.method import Home, PEFTMethod, sample_name, training_batch
 
 
 class IST(PEFTMethod):
@@ -214,6 +215,10 @@ class IST(PEFTMethod):
                     with self.suppressing(layers), trainer.precision_plugin.forward_context():
                         loss = module.loss(batch).float()
                     losses.append(float(trainer.strategy.reduce(loss, reduce_op="mean")))
+                    if not math.isfinite(losses[-1]):
+                        names = listed([sample_name(trainer, index) for index in chosen], 4)
+                        raise ScionError(f"{self.name}: the loss of the batch that it compares layers on is "
+                                         f"{losses[-1]} ({names})")
             finally:
                 module.train()
         return losses
