@@ -90,8 +90,21 @@ def open_regular(path: str | Path) -> BinaryIO:
         if stat.S_ISREG(os.fstat(handle).st_mode):  # nobody has put something else into its place meanwhile
             return open(handle, "rb")
         os.close(handle)
+    if stat.S_ISDIR(mode):
+        os.scandir(path).close()  # says so where it may not be looked into
     kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
     raise ScionError(f"{path}: {kind}, where a file is wanted")
+
+
+def is_absent(path: str | Path) -> bool:
+    """Whether there is nothing of this name: not even a link to nowhere, nor something that may not be looked at."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except (OSError, ValueError):
+        pass
+    return False
 
 
 def read_text(path: str | Path) -> str:

@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 from core import file_cache
 from core.data import Source, seed_of
 from core.errors import ScionError
-from core.files import open_regular
+from core.files import is_absent, open_regular
 from core.labelled import LabelledData, Parts, Sample, few, naming, noted, plainly, readable
 from core.schema import Rule, check
 from domains.audio import features
@@ -309,7 +309,7 @@ def _bank(file: Path, start: float, frames: int) -> Tensor:
 def glance(clip: Clip) -> float:
     """The file's length in seconds; raises for what can be seen without decoding the sound: missing, empty, or no sound
     file at all."""
-    if not os.path.lexists(clip.file):
+    if is_absent(clip.file):
         raise ScionError(f"{clip.file}: the table lists it, but there is no such file")
     with features.open_sound(clip.file) as sound:
         seconds = sound.frames / sound.samplerate - clip.start

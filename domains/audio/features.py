@@ -99,6 +99,7 @@ def open_sound(file: Path) -> Iterator[Any]:
 
     try:
         if os.path.isdir(file):
+            os.scandir(file).close()  # says so where it may not be looked into
             raise ScionError(f"{file}: a folder without sound files")
         with open_regular(file) as stream:
             if os.fstat(stream.fileno()).st_size == 0:

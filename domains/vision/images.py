@@ -29,7 +29,7 @@ from torch.utils.data import Dataset
 from core import file_cache
 from core.data import Source, seed_of
 from core.errors import ScionError, listed, nearest
-from core.files import open_regular
+from core.files import is_absent, open_regular
 from core.labelled import LabelledData, Parts, Sample, few, naming, noted, plainly, readable
 from core.schema import Rule, check
 
@@ -396,7 +396,7 @@ class ImageData(LabelledData):
         with _unwarned():
             for row, sample in enumerate(samples):
                 with noted(bad, row, self.skip_bad):
-                    if not os.path.lexists(sample.file):
+                    if is_absent(sample.file):
                         raise ScionError(f"{sample.file}: {self.lister(sample)} lists it, but there is no such file")
                     _opened(sample.file).close()
 

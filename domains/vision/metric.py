@@ -127,7 +127,9 @@ class MetricLearning(ImageData):
     # ------------------------------------------------------------------------------ its files
 
     def layout(self, root: Path) -> Path:
-        if os.path.isdir(root) and self.dataset in ("cars", "folder"):  # folders of classes need no list
+        if not os.path.isdir(root):
+            raise ScionError(f"data.root: no folder {root}")
+        if self.dataset in ("cars", "folder"):  # folders of classes need no list
             around = root / self.folder
             return around if self.folder and os.path.isdir(around) else root
         inside = [self.folder, self.folder.replace(" ", "_"), self.folder.split()[0]]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import TensorDataset
+from torch._utils import ExceptionWrapper
+from torch.utils.data import DataLoader, TensorDataset
 
 from core.data import DataModule, seed_of
+from core.errors import ScionError
 
 
 class Squares(DataModule):
@@ -53,3 +57,16 @@ def test_samples_have_names() -> None:
 
 def test_names_that_are_no_text_have_seeds() -> None:
     assert seed_of(1, "a\udcff") != seed_of(1, "a\ud800") != seed_of(1, "a") == seed_of(1, "a")
+
+
+def test_what_a_loader_process_cannot_read_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Any) -> Iterator[Any]:
+        try:
+            raise ScionError("x.png: cannot be read")
+        except ScionError:
+            ExceptionWrapper(where="in DataLoader worker process 0").reraise()
+        yield
+
+    monkeypatch.setattr(DataLoader, "__iter__", broken)
+    with pytest.raises(ScionError, match=r"^x\.png: cannot be read$"):
+        next(iter(_loaded().train_dataloader()))
