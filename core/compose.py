@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from core import graft as grafts
 from core.anatomy import Anatomy, Site
+from core.config import component
 from core.errors import ScionError, listed, nearest
 from core.graft import Graft, route_rows
 from core.method import PEFTMethod, key_of, methods_on
@@ -91,11 +92,8 @@ class SideBySide(PEFTMethod):
         check(entry, str | dict[str, Any], kind, "methods")
         if isinstance(entry, str) or "adapter" in entry:
             return self._from_folder({"adapter": entry} if isinstance(entry, str) else entry)
-        rest = {key: value for key, value in entry.items() if key not in ("class", "class_path")}
-        name, arguments = entry.get("class") or entry.get("class_path", ""), entry.get("init_args", rest)
-        check(name, str, kind, "class")
-        check(arguments, dict[str, Any], kind, "init_args")
-        return peft.make(name, arguments)
+        part = component(entry, kind)
+        return peft.make(part["class_path"], part["init_args"])
 
     def _from_folder(self, entry: dict[str, Any]) -> PEFTMethod:
         from core.artifact import method_of, read_adapter

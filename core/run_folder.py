@@ -15,8 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
+from core.config import dump
 from core.errors import ScionError
 from core.files import locked, read_json, write_atomically, write_json
 
@@ -155,7 +154,7 @@ class RunFolder:
             leftover.unlink(missing_ok=True)
         write_json(self.path / RECORD, self._unfinished("running"))
         if state != "unfinished":
-            text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+            text = dump(config)
             write_atomically(self.path / "config.yaml", lambda file: file.write_text(text, encoding="utf-8"))
 
     def _unfinished(self, status: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ A type is written as an annotation: ``int``, ``Literal["a", "b"]``, ``dict[str, 
 
 from __future__ import annotations
 
+import functools
 import math
 import reprlib
 import types
@@ -56,10 +57,29 @@ Fields = Mapping[str, Any]
 
 
 @dataclass
-class _Mismatch(Exception):
+class Mismatch(Exception):
+    """A value that is not of its type: where it is in the whole, what is wanted there, and what is there."""
+
     place: str
     wanted: str
     value: Any
+
+
+@dataclass
+class UnknownKey(Mismatch):
+    """A mapping with a key too many."""
+
+    key: str
+    known: tuple[str, ...]
+
+
+def mismatch(value: Any, kind: Any) -> Mismatch | None:
+    """What in a value is not of the type ``kind``, the innermost part that is wrong; None where all is right."""
+    try:
+        _check(value, kind, "")
+    except Mismatch as found:
+        return found
+    return None
 
 
 def check(value: Any, kind: Any, where: str, name: str = "") -> None:
@@ -74,11 +94,10 @@ def check(value: Any, kind: Any, where: str, name: str = "") -> None:
     Raises:
         ScionError: says which place in the value is wrong, and what is wanted there.
     """
-    try:
-        _check(value, kind, "")
-    except _Mismatch as found:
+    found = mismatch(value, kind)
+    if found is not None:
         place = f"{name}{found.place}".lstrip(".")
-        raise ScionError(f"{where}: {place}{': ' if place else ''}{shown(found.value)} is not {found.wanted}") from None
+        raise ScionError(f"{where}: {place}{': ' if place else ''}{shown(found.value)} is not {found.wanted}")
 
 
 def check_fields(value: Any, fields: Fields, where: str, name: str = "") -> None:
@@ -116,7 +135,7 @@ def _check(value: Any, kind: Any, place: str) -> None:
         _check(value, parts[0], place)
         for rule in parts[1:]:
             if not rule.holds(value):
-                raise _Mismatch(place, rule.wanted, value)
+                raise Mismatch(place, rule.wanted, value)
     elif origin in (Union, types.UnionType):
         _check_union(value, kind, place)
     elif is_typeddict(kind):
@@ -126,7 +145,7 @@ def _check(value: Any, kind: Any, place: str) -> None:
     elif kind in (list, tuple, Sequence) or origin in (list, tuple, Sequence):
         _check_sequence(value, kind, origin, parts or (Any,), place)
     elif not _is(value, kind, origin):
-        raise _Mismatch(place, wanted(kind), value)
+        raise Mismatch(place, wanted(kind), value)
 
 
 def _is(value: Any, kind: Any, origin: Any) -> bool:
@@ -149,22 +168,22 @@ def _is(value: Any, kind: Any, origin: Any) -> bool:
 
 
 def _check_union(value: Any, kind: Any, place: str) -> None:
-    deepest: _Mismatch | None = None
+    deepest: Mismatch | None = None
     for option in get_args(kind):
         try:
             return _check(value, option, place)
-        except _Mismatch as found:
+        except Mismatch as found:
             if len(found.place) > len(place):  # the right kind of thing, with something wrong inside it
                 deepest = found
-    raise deepest or _Mismatch(place, wanted(kind), value)
+    raise deepest or Mismatch(place, wanted(kind), value)
 
 
 def _check_sequence(value: Any, kind: Any, origin: Any, parts: tuple[Any, ...], place: str) -> None:
     if not isinstance(value, (list, tuple, range)) or len(value) > MOST:
-        raise _Mismatch(place, wanted(kind), value)
+        raise Mismatch(place, wanted(kind), value)
     if origin is tuple and not (len(parts) == 2 and parts[1] is Ellipsis):
         if len(value) != len(parts):
-            raise _Mismatch(place, wanted(kind), value)
+            raise Mismatch(place, wanted(kind), value)
         for index, (item, part) in enumerate(zip(value, parts, strict=True)):
             _check(item, part, f"{place}[{index}]")
         return
@@ -174,24 +193,30 @@ def _check_sequence(value: Any, kind: Any, origin: Any, parts: tuple[Any, ...], 
 
 def _check_mapping(value: Any, kind: Any, parts: tuple[Any, ...], place: str) -> None:
     if not isinstance(value, dict) or len(value) > MOST:
-        raise _Mismatch(place, wanted(kind), value)
+        raise Mismatch(place, wanted(kind), value)
     for key, item in value.items():
         _check(key, parts[0], f"{place}: the key")
         _check(item, parts[1], f"{place}.{printable(key)}")
 
 
+@functools.cache
+def fields_of(kind: Any) -> dict[str, Any]:
+    """The keys of a TypedDict with their types."""
+    return get_type_hints(kind, include_extras=True)
+
+
 def _check_typed_dict(value: Any, kind: Any, place: str) -> None:
-    fields = get_type_hints(kind, include_extras=True)
+    fields = fields_of(kind)
     if not isinstance(value, dict):
-        raise _Mismatch(place, f"a mapping with the keys {listed(fields)}", value)
+        raise Mismatch(place, f"a mapping with the keys {listed(fields)}", value)
     for key in value:
         if key not in fields:
-            raise _Mismatch(place, f"a mapping with the keys {listed(fields)} alone", value)
+            raise UnknownKey(place, f"a mapping with the keys {listed(fields)} alone", value, key, tuple(fields))
     for key, part in fields.items():
         if key in value:
             _check(value[key], part, f"{place}.{key}")
-        elif get_origin(part) is not NotRequired:  # of annotations that are texts, __required_keys__ does not tell
-            raise _Mismatch(place, f"a mapping with the key {key!r}", value)
+        elif kind.__total__ and get_origin(part) is not NotRequired:  # __required_keys__ does not tell of texts
+            raise Mismatch(place, f"a mapping with the key {key!r}", value)
 
 
 def wanted(kind: Any) -> str:

@@ -12,15 +12,15 @@ import json
 import logging
 import os
 import re
-import typing
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.config.schema import cut, short, shown, words
+from core.config.schema import Optimizer, Schedule, check, check_trainer_shape, cut, short
 from core.errors import ScionError, listed, nearest, one_line
-from core.spec import is_finite, signature
+from core.schema import shown, wanted
+from core.spec import is_finite, signature, types_of
 
 if TYPE_CHECKING:
     from core.config.grid import Point
@@ -270,19 +270,7 @@ def _untyped(cls: Any, arguments: dict[str, Any], key: str, error: BaseException
     name = bad.group(1).partition(".")[0] if bad else ""
     if name not in arguments:
         return ScionError(f"{key}: {cls.__name__} cannot take these arguments ({_said(error)})")
-    hint = _hints(cls).get(name)
-    must = f"must be {words(hint)}" if hint is not None else "is of another type"
-    return ScionError(f"{key}.{name}: {must}, not {shown(arguments[name])}")
-
-
-def _hints(cls: Any) -> dict[str, Any]:
-    """The types of a constructor's arguments, those of its ancestors' included."""
-    found: dict[str, Any] = {}
-    for base in reversed(cls.__mro__):
-        if "__init__" in vars(base):
-            with contextlib.suppress(Exception):  # a name that only a type checker knows
-                found |= typing.get_type_hints(inspect.unwrap(vars(base)["__init__"]))
-    return found
+    return ScionError(f"{key}.{name}: must be {wanted(types_of(cls)[name])}, not {shown(arguments[name])}")
 
 
 @functools.cache  # jsonargparse reads the sources of all of a class's bases; a table of runs asks again and again
@@ -308,9 +296,7 @@ def check_trainer(arguments: dict[str, Any], construct: bool = True) -> None:
     Raises:
         ScionError: names the argument.
     """
-    from core.config.schema import Trainer, check
-
-    check(arguments, Trainer, "trainer")
+    check_trainer_shape(arguments)
     _check_length(arguments)
     text = json.dumps(arguments, sort_keys=True, default=str)
     problem = _trainer_problem(text, construct)
@@ -414,8 +400,6 @@ def check_optimizer(optimizer: dict[str, Any], lr_scheduler: dict[str, Any] | No
     Raises:
         ScionError: names the setting.
     """
-    from core.config.schema import Optimizer, Schedule, check
-
     check(optimizer, Optimizer, "optimizer")
     check(lr_scheduler or {}, Schedule, "lr_scheduler")
     problem = _optimizer_problem(json.dumps(optimizer, sort_keys=True, default=str))

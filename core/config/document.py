@@ -204,7 +204,7 @@ def read(file: Path) -> dict[str, Any]:
 
 def dump(value: dict[str, Any]) -> str:
     """A configuration as YAML that `read` reads as the same values."""
-    return yaml.dump(value, Dumper=Writer, sort_keys=False)
+    return yaml.dump(value, Dumper=Writer, sort_keys=False, allow_unicode=True)
 
 
 def find(config: str) -> Path:

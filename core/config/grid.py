@@ -17,19 +17,9 @@ from typing import Any
 from core.config import build
 from core.config.document import find, parse, read
 from core.config.overrides import Change, CommandLine, assign, command_line, in_order, whole_first
-from core.config.schema import (
-    COMPONENTS,
-    Configuration,
-    Over,
-    Per,
-    check,
-    component,
-    normal,
-    normal_value,
-    short,
-    shown,
-)
+from core.config.schema import COMPONENTS, Over, Per, check, check_whole, component, normal, normal_value, short
 from core.errors import ScionError, listed, nearest
+from core.schema import shown
 
 LONGEST = 240
 """Bytes of a point's folder name; a file system takes 255, and locks and numbers are added."""
@@ -182,7 +172,7 @@ class Grid:
         for values in itertools.product(*axes.values()):
             at = [Change(axis, value) for axis, value in zip(axes, values, strict=True)]
             config = self.config(at, self.settings(self.config(at, [])) if self.per else [])
-            check(config, Configuration, "")
+            check_whole(config)
             shown = {one.key: label(component(one.value, one.key) if one.key in COMPONENTS else one.value)
                      for one in at}
             found.append(Point(config, str(self.file), self.domain(config), shown))
@@ -199,9 +189,6 @@ class Grid:
         config = copy.deepcopy(self.base)
         for change in [*settings, *in_order(self.changes, at)]:
             assign(config, change.key, copy.deepcopy(change.value), change.append)
-        for key in ("model", "data", "peft"):
-            if key not in config:
-                raise ScionError(f"{self.file.name}: the key {key!r} is missing")
         return config
 
     def every(self, axis: str) -> list[Any]:
@@ -211,7 +198,7 @@ class Grid:
             raise ScionError(f"--over {axis}=all: only an argument of the data, as data.task, has all of its values "
                              "known; list them")
         config = self.config([], [])
-        check(config, Configuration, "")
+        check_whole(config)
         return build.choices(config["data"], name, self.domain(config))
 
     def settings(self, config: dict[str, Any]) -> list[Change]:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from core.config.document import parse
-from core.config.schema import COMPONENTS, KEYS, STAGE_KEYS, component, normal_stage, normal_value, short, shown
+from core.config.schema import COMPONENTS, KEYS, STAGE_KEYS, component, normal_stage, normal_value, short
 from core.errors import ScionError, listed, nearest
+from core.schema import shown
 
 SETTABLE = tuple(key for key in KEYS if key not in ("over", "per"))
 LONGEST_KEY = 200

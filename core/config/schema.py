@@ -1,41 +1,16 @@
-"""The shape of a configuration in its normal form: types, one check that walks them, and the way into that form.
+"""The shape of a configuration in its normal form, as types that `core.schema` checks; and the way into that form.
 
-Every class is ``{class_path, init_args}`` there, every optimizer and schedule a mapping. ``Annotated`` types carry a
-`Rule`: what else holds of the value, in words.
+Every class is ``{class_path, init_args}`` there, every optimizer and schedule a mapping.
 """
 
-# No `from __future__ import annotations`: a TypedDict would then not know which of its keys may be absent.
-
 import copy
-import functools
 import re
-import types
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import (
-    Annotated,
-    Any,
-    Literal,
-    NotRequired,
-    TypedDict,
-    Union,
-    get_args,
-    get_origin,
-    get_type_hints,
-    is_typeddict,
-)
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 from core.errors import ScionError, listed, nearest
+from core.schema import Rule, UnknownKey, fields_of, mismatch, shown
 
 LONGEST_NAME = 64
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A condition on a value of a type, and how one says type and condition together."""
-
-    holds: Callable[[Any], bool]
-    words: str
 
 
 def is_class_name(name: str) -> bool:
@@ -62,11 +37,14 @@ All = Annotated[int, Rule(lambda value: value >= -1, "a whole number of at least
 Seed = Annotated[int, Rule(lambda value: 0 <= value < 2**32, "a whole number from 0 to 4294967295")]
 
 
-class Component(TypedDict):
-    """A class and its arguments."""
+class ClassAndArguments(TypedDict):
+    """A class in normal form."""
 
     class_path: ClassName
     init_args: dict[str, Any]
+
+
+Component = Annotated[ClassAndArguments, Rule(bool, "a class, as LoRA or {class: LoRA, rank: 16}")]
 
 
 Stack = Annotated[list[Component], Rule(bool, "a list of methods; an empty one would train nothing: LinearProbe is the "
@@ -118,10 +96,6 @@ class Trainer(TypedDict, total=False):
     enable_progress_bar: bool
 
 
-OPEN = (Trainer,)
-"""Mappings with further keys."""
-
-
 class Stage(TypedDict, total=False):
     """One fit within a run: what it has otherwise than the whole configuration."""
 
@@ -130,7 +104,7 @@ class Stage(TypedDict, total=False):
     peft: Component | Stack
     optimizer: Optimizer
     lr_scheduler: Schedule
-    trainer: Trainer
+    trainer: dict[str, Any]
     select: Literal["last", "best"]
     start: Text
     carry: list[Literal["weights", "head"]]
@@ -147,7 +121,7 @@ class Configuration(TypedDict):
     peft: Component | Stack
     optimizer: Optimizer
     lr_scheduler: Schedule
-    trainer: Trainer
+    trainer: dict[str, Any]
     seed_everything: Seed
     stages: NotRequired[Annotated[dict[StageName, Stage], Rule(bool, "a mapping from names to stages, at least one")]]
     over: NotRequired[Over | None]
@@ -157,8 +131,8 @@ class Configuration(TypedDict):
     per: NotRequired[Per | None]
 
 
-KEYS = tuple(get_type_hints(Configuration))
-STAGE_KEYS = tuple(get_type_hints(Stage))
+KEYS = tuple(fields_of(Configuration))
+STAGE_KEYS = tuple(fields_of(Stage))
 COMPONENTS = ("model.backbone", "model.task", "data", "peft")
 DEFAULTS: dict[str, Any] = {"optimizer": {}, "lr_scheduler": {}, "trainer": {}, "seed_everything": 0, "select": "last"}
 
@@ -166,128 +140,50 @@ DEFAULTS: dict[str, Any] = {"optimizer": {}, "lr_scheduler": {}, "trainer": {}, 
 # ------------------------------------------------------------------------------------------------- the check
 
 
-def check(value: Any, kind: Any, place: str, partial: bool = False) -> None:
+def check(value: Any, kind: Any, place: str) -> None:
     """Refuse a value that is not of a type.
 
     Args:
         value: plain data.
         kind: the type; a TypedDict is a mapping with these keys.
         place: the key, for messages.
-        partial: whether keys may be absent that the type wants at its top.
 
     Raises:
         ScionError: names the innermost key that is wrong, what it is and what it must be.
     """
-    fitting = [one for one in _alternatives(kind) if _is(value, one)]
-    if not fitting:
-        raise ScionError(f"{place}: must be {words(kind)}, not {shown(value)}")
-    problem: ScionError | None = None
-    for one in fitting:
-        try:
-            return _check_inside(value, one, kind, place, partial)
-        except ScionError as error:
-            problem = problem or error
-    assert problem is not None
-    raise problem
+    found = mismatch(value, kind)
+    if found is None:
+        return
+    at = f"{place}{found.place}".lstrip(".")
+    if isinstance(found, UnknownKey):
+        raise ScionError(f"{at}{'.' if at else ''}{cut(found.key)}: unknown key{nearest(found.key, found.known)}; the "
+                         f"keys are {listed(found.known, 20)}")
+    raise ScionError(f"{at}: must be {found.wanted}, not {shown(found.value)}")
 
 
-def _alternatives(kind: Any) -> list[Any]:
-    return list(get_args(kind)) if get_origin(kind) in (Union, types.UnionType) else [kind]
+def check_whole(config: dict[str, Any]) -> None:
+    """Refuse a configuration that no run can have, whatever its classes are.
+
+    Raises:
+        ScionError: names the key.
+    """
+    for key in ("model", "data", "peft"):
+        if key not in config:
+            raise ScionError(f"the key {key!r} is missing")
+    check(config, Configuration, "")
+    _check_trainers(config)
 
 
-def _is(value: Any, kind: Any) -> bool:
-    """Whether a value is of a type, without a look at what is in it."""
-    origin = get_origin(kind)
-    if origin is Annotated:
-        return _is(value, get_args(kind)[0])
-    if kind is Any:
-        return True
-    if origin is Literal:
-        return any(type(value) is type(one) and value == one for one in get_args(kind))
-    if is_typeddict(kind) or origin is dict:
-        return isinstance(value, dict)
-    if origin is list:
-        return isinstance(value, list)
-    if kind in (None, types.NoneType):
-        return value is None
-    if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    return type(value) is kind
+def check_trainer_shape(arguments: dict[str, Any], place: str = "trainer") -> None:
+    """Refuse values of the Trainer's arguments of which `Trainer` says more than Lightning does."""
+    known = fields_of(Trainer)
+    check({name: value for name, value in arguments.items() if name in known}, Trainer, place)
 
 
-def _check_inside(value: Any, kind: Any, whole: Any, place: str, partial: bool) -> None:
-    origin = get_origin(kind)
-    if origin is Annotated:
-        base, rule = get_args(kind)
-        if not rule.holds(value):
-            raise ScionError(f"{place}: must be {words(whole)}, not {shown(value)}")
-        _check_inside(value, base, whole, place, partial)
-    elif is_typeddict(kind):
-        _check_keys(value, kind, place, partial)
-    elif origin is dict:
-        key_kind, value_kind = get_args(kind)
-        for key, one in value.items():
-            check(key, key_kind, place)
-            check(one, value_kind, f"{place}.{key}")
-    elif origin is list:
-        for one in value:
-            check(one, get_args(kind)[0], place)
-
-
-def _check_keys(value: dict[str, Any], kind: Any, place: str, partial: bool) -> None:
-    known = _keys(kind)
-    before = f"{place}." if place else ""
-    for key in value:
-        if key not in known and kind not in OPEN:
-            raise ScionError(f"{before}{cut(key)}: unknown key{nearest(key, known)}; the keys are "
-                             f"{listed(known, 20)}")
-    for key in kind.__required_keys__:
-        if key not in value and not partial:
-            raise ScionError(f"{before}{key}: the key {key!r} is missing")
-    for key, one in value.items():
-        if key in known:
-            check(one, known[key], f"{before}{key}")
-
-
-@functools.cache
-def _keys(kind: Any) -> dict[str, Any]:
-    """The keys of a TypedDict and their types."""
-    hints = get_type_hints(kind, include_extras=True)
-    return {key: get_args(one)[0] if get_origin(one) is NotRequired else one for key, one in hints.items()}
-
-
-def words(kind: Any) -> str:
-    """A type, as one says it."""
-    alternatives = _alternatives(kind)
-    if len(alternatives) > 1:
-        said = list(dict.fromkeys(words(one) for one in alternatives))
-        return f"{', '.join(said[:-1])} or {said[-1]}"
-    origin = get_origin(kind)
-    if origin is Annotated:
-        rules = [rule.words for rule in get_args(kind)[1:] if isinstance(rule, Rule)]
-        return rules[-1] if rules else words(get_args(kind)[0])
-    if origin is Literal:
-        return " or ".join(repr(one) for one in get_args(kind))
-    if kind is Component:
-        return "a class, as LoRA or {class: LoRA, rank: 16}"
-    if is_typeddict(kind):
-        keys = get_type_hints(kind)
-        return "a mapping" if kind in OPEN else f"a mapping with the keys {listed(keys, 20)}"
-    plain = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "a mapping",
-             list: "a list", tuple: "a list", Sequence: "a list", types.NoneType: "null", None: "null"}
-    found = plain.get(origin or kind) if isinstance(origin or kind, type) or kind is None else None
-    return found or str(kind).replace("typing.", "").replace("collections.abc.", "")
-
-
-def shown(value: Any) -> str:
-    """A value in a message, cut where it is long."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, dict):
-        return f"a mapping with the keys {listed(map(short, value), 4)}" if value else "an empty mapping"
-    if isinstance(value, list):
-        return f"a list of {len(value)}" if value else "an empty list"
-    return short(value) if isinstance(value, str) else repr(value)
+def _check_trainers(config: dict[str, Any]) -> None:
+    check_trainer_shape(config.get("trainer", {}))
+    for name, stage in config.get("stages", {}).items():
+        check_trainer_shape(stage.get("trainer", {}), f"stages.{name}.trainer")
 
 
 def short(text: str) -> str:
@@ -310,7 +206,7 @@ def component(value: Any, key: str) -> Any:
         ScionError: the value names no class, or has keys beside ``class_path`` that would be dropped.
     """
     if isinstance(value, list) and key.rpartition(".")[2] == "peft":
-        found: Any = [component(one, key) for one in value]
+        found: Any = [component(one, f"{key}[{i}]") for i, one in enumerate(value)]
         check(found, Stack, key)
         return found
     if isinstance(value, str):
@@ -344,7 +240,7 @@ def normal_value(slot: str, value: Any) -> Any:
     if slot in ("optimizer", "lr_scheduler") and isinstance(value, str):
         return {"name": value}
     if slot == "model" and isinstance(value, dict):
-        parts = _keys(Model)
+        parts = fields_of(Model)
         return {key: component(one, f"model.{key}") if key in parts else one for key, one in value.items()}
     if slot == "stages" and isinstance(value, dict):
         return {name: normal_stage(name, stage) for name, stage in value.items()}
@@ -389,7 +285,9 @@ def normal(raw: dict[str, Any], where: str) -> dict[str, Any]:
         config = {**copy.deepcopy(DEFAULTS), **{key: normal_value(key, value) for key, value in raw.items()}}
         if config.get("stages", "") is None:
             del config["stages"]
-        check(config, Configuration, "", partial=True)
+        for key, value in config.items():
+            check(value, fields_of(Configuration)[key], key)
+        _check_trainers(config)
     except ScionError as error:
         raise ScionError(f"{where}: {error}") from None
     return config
