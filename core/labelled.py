@@ -278,6 +278,8 @@ class LabelledData(DataModule):
 
     def _load_real(self, root: Path) -> None:
         samples, classes, bad = self.look(root)
+        if samples and len(bad) == len(samples):
+            raise ScionError(f"data: none of {len(samples)} files can be read ({next(iter(bad.values()))})")
         while True:  # what turns out to be bad when it is decoded changes what there is to choose from
             self.classes, known = classes, set(bad)
             parts = {which: [row for row in rows if row not in known] for which, rows in

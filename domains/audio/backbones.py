@@ -187,7 +187,7 @@ def _pretrained(name: str) -> tuple[Model, str]:
         if not (NANO / "model.safetensors").is_file():
             raise ScionError("backbone.name: nano's weights are missing here; make them by python -m "
                              "domains.audio.make_nano (half an hour)")
-        return _load(NANO, name, "its files are damaged"), "nano"
+        return _load(NANO, name, f"its files in {NANO} are damaged"), "nano"
     if os.path.exists(name) or name.startswith((".", "/", "~")):
         folder = Path(os.path.expanduser(name))
         if not (folder / "config.json").is_file():

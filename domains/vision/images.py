@@ -241,10 +241,10 @@ class Pictures(Dataset):
         self._kept: Tensor | None = None
         shape = (len(pictures), 3, view.size, view.size)
         if keep and augment != "crop_flip" and not isinstance(pictures, Tensor) and math.prod(shape) <= MOST_KEPT:
-            kept, have = torch.empty(shape, dtype=torch.uint8), torch.zeros(len(pictures), dtype=torch.bool)
             try:
+                kept, have = torch.empty(shape, dtype=torch.uint8), torch.zeros(len(pictures), dtype=torch.bool)
                 self._kept, self._have = (kept.share_memory_(), have.share_memory_()) if shared else (kept, have)
-            except RuntimeError:  # little shared memory, as in many containers: files are read again each epoch
+            except RuntimeError:  # little memory, or little that is shared, as in many containers: files are read again
                 pass
 
     def set_epoch(self, epoch: int) -> None:
