@@ -54,13 +54,13 @@ class Samples(DataModule):
     Args:
         sizes: of the three parts.
         several: whether a sample has several labels.
-        broken: a training sample that is not finite.
+        broken: of a part, the sample that is not finite.
     """
 
-    def __init__(self, sizes: dict[str, int] | None = None, several: bool = False, broken: int | None = None,
-                 **common: Any) -> None:
+    def __init__(self, sizes: dict[str, int] | None = None, several: bool = False,
+                 broken: dict[str, int] | None = None, **common: Any) -> None:
         super().__init__(**common)
-        self.sizes, self.multilabel, self.broken = {**SIZES, **(sizes or {})}, several, broken
+        self.sizes, self.multilabel, self.broken = {**SIZES, **(sizes or {})}, several, broken or {}
 
     def load(self) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -69,8 +69,8 @@ class Samples(DataModule):
             labels = torch.randint(CLASSES, (size,), generator=generator)
             if self.multilabel:
                 labels = torch.randint(2, (size, CLASSES), generator=generator).float()
-            if part == "train" and self.broken is not None:
-                inputs[self.broken] = torch.inf
+            if part in self.broken:
+                inputs[self.broken[part]] = torch.inf
             setattr(self, f"{part}_set", TensorDataset(inputs, labels))
         self.classes, self.origin = list("abcd"), {"source": "mini", "name": "noise"}
 
@@ -81,7 +81,8 @@ class Samples(DataModule):
         raise NotImplementedError
 
     def name_of(self, dataset: Any, index: int) -> str:
-        return f"noise-{index}.png"
+        [part] = [part for part in self.sizes if dataset is getattr(self, f"{part}_set")]
+        return f"{part}-{index}.png"
 
 
 class Rows(Checkpoint):
@@ -252,7 +253,7 @@ def stopped(folder: Path, rank: int, world: int) -> dict[str, Any]:
     """What is said where one process reads a sample that is not finite, after how many steps, and whether the weights
     are still finite then."""
     with as_process(rank, world):
-        tuner, data, methods = made(Fit(lambda _: [peft.make("LoRA", {"rank": 2})], {"broken": 3}), world)
+        tuner, data, methods = made(Fit(lambda _: [peft.make("LoRA", {"rank": 2})], {"broken": {"train": 3}}), world)
         trainer = trainer_of(world, folder, methods, Rows(), {"max_epochs": 1})
         told = ""
         try:

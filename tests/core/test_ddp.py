@@ -127,5 +127,5 @@ def test_processes_drop_different_values(pair: Path) -> None:
 def test_all_processes_stop_at_the_first_loss_that_is_not_finite(pair: Path) -> None:
     for result in results(pair, "stopped"):
         step = result["steps"] + 1
-        assert result["error"].startswith(f"training, epoch 1, step {step}: the inputs are not finite (noise-3.png)")
+        assert result["error"].startswith(f"training, epoch 1, step {step}: the inputs are not finite (train-3.png)")
         assert result["finite"]
