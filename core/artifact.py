@@ -25,7 +25,7 @@ from core.fingerprint import fingerprint
 from core.graft import Graft
 from core.method import Home, PEFTMethod, Spec, check_structure, decode_extra_state, methods_on, uncompiled
 from core.rehearsal import hollow, is_small, largest, reach, rehearsing, twin
-from core.schema import check
+from core.schema import Digest, check
 from core.spec import check_arguments
 from core.tensors import check_fit, check_values, checksum, read_checkpoint, read_tensors, write_tensors
 
@@ -133,15 +133,19 @@ class ModelRecord(TypedDict):
     seed: int
 
 
+BaseRecord = TypedDict("BaseRecord", {"class": str, "fingerprint": Digest})
+"""Which model the methods stand on."""
+
+
 class Record(TypedDict):
     """What adapter.json holds."""
 
     format: int
     methods: list[Spec]
-    base: dict[Literal["class", "fingerprint"], str]
+    base: BaseRecord
     versions: NotRequired[dict[str, str]]
     model: NotRequired[ModelRecord]
-    sha256: NotRequired[str]
+    sha256: NotRequired[Digest]
 
 
 @dataclass(frozen=True)
@@ -197,9 +201,6 @@ def check_record(record: dict[str, Any], where: str) -> None:
         ScionError: says what is wrong where.
     """
     check(record, Record, where)
-    for part in ("class", "fingerprint"):
-        if part not in record["base"]:
-            raise ScionError(f"{where}: base has no {part}")
     if not record["methods"]:
         raise ScionError(f"{where}: holds no method")
     for spec in record["methods"]:

@@ -197,12 +197,13 @@ def _from_timm(name: str, weights: bool) -> nn.Module | None:
 def _meta(make: Any) -> nn.Module:
     from core.rehearsal import rehearsing
 
-    with rehearsing(MOST_TENSORS):
+    with rehearsing(calls=MOST_CALLS):
         return make()
 
 
-MOST_TENSORS = 4000
-"""Tensors of a backbone; far more are an absurd number in a stranger's config.json."""
+MOST_CALLS = 30_000
+"""Calls of torch that building a backbone may take: the largest ones take some 15,000, an absurd number in a stranger's
+config.json any number."""
 OF_TIMM = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "scriptable",
            "exportable", "no_jit")
 """Arguments of ``timm.create_model`` that are none of a model's."""
@@ -449,6 +450,8 @@ def new_folder(target: Path) -> Iterator[Path]:
         for folder in reversed(made):
             with contextlib.suppress(OSError):
                 folder.rmdir()
+        if isinstance(error, ScionError):
+            raise ScionError(str(error).replace(str(scratch), str(target))) from error
         if isinstance(error, OSError | SafetensorError):
             reason = getattr(error, "strerror", None) or one_line(error)
             raise ScionError(f"{target} cannot be written ({reason})") from None

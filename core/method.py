@@ -35,7 +35,7 @@ from core.errors import ScionError, listed, nearest
 from core.files import parse_json
 from core.graft import Graft
 from core.random_state import random_states, restore_random_states, seeded
-from core.schema import Name, check, check_fields
+from core.schema import Digest, Name, check, check_fields
 from core.spec import Recorded, plain, signature
 
 if TYPE_CHECKING:
@@ -930,7 +930,7 @@ Spec = TypedDict("Spec", {"class": str, "name": Name, "config": dict[str, Any],
                           "structure": NotRequired[dict[str, Any]]})
 """What `PEFTMethod.spec` gives, and files hold."""
 Own = TypedDict("Own", {"class": str, "name": Name, "config": dict[str, Any], "structure": NotRequired[dict[str, Any]],
-                        "base": str})
+                        "base": Digest})
 """A method's record in a checkpoint: its spec, and its base's fingerprint."""
 LARGEST_STATE = 16 * 2**20
 """Bytes of such a record."""

@@ -28,7 +28,7 @@ from core.artifact import fingerprint
 from core.errors import ScionError, listed, one_line
 from core.files import read_json, write_json
 from core.method import methods_on, uncompiled
-from core.schema import Shapes, check, shown
+from core.schema import Digest, Shapes, check, shown
 from core.tensors import check_values, checksum, kind_of, read_tensors, write_tensors
 
 FORMAT = 1
@@ -259,9 +259,9 @@ class PatchRecord(TypedDict):
     """What patch.json holds."""
 
     format: int
-    base: str
+    base: Digest
     shapes: Shapes
-    sha256: NotRequired[str]
+    sha256: NotRequired[Digest]
 
 
 def _change(name: str, shape: list[int], tensors: dict[str, Tensor], where: str) -> Change:

@@ -80,16 +80,17 @@ def twin(model: nn.Module) -> nn.Module | None:
 
 
 @contextlib.contextmanager
-def rehearsing(tensors: int) -> Iterator[None]:
+def rehearsing(tensors: int = 0, calls: int = CALLS) -> Iterator[None]:
     """Within this context tensors are made on the meta device, and not without end.
 
     Args:
-        tensors: how many there are already, in the model and in the file.
+        tensors: how many there are already, in the model and in the file; each allows for more calls.
+        calls: of torch that are allowed for beside those.
 
     Raises:
-        ScionError: far more is called than building so many tensors takes.
+        ScionError: torch is called more often.
     """
-    with torch.random.fork_rng(devices=[]), torch.device("meta"), _Bounded(CALLS + CALLS_A_TENSOR * tensors):
+    with torch.random.fork_rng(devices=[]), torch.device("meta"), _Bounded(calls + CALLS_A_TENSOR * tensors):
         yield
 
 
@@ -103,5 +104,5 @@ class _Bounded(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.calls += 1
         if self.calls > self.most:
-            raise ScionError("asks for far more tensors than the file holds")
+            raise ScionError("asks for far more tensors than there can be")
         return func(*args, **(kwargs or {}))

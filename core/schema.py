@@ -49,6 +49,10 @@ Share = Annotated[float, Rule(lambda value: 0 <= value <= 1, "a share, 0 to 1")]
 Word = Annotated[str, Rule(lambda text: text.isidentifier(), "a plain word")]
 Name = Annotated[str, Rule(lambda text: bool(text) and text.isprintable() and "." not in text,
                            "a name of printable letters without dots")]
+Digest = Annotated[str, Rule(lambda text: len(text) <= 100 and set(text) <= set("0123456789abcdef-"),
+                             "a number in hexadecimal digits")]
+Few = Annotated[list[Count], Rule(lambda items: len(items) <= 2000, "a list of at most 2000")]
+"""A list of numbers of which each is worked on."""
 Shapes = dict[str, list[Count]]
 """Shapes of tensors by name."""
 

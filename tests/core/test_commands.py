@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -436,3 +437,221 @@ def test_values_of_the_command_line_are_what_yaml_says_but_for_lone_signs() -> N
     for text, value in (("3", 3), ("1e-3", 0.001), ("true", True), ("null", None), ("~", None), ('""', ""), ("", None),
                         ("[1, a]", [1, "a"]), ("|", "|"), (">", ">"), ("#", "#"), (";", ";"), (",", ","), ("0", 0)):
         assert parse(text) == value and type(parse(text)) is type(value), text
+
+
+# ------------------------------------------------------------------------------------------------- a stranger's folders
+
+
+@pytest.fixture
+def strange(finished: Path, tmp_path: Path) -> Path:
+    """A copy of a finished run, to be spoiled."""
+    return Path(shutil.copytree(finished, tmp_path / "strange"))
+
+
+@pytest.fixture
+def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A module on Python's path that leaves a trace when it is imported."""
+    trace = tmp_path / "imported"
+    (tmp_path / "path").mkdir()
+    (tmp_path / "path" / "sprung.py").write_text(f"open({str(trace)!r}, 'w').close()\nfrom domains.audio import ESC50\n"
+                                                 "class Data(ESC50): pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "path"))
+    return trace
+
+
+def edit(file: Path, change: Callable[[Any], Any]) -> None:
+    """Change a JSON or YAML file."""
+    is_json = file.suffix == ".json"
+    record = json.loads(file.read_text()) if is_json else yaml.safe_load(file.read_text())
+    change(record)
+    file.write_text(json.dumps(record) if is_json else yaml.safe_dump(record))
+
+
+def line(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a command has left."""
+    out, err = capsys.readouterr()
+    lines = [text for text in err.splitlines() if text.startswith("lightning ")]
+    assert out == "" and len(lines) == 1 and lines[0].isprintable() and "unexpected" not in lines[0], (out, err)
+    return lines[0]
+
+
+def test_a_run_imports_nothing_of_its_own(strange: Path, sounds: Path, trap: Path, capsys: pytest.CaptureFixture[str]
+                                          ) -> None:
+    sound = str(next((sounds / "audio").iterdir()))
+    edit(strange / "config.yaml", lambda config: config["data"].update(class_path="sprung.Data"))
+    assert main(["predict", str(strange), sound]) == 2
+    assert "pass --trust" in line(capsys)
+    assert main(["describe", str(strange / "config.yaml")]) == 2
+    assert "pass --trust" in line(capsys)
+    assert not trap.exists()
+    assert main(["predict", str(strange), sound, "--trust"]) == 0
+    assert trap.exists() and capsys.readouterr().out.startswith(sound)
+    edit(strange / "config.yaml", lambda config: config.update(domain="audio.mini"))
+    assert main(["predict", str(strange), sound]) == 2
+    line(capsys)
+
+
+@pytest.mark.parametrize("part, value, words", [
+    ("backbone", {"class": "sprung:Data"}, "no domain is called 'sprung'"),
+    ("backbone", {"class": "audio.backbones:AST"}, "no domain is called 'audio.backbones'"),
+    ("backbone", {"class": "audio:ESC50"}, "is no Backbone"), ("backbone", {"class": "core.tasks:Task"}, "no Backbone"),
+    ("backbone", {"class": "audio:import_module"}, "publishes no class"), ("backbone", {"class": ["audio:AST"]}, "no "),
+    ("backbone", {"class": "os:system"}, "no domain"), ("backbone", {}, ""), ("backbone", "audio:AST", "mapping"),
+    ("backbone", {"class": "audio:AST", "name": 5}, "5 is not a text"),
+    ("backbone", {"class": "audio:AST", "name": "nano", "frames": 10**9}, "numbers with its recorded arguments"),
+    ("backbone", {"class": "audio:AST", "trust_remote_code": True}, "no option 'trust_remote_code'"),
+    ("task", {"class": "audio:AST"}, "is no Task"), ("task", {"class": "core:ScionError"}, "no domain"),
+    ("task", {"class": "core.tasks:Embedding", "dim": 10**9}, ""), ("classes", ["hiss", 3], "3 is not a text"),
+    ("classes", ["a"] * 10**5, "in the file"), ("seed", "x", "'x' is not"), ("multilabel", None, "None is not")])
+def test_what_an_adapter_says_of_its_model(strange: Path, part: str, value: Any, words: str, trap: Path,
+                                           capsys: pytest.CaptureFixture[str]) -> None:
+    edit(strange / "adapter" / "adapter.json", lambda record: record["model"].update({part: value}))
+    assert main(["merge", str(strange), str(strange.parent / "out")]) == 2
+    assert words in line(capsys)
+    assert not trap.exists() and not (strange.parent / "out").exists()
+
+
+@pytest.mark.parametrize("file", ["config.yaml", "data_state.json", "metrics.json", "adapter/adapter.json",
+                                  "adapter/adapter.safetensors"])
+def test_a_pipe_in_a_run(strange: Path, file: str, sounds: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (strange / file).unlink()
+    os.mkfifo(strange / file)
+    code = main(["predict", str(strange), str(next((sounds / "audio").iterdir()))])
+    if file == "metrics.json":  # nothing that predict needs
+        assert code == 0
+    else:
+        assert code == 2 and file.rpartition("/")[2] in line(capsys)
+
+
+@pytest.mark.parametrize("state", [{"frames": 10**9, "mean": 0.0, "std": 1.0}, {"frames": FRAMES + 1, "mean": 0.0,
+                                   "std": 1.0}, {"frames": FRAMES, "mean": "x", "std": 1.0}, [], {}, {"frames": FRAMES,
+                                   "mean": 0.0, "std": 0.0}], ids=range(6))
+def test_damaged_states_of_the_data(strange: Path, state: Any, sounds: Path, capsys: pytest.CaptureFixture[str]
+                                    ) -> None:
+    (strange / "data_state.json").write_text(json.dumps(state))
+    assert main(["predict", str(strange), str(next((sounds / "audio").iterdir()))]) == 2
+    line(capsys)
+
+
+def test_a_model_that_is_not_finite_is_refused(strange: Path, sounds: Path, tmp_path: Path,
+                                               capsys: pytest.CaptureFixture[str]) -> None:
+    """In the head as in the methods."""
+    from safetensors.torch import load_file, save_file
+
+    edit(strange / "adapter" / "adapter.json", lambda record: record.pop("sha256", None))
+    tensors = load_file(strange / "adapter" / "adapter.safetensors")
+    for name in sorted(tensors)[:1] + [name for name in tensors if name.startswith("outside.")][:1]:
+        save_file({**tensors, name: tensors[name] * torch.nan}, strange / "adapter" / "adapter.safetensors")
+        for command in (["predict", str(strange), str(next((sounds / "audio").iterdir()))],
+                        ["merge", str(strange), str(tmp_path / "out")],
+                        ["export", str(strange), str(tmp_path / "out")]):
+            assert main(command) == 2
+            told = line(capsys)
+            assert name in told and "not finite" in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_outputs_that_are_not_finite(finished: Path, sounds: Path, monkeypatch: pytest.MonkeyPatch,
+                                     capsys: pytest.CaptureFixture[str]) -> None:
+    """The file has no prediction, the others have."""
+    forward = FineTuner.forward
+
+    def spoiled(self: FineTuner, inputs: torch.Tensor) -> torch.Tensor:
+        outputs = forward(self, inputs)
+        return outputs if len(outputs) == 1 else torch.cat([outputs[:1] * torch.nan, outputs[1:]])
+
+    monkeypatch.setattr(FineTuner, "forward", spoiled)
+    files = [str(file) for file in sorted((sounds / "audio").iterdir())][:3]
+    assert main(["predict", str(finished), *files, "--json"]) == 2
+    out, err = capsys.readouterr()
+    records = json.loads(out, parse_constant=lambda word: pytest.fail(word))
+    assert [("error" in record) for record in records] == [True, False, False] and "label" not in records[0]
+    assert files[0] in err and "nan" not in out.lower()
+
+
+def test_names_do_not_break_the_lines(strange: Path, sounds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+                                      ) -> None:
+    """Of classes and of files: tabs, line breaks, escapes, what is not UTF-8."""
+    edit(strange / "adapter" / "adapter.json",
+         lambda record: record["model"].update(classes=["a\x1b[31m\tb\nc", "\ud800\u202e"]))
+    files = [tmp_path / "sounds" / name for name in ("tab\there.wav", "line\nbreak.wav", "esc\x1b[31m.wav",
+                                                     os.fsdecode(b"\xff\xfe.wav"), "a  b $x_{.wav")]
+    (tmp_path / "sounds").mkdir()
+    for file in files:
+        shutil.copy(next((sounds / "audio").iterdir()), file)
+    os.mkfifo(tmp_path / "sounds" / "pipe.wav")
+    assert main(["predict", str(strange), *map(str, files), str(tmp_path / "sounds" / "pipe.wav")]) == 2
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == len(files) and all(len(text.split("\t")) == 3 for text in out.splitlines())
+    assert out.replace("\n", "").replace("\t", "").isprintable() and "a  b $x_{.wav\t" in out
+    assert "pipe.wav: a pipe or a device" in err and err.strip().isprintable()
+    assert main(["predict", str(strange), *map(str, files), "--json"]) == 0
+    assert [record["file"] for record in json.loads(capsys.readouterr().out)] == list(map(str, files))
+
+
+def test_a_model_folder_runs_no_code_and_asks_nothing(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                      capsys: pytest.CaptureFixture[str]) -> None:
+    def asked(*_: Any) -> str:
+        raise AssertionError("a question on standard input")
+
+    monkeypatch.setattr("builtins.input", asked)
+    model = Path(shutil.copytree(base, tmp_path / "model"))
+    (model / "theirs.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass C: pass\n")
+    maps = {"AutoConfig": "theirs.C", "AutoModel": "theirs.C"}
+    changes: list[dict[str, Any]] = [{"model_type": "theirs"}, {"model_type": ["x"]}, {"num_hidden_layers": 10**7},
+                                     {"hidden_size": "x"}, {"hidden_size": 10**12}]
+    for change in changes:
+        edit(model / "config.json", lambda config, change=change: config.update(auto_map=maps, **change))
+        assert main(["roles", str(model)]) == 2
+        line(capsys)
+        if "model_type" in change:
+            assert main(["import", str(tmp_path), str(tmp_path / "out"), "--model", str(model)]) == 2
+            assert "auto_map" in line(capsys)
+        shutil.copy(base / "config.json", model / "config.json")
+    edit(model / "config.json", lambda config: config.update(auto_map=maps, attn_implementation="owner/kernels"))
+    assert main(["roles", str(model)]) == 0  # the library's own, whatever else the file says
+    assert not (tmp_path / "ran").exists()
+    (model / "config.json").write_text(json.dumps({"architecture": "vit_tiny_patch16_224", "model_args": {
+        "checkpoint_path": str(tmp_path / "pickle.pth")}}))
+    capsys.readouterr()
+    assert main(["roles", str(model)]) == 2
+    assert "checkpoint_path" in line(capsys)
+
+
+def test_odd_out_folders(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                         capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for out, words in (("file", "is a file"), ("nowhere", "leads nowhere"), ("loop", "leads nowhere"),
+                       ("file/inside", "cannot be written")):
+        for command in ("merge", "export"):
+            assert main([command, str(finished), str(tmp_path / out)]) == 2
+            assert words in line(capsys)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["file", "loop", "nowhere"]
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert main(["export", str(finished), "."]) == 0
+    assert sorted(file.name for file in Path().iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert Path().resolve() == tmp_path / "here"
+
+
+@pytest.mark.parametrize("out", ["there", "new/deep"])
+def test_a_full_disk_leaves_nothing(finished: Path, out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                    capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither files nor folders that were made on the way."""
+    import errno
+
+    import safetensors.torch
+
+    (tmp_path / "there").mkdir()
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    for command in ("merge", "export"):
+        assert main([command, str(finished), str(tmp_path / out)]) == 2
+        told = line(capsys)
+        assert "No space left on device" in told and out in told
+    assert [str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*")] == ["there"]

@@ -238,10 +238,10 @@ class BOFT(PEFTMethod):
     def check(self, anatomy: Anatomy) -> None:
         self.need_linear(anatomy)
         for site in self.sites(anatomy):
-            if site.in_features % (self.block * 2 ** (self.factors - 1)):
+            doublings = self.factors - 1
+            if doublings >= site.in_features.bit_length() or site.in_features % (self.block * 2 ** doublings):
                 raise ScionError(f"{self.name}: block {self.block} with factors {self.factors} needs inputs that are a "
-                                 f"multiple of {self.block * 2 ** (self.factors - 1)}, and {site.name} has "
-                                 f"{site.in_features}")
+                                 f"multiple of {self.block} x 2^{doublings}, and {site.name} has {site.in_features}")
 
     def build(self, site: Site) -> Graft:
         return BOFTGraft(site, self.block, self.factors)

@@ -16,7 +16,7 @@ from core.method import home_of
 from core.optim import steps_of
 from core.peft.weights.lora import LoRA, orthogonality
 from core.random_state import seeded
-from core.schema import Count
+from core.schema import Few
 
 Scale = Literal["alpha/rank", "alpha/reference"]
 
@@ -106,7 +106,7 @@ class TriAdaptLoRA(LoRA):
         targets: roles to adapt; None is every linear map of the blocks.
     """
 
-    structure_types = {"blocks": dict[str, list[Count]]}
+    structure_types = {"blocks": dict[str, Few]}
 
     def __init__(self, rank: int = 8, init_rank: int = 1, growth: int | None = None, warmup: float = 0.05,
                  interval: float = 0.02, nonlinear: bool = False, scale: Scale = "alpha/rank", gamma: float = 0.5,
