@@ -16,7 +16,7 @@ from typing import Any
 
 from core.config import build
 from core.config.document import find, parse, read
-from core.config.overrides import Change, CommandLine, assign, command_line, in_order, whole_first
+from core.config.overrides import Change, CommandLine, assign, command_line, in_order, path_of, whole_first
 from core.config.schema import COMPONENTS, Over, Per, check, check_whole, component, normal, normal_value, short
 from core.errors import ScionError, listed, nearest
 from core.schema import shown
@@ -24,6 +24,8 @@ from core.schema import shown
 LONGEST = 240
 """Bytes of a point's folder name; a file system takes 255, and locks and numbers are added."""
 MOST_POINTS = 10_000
+SETTINGS = ("model", "data", "peft", "optimizer", "lr_scheduler", "trainer", "seed_everything", "stages", "select")
+"""Keys that ``per`` can set."""
 NO_AXES = ("over", "per", "run_dir")
 """Keys that say where and how often, and not what is run."""
 
@@ -92,8 +94,8 @@ def points(config: str, overrides: list[str] | None = None) -> list[Point]:
 
 def _axes(in_file: dict[str, list[Any]], asked: CommandLine) -> dict[str, list[Any]]:
     """The axes: the command line's, and of the file's those of which it says nothing."""
-    said = {Change(axis, None).path for axis in asked.axes} | {change.path for change in asked.changes}
-    axes = {**asked.axes, **{axis: values for axis, values in in_file.items() if Change(axis, None).path not in said}}
+    said = {path_of(axis) for axis in asked.axes} | {change.path for change in asked.changes}
+    axes = {**asked.axes, **{axis: values for axis, values in in_file.items() if path_of(axis) not in said}}
     check(axes, Over, "over")
     for axis, values in axes.items():
         if axis.partition(".")[0] in NO_AXES:
@@ -145,15 +147,10 @@ def _per(in_file: dict[str, Any], asked: CommandLine, where: str) -> dict[str, A
     for axis, table in per.items():
         for value, settings in table.items():
             for key in settings:
-                if key.partition(".")[0] not in COMPONENT_KEYS:
+                if key.partition(".")[0] not in SETTINGS:
                     raise ScionError(f"{where}: per.{axis}.{value}: {short(key)} is no setting"
-                                     f"{nearest(key, COMPONENT_KEYS)}; settings begin with {listed(COMPONENT_KEYS)}")
+                                     f"{nearest(key, SETTINGS)}; settings begin with {listed(SETTINGS)}")
     return per
-
-
-COMPONENT_KEYS = ("model", "data", "peft", "optimizer", "lr_scheduler", "trainer", "seed_everything", "stages",
-                  "select")
-"""What ``per`` can set."""
 
 
 @dataclass
@@ -173,9 +170,9 @@ class Grid:
             at = [Change(axis, value) for axis, value in zip(axes, values, strict=True)]
             config = self.config(at, self.settings(self.config(at, [])) if self.per else [])
             check_whole(config)
-            shown = {one.key: label(component(one.value, one.key) if one.key in COMPONENTS else one.value)
-                     for one in at}
-            found.append(Point(config, str(self.file), self.domain(config), shown))
+            labels = {one.key: label(component(one.value, one.key) if one.key in COMPONENTS else one.value)
+                      for one in at}
+            found.append(Point(config, str(self.file), self.domain(config), labels))
         build.check_points(found)
         _tell_apart(found)
         return found

@@ -30,8 +30,13 @@ class Change:
 
     @property
     def path(self) -> str:
-        """The key without ``init_args``, which may be left out."""
-        return re.sub(r"\.init_args(?=\.)", "", self.key)
+        """See `path_of`."""
+        return path_of(self.key)
+
+
+def path_of(key: str) -> str:
+    """The key without ``init_args``, which may be left out."""
+    return re.sub(r"\.init_args(?=\.)", "", key)
 
 
 # ------------------------------------------------------------------------------------------------- the command line
@@ -78,7 +83,7 @@ def split_commas(text: str) -> list[str]:
 
 @dataclass
 class CommandLine:
-    """What the command line asks for: axes, ``per`` (None where it says nothing of it), and changes in their order."""
+    """What the command line asks for: axes, what it says of ``per``, and changes in their order."""
 
     axes: dict[str, list[Any]]
     per: list[tuple[str, Any]]
@@ -95,7 +100,7 @@ def command_line(arguments: list[str]) -> CommandLine:
     for key, operator, text in split(arguments):
         if key == "over":
             axis, values = _axis(operator, text)
-            if any(Change(axis, None).path == Change(other, None).path for other in found.axes):
+            if any(path_of(axis) == path_of(other) for other in found.axes):
                 raise ScionError(f"--over {axis}: the axis stands twice; write all of its values behind one --over")
             found.axes[axis] = values
         elif key == "per" or key.startswith("per."):
@@ -129,7 +134,7 @@ def _check_lost(found: CommandLine) -> None:
                 raise ScionError(f"--{early.key} stands before --{late.key}, which would undo it; write it behind")
     for axis in found.axes:
         for change in found.changes:
-            if change.path == Change(axis, None).path:
+            if change.path == path_of(axis) and not change.append:
                 raise ScionError(f"--{change.key}: {axis} is an axis of --over as well; write one of the two")
 
 
@@ -149,7 +154,8 @@ def in_order(changes: Iterable[Change], axes: Iterable[Change]) -> list[Change]:
     early: list[Change] = []
     late: list[Change] = []
     for change in changes:
-        (late if any(_is_below(change.path, axis.path) for axis in axes) else early).append(change)
+        undone = any(_is_below(change.path, axis.path) or change.path == axis.path for axis in axes)
+        (late if undone else early).append(change)
     return sorted([*early, *axes, *late], key=lambda change: change.key.startswith("stages."))
 
 

@@ -339,6 +339,8 @@ def test_nothing_is_dropped(files: Files, tmp_path: Path) -> None:
     # options of what an axis chooses are set on what it has chosen
     ranks = [point.config["peft"] for point in files(*words_of("--over peft=LoRA,DoRA --peft.rank 4"))]
     assert ranks == [{"class_path": name, "init_args": {"rank": 4}} for name in ("LoRA", "DoRA")]
+    stacks = [point.config["peft"] for point in files(*words_of("--over peft=LoRA,DoRA --peft+=IST"))]
+    assert [[method["class_path"] for method in stack] for stack in stacks] == [["LoRA", "IST"], ["DoRA", "IST"]]
     (tmp_path / "a,b").mkdir()
     assert one(f"--over data.root='{tmp_path}/a,b'")["data"]["init_args"]["root"] == f"{tmp_path}/a,b"
     # a stage starts from what the whole configuration has
