@@ -20,8 +20,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lightning.pytorch.utilities import rank_zero_only
-
 from core.errors import ScionError, one_line
 from core.files import locked, read_json, write_atomically
 
@@ -100,9 +98,11 @@ def making(file: Path, what: str) -> Iterator[None]:
                          ) from None
 
 
-@rank_zero_only
 def _tell(line: str) -> None:
-    print(one_line(line), file=sys.stderr, flush=True)
+    """Print ``line``, in the first process of a run alone."""
+    from lightning.pytorch.utilities import rank_zero_only  # slow to import, and seldom needed
+
+    rank_zero_only(print)(one_line(line), file=sys.stderr, flush=True)
 
 
 def _lock(name: str) -> str:

@@ -262,8 +262,8 @@ def test_a_full_disk_while_features_are_written(tmp_path: Path, private_cache: P
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(private_cache.iterdir()) == []
     with monkeypatch.context() as patch:
-        usage = clips.caches.shutil.disk_usage(root)._replace(free=9)
-        patch.setattr(clips.caches.shutil, "disk_usage", lambda folder: usage)
+        usage = clips.file_cache.shutil.disk_usage(root)._replace(free=9)
+        patch.setattr(clips.file_cache.shutil, "disk_usage", lambda folder: usage)
         patch.setattr(clips, "_bank", lambda *_: pytest.fail("told before anything is computed"))
         with pytest.raises(ScionError, match="disk full .0.0 MB needed"):
             _ready(root)
