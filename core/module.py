@@ -252,9 +252,14 @@ class FineTuner(L.LightningModule):
 
     def loss(self, batch: Any) -> Tensor:
         """The task's loss of a batch plus what the methods add to it; logs nothing."""
-        return self._losses(batch).total
+        return self._losses(batch)[1]
 
-    def _losses(self, batch: Any, training: bool = False) -> Losses:
+    def _losses(self, batch: Any, training: bool = False) -> tuple[Tensor, Tensor]:
+        """Outputs and loss."""
+        losses = self._parts(batch, training)
+        return losses.outputs, losses.total
+
+    def _parts(self, batch: Any, training: bool = False) -> Losses:
         inputs, targets = batch
         outputs = self(inputs)
         terms = [(method.name, method.loss_terms(self, batch, outputs)) for method in self.methods]  # of this pass
@@ -267,7 +272,7 @@ class FineTuner(L.LightningModule):
     def training_step(self, batch: Any, index: int) -> Tensor | None:
         share = self._share("train", batch, index)
         self.share = share.weight
-        losses = self._losses(batch, training=True)
+        losses = self._parts(batch, training=True)
         self._stop_unless_finite(losses, batch, index)
         self._count("train", losses, batch[1], share)
         return losses.total if share.weight == 1 else losses.total * share.weight
@@ -287,7 +292,7 @@ class FineTuner(L.LightningModule):
             self.task.collection(stage).update(outputs, batch[1])
             losses = Losses(outputs, "the task", outputs.float().sum(), [])
         else:
-            losses = self._losses(batch)
+            losses = self._parts(batch)
             self._count(stage, losses, batch[1], share)
         if stage not in self._broken and not bool(torch.isfinite(losses.total)):
             self._broken[stage] = self._not_finite(losses, stage, batch, index)
