@@ -212,6 +212,16 @@ def sinc_filter(up: int, down: int) -> NDArray[np.float32]:
     return (np.sinc(crossings) * window * (ROLLOFF / max(up, down))).astype(np.float32)
 
 
+def _kaldi() -> Any:
+    """torchaudio's copy of Kaldi. It makes a tensor as it is imported, and transformers imports it at any moment, also
+    while a model is built without values: the tensor would have none either."""
+    import torchaudio.compliance.kaldi as kaldi
+
+    if kaldi.EPSILON.is_meta:
+        kaldi.EPSILON = torch.tensor(torch.finfo(torch.float).eps, device="cpu")
+    return kaldi
+
+
 def filterbank(waveform: Tensor, rate: int = RATE, frames: int | None = None) -> Tensor:
     """Logarithmic mel energies [frames, 128] of ``waveform`` [samples] or [channels, samples].
 
@@ -221,8 +231,6 @@ def filterbank(waveform: Tensor, rate: int = RATE, frames: int | None = None) ->
         frames: cut or pad to this length; None keeps the clip's own. Padding is the value 0, put in before
             normalisation, as ``ASTFeatureExtractor`` does.
     """
-    import torchaudio.compliance.kaldi
-
     if waveform.dim() == 2:
         waveform = waveform.mean(dim=0)
     waveform = resample(waveform, rate)
@@ -230,8 +238,7 @@ def filterbank(waveform: Tensor, rate: int = RATE, frames: int | None = None) ->
         waveform = waveform[: samples(frames)]
     if waveform.numel() < WINDOW:  # Kaldi gives no frame at all for less than one window
         waveform = torch.nn.functional.pad(waveform, (0, WINDOW - waveform.numel()))
-    bank = torchaudio.compliance.kaldi.fbank(waveform[None], sample_frequency=RATE, window_type="hanning",
-                                             num_mel_bins=BINS)
+    bank = _kaldi().fbank(waveform[None], sample_frequency=RATE, window_type="hanning", num_mel_bins=BINS)
     return bank if frames is None else fit(bank, frames)
 
 

@@ -101,3 +101,13 @@ def test_specaugment_masks_one_band_and_one_stretch() -> None:
         widths.append((int(hidden.all(dim=0).sum()), int(hidden.all(dim=1).sum())))
     assert max(width for width, _ in widths) <= 24 and max(width for _, width in widths) <= 80
     assert max(width for width, _ in widths) > 18 and max(width for _, width in widths) > 60
+
+
+def test_torchaudio_first_imported_where_tensors_have_no_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As transformers does it while a model is built on the meta device."""
+    import torchaudio.compliance.kaldi as kaldi
+
+    waveform = torch.linspace(-1, 1, 2000)
+    expected = features.filterbank(waveform)
+    monkeypatch.setattr(kaldi, "EPSILON", kaldi.EPSILON.to("meta"))
+    assert torch.equal(features.filterbank(waveform), expected)
