@@ -222,7 +222,11 @@ class SideBySide(PEFTMethod):
 
     def restructure(self, structure: dict[str, Any]) -> None:
         for method in self.methods:
-            method.restructure(structure.get("methods", {}).get(method.name, {}))
+            alone, method.root = method.root, self.root  # some look at the model that they stand on
+            try:
+                method.restructure(structure.get("methods", {}).get(method.name, {}))
+            finally:
+                method.root = alone
 
     def spec(self) -> dict[str, Any]:  # what is saved holds the tensors, wherever a folder is by then
         found = super().spec()

@@ -689,7 +689,8 @@ class PEFTMethod(Recorded, Callback, ABC):
 
     def _convert_early(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Once all methods are attached: they begin with the weights as they are."""
-        last = [callback for callback in trainer.callbacks if isinstance(callback, PEFTMethod)][-1:]  # type: ignore[attr-defined]
+        callbacks: list[Any] = getattr(trainer, "callbacks", [])
+        last = [callback for callback in callbacks if isinstance(callback, PEFTMethod)][-1:]
         if last and last[0] is self:
             exact_resume.convert_early(trainer, pl_module)
 

@@ -200,9 +200,7 @@ def _ia3(anatomy: Anatomy, method: Any) -> int:
 
 
 def _ssf(anatomy: Anatomy, method: Any) -> int:
-    shifted = ["Linear" in type(site.module).__name__ or getattr(site.module, "bias", None) is not None
-               for site in method.sites(anatomy)]
-    return sum((1 + shift) * site.out_features for shift, site in zip(shifted, method.sites(anatomy), strict=True))
+    return sum((1 + site.takes_bias) * site.out_features for site in method.sites(anatomy))
 
 
 def _layernorms(anatomy: Anatomy, method: Any) -> int:

@@ -12,6 +12,7 @@ from core.anatomy import Anatomy, Site
 from core.errors import ScionError
 from core.graft import Graft
 from core.method import PEFTMethod
+from core.schema import Count, Shapes
 
 TOLERANCE = 1e-2
 """How far the two probes of a basis may lie apart, for each root of its rank."""
@@ -95,6 +96,7 @@ class SVFit(PEFTMethod):
     """
 
     mergeable = True
+    structure_types = {"shapes": Shapes, "ranks": dict[str, Count], "stored": bool, "basis": dict[str, list[float]]}
     recommended = {"lr": 1e-2, "weight_decay": 0.0, "head_lr": 1e-3}
 
     def __init__(self, rank: int | None = None, targets: Sequence[str] | None = ("q", "v"),
