@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from core.errors import ScionError
 from core.run import execute
 from tests.core.tiny_run import PointOf, child, exit_code, fork, results
 
+ALL = bool(os.environ.get("SCION_ALL"))
+"""Behind each checkpoint; the quick tier takes one of them."""
 SETTINGS = {
     "default": (("--trainer.checkpoint_every_n_steps", "null"), 3),
     "best": (("--select", "best", "--trainer.checkpoint_every_n_steps", "null"), 4),
@@ -32,13 +35,14 @@ def test_stopped_behind_each_checkpoint(point_of: PointOf, tmp_path: Path, setti
     point = point_of(*options)
     execute(point, tmp_path / "alone")
     expected, tried = results(tmp_path / "alone"), 0
-    for number in range(1, count + 1):
+    stops = range(1, count + 1) if ALL else (count // 2 + 1,)
+    for number in stops:
         folder = tmp_path / str(number)
         if exit_code(child(point, folder, stop_after=number)) == -signal.SIGKILL:
             tried += 1
             execute(point, folder)
             assert results(folder) == expected, f"stopped behind checkpoint {number}"
-    assert tried >= count - 1
+    assert tried >= len(stops) - 1 and tried
 
 
 def test_stopped_between_best_and_last(point_of: PointOf, tmp_path: Path) -> None:
@@ -49,8 +53,6 @@ def test_stopped_between_best_and_last(point_of: PointOf, tmp_path: Path) -> Non
 
     def killed_behind_best(folder: Path, number: int) -> int:
         def work() -> int:
-            import os
-
             from core.checkpoints import AtomicCheckpointIO
 
             save, seen = AtomicCheckpointIO.save_checkpoint, [0]
@@ -68,7 +70,7 @@ def test_stopped_between_best_and_last(point_of: PointOf, tmp_path: Path) -> Non
         return exit_code(fork(work))
 
     stopped = 0
-    for number in (1, 2, 3):
+    for number in (1, 2, 3) if ALL else (1, 2):
         folder = tmp_path / str(number)
         stopped += killed_behind_best(folder, number) == -signal.SIGKILL
         if number == 1:
@@ -76,7 +78,7 @@ def test_stopped_between_best_and_last(point_of: PointOf, tmp_path: Path) -> Non
         if not (folder / "history.json").exists():
             execute(point, folder)
         assert results(folder) == expected, f"stopped behind the {number}. best"
-    assert stopped >= 2
+    assert stopped
 
 
 def test_a_moved_run_keeps_its_best(point_of: PointOf, tmp_path: Path) -> None:
