@@ -200,7 +200,8 @@ def test_what_is_odd_in_a_folder_is_left_out_and_named(tmp_path: Path, monkeypat
     assert len(set(found)) == len(found) == 11 and all(os.path.isfile(name) for name in found)
     told = sorted(line.removeprefix(f"{root}/") for line in data.skipped)
     starts = ("a/circle.wav: cannot be read", "a/inner: cannot be read",
-              "a/loud.wav: the sound file's values are too large (up to 1e+18", "a/pipe.wav: a pipe", "back: a link back")
+              "a/loud.wav: the sound file's values are too large (up to 1e+18", "a/pipe.wav: a pipe",
+              "back: a link back")
     for line, start in zip(told, starts, strict=True):
         assert line.startswith(start) and line.isprintable()
     with pytest.raises(ScionError, match="skip_bad: true leaves"):
