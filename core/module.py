@@ -549,8 +549,9 @@ class FineTuner(L.LightningModule):
             self._resume = checkpoint.get("resume")
         if not any("._extra_state" in name for name in checkpoint["state_dict"]):
             return
-        record, tensors = split_checkpoint(checkpoint["state_dict"], "the checkpoint")
-        if home_in(self) is None:
+        is_bare = home_in(self) is None
+        record, tensors = split_checkpoint(checkpoint["state_dict"], "the checkpoint", made=not is_bare)
+        if is_bare:
             restore(record, tensors, self.backbone, where="the checkpoint")
         else:
             structures = {saved["name"]: saved.get("structure", {}) for saved in record["methods"]}
