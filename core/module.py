@@ -302,7 +302,7 @@ class FineTuner(L.LightningModule):
     def _share(self, stage: str, batch: Any, index: int) -> Share:
         """How much of the joint batch is this process's."""
         loader = self._loader(stage)
-        if loader is None or loader.epoch_sampler is None:
+        if loader is None or loader.epoch_sampler is None or loader.epoch_sampler.processes()[1] == 1:
             return Share(len(batch[1]), len(batch[1]), 1)
         return loader.epoch_sampler.share(index)
 
