@@ -456,6 +456,11 @@ class Anatomy:
         """Names of the parameters of the task head; a language model's head is not among them."""
         return {name for site in self.stem.get("head", []) for name in site.parameter_names}
 
+    @property
+    def size(self) -> int:
+        """Number of the model's parameters, a task head included, without those that methods have added."""
+        return sum(p.numel() for name, p in self.root.named_parameters() if not name.startswith("peft."))
+
     def norm_names(self) -> set[str]:
         """Names of all parameters of norms."""
         return {name for site in self.all_sites() if site.role in NORMS for name in site.parameter_names}

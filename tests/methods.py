@@ -446,7 +446,7 @@ def _lofit(anatomy: Anatomy, method: Any) -> int:
 def _ltsft(anatomy: Anatomy, method: Any) -> int:
     if method.stage == "dense":
         return _everything(anatomy, method)
-    return method.count or round(method.density * _everything(anatomy, method))
+    return method.count or round(method.density * anatomy.size)
 
 
 # ------------------------------------------------------------------------------------------------- stages

@@ -172,6 +172,25 @@ def test_l1_to_the_start(stage: str) -> None:
     assert LTSFT(count=200).attach(make(FAMILY)).loss_terms(None, None, None) is None  # type: ignore[attr-defined]
 
 
+def test_shares_are_of_all_parameters() -> None:
+    """N of the regulariser and the base of density are the whole model's, whatever may be chosen from."""
+    exclude = ("q", "k", "v", "mlp.up", "mlp.down")
+    model = make(FAMILY)
+    total = sum(p.numel() for p in model.parameters())
+    method = LTSFT(density=0.01, l1_dense=0.1, exclude=exclude).attach(model)
+    choice = method.counts()["method"]
+    assert choice < 0.7 * total
+    with torch.no_grad():
+        for tensor in method.trainable().values():
+            tensor += 0.5
+    assert abs(float(method.loss_terms(None, None, None)) - 0.1 * 0.5 * choice / total) < 1e-6
+    method.advance()
+    assert method.counts()["method"] == round(0.01 * total)
+    method = LTSFT(density=1.0, exclude=exclude).attach(make(FAMILY))
+    method.advance()
+    assert method.counts()["method"] == choice
+
+
 def test_head_rewinds_apart() -> None:
     """What another method or the head trains is not LT-SFT's to choose from or to rewind."""
     model = make(FAMILY)

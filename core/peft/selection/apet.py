@@ -62,8 +62,7 @@ class APET(PEFTMethod):
 
     def budget(self, anatomy: Anatomy) -> int:
         """How many numbers are to be trained."""
-        everything = sum(p.numel() for name, p in anatomy.root.named_parameters() if not name.startswith("peft."))
-        return self.count or int((self.density or 0) * everything)
+        return self.count or int((self.density or 0) * anatomy.size)
 
     def check(self, anatomy: Anatomy) -> None:
         self.need_linear(anatomy)

@@ -19,14 +19,14 @@ class LTSFT(PEFTMethod):
     """Trains everything, keeps the positions that moved most, rewinds, and trains those alone.
 
     Equation: I = positions of the K largest |theta_dense - theta_0|; theta = theta_0 + phi, phi = 0 outside I.
-        Regularised in either stage by l1 mean |theta - theta_0|
+        Regularised in either stage by l1 sum |theta - theta_0| / N, N the number of all parameters of the model
     Trains: all in the dense stage, K in the sparse one (plus K positions to store)
     Merges: theta_0 + phi
     Source: Ansell et al. 2022, arXiv:2110.07560, section 3; Litschko et al. 2022 for rankers. Two stages: the command
         runs both; elsewhere fit, call ``advance()``, and fit again with a new optimizer
 
     Args:
-        density: share of the backbone's parameters to keep, in (0, 1].
+        density: K as a share of all the model's parameters, in (0, 1]; at most what is not excluded.
         count: alternative to ``density``: how many to keep.
         l1_dense: weight of the regulariser in the dense stage.
         l1_sparse: weight of the regulariser in the sparse stage.
@@ -61,7 +61,9 @@ class LTSFT(PEFTMethod):
             raise ScionError(f"LTSFT: count {self.count} is more than the {total} parameters to choose from")
 
     def begin(self, anatomy: Anatomy) -> None:
-        self.stage, self.total = "dense", self._size(anatomy)
+        self.stage, self.everything = "dense", anatomy.size
+        share = max(1, round((self.density or 0) * anatomy.size))
+        self.keep = min(share, self._size(anatomy)) if self.count is None else self.count
 
     def _size(self, anatomy: Anatomy) -> int:
         """How many parameters there are to choose from."""
@@ -77,8 +79,7 @@ class LTSFT(PEFTMethod):
         parameters = dict(root.named_parameters())
         moves = [(parameters[name].detach() - start.to(parameters[name].device)).abs().flatten().float()
                  for name, start in self.start.items()]
-        keep = self.count if self.count is not None else max(1, round((self.density or 0) * self.total))
-        best = torch.cat(moves).topk(keep).indices.sort().values
+        best = torch.cat(moves).topk(self.keep).indices.sort().values
         positions: dict[str, Tensor] = {}
         offset = 0
         for name, move in zip(self.start, moves, strict=True):
@@ -114,7 +115,7 @@ class LTSFT(PEFTMethod):
             parameters = dict(self._need_root().named_parameters())
             moves = [(parameters[name] - start.to(parameters[name].device)).abs().sum()
                      for name, start in self.start.items()]
-        return factor * torch.stack(moves).sum() / self.total
+        return factor * torch.stack(moves).sum() / self.everything
 
     def structure(self) -> dict[str, Any]:
         return {"stage": self.stage, "entries": described(self.grafts)}

@@ -94,8 +94,7 @@ class SensitivityTuning(PEFTMethod):
 
     def _budget(self, anatomy: Anatomy) -> int:
         """How many numbers may be trained."""
-        everything = sum(p.numel() for name, p in anatomy.root.named_parameters() if not name.startswith("peft."))
-        return self.count or int((self.density or 0) * everything)
+        return self.count or int((self.density or 0) * anatomy.size)
 
     def begin(self, anatomy: Anatomy) -> None:
         self.budget, candidates = self._budget(anatomy), self.candidates(anatomy)

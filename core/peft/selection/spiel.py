@@ -140,8 +140,7 @@ class SpIEL(PEFTMethod):
         """How many entries each site has."""
         sites = self.sites(anatomy)
         sizes = {site.name: site.in_features * site.out_features for site in sites}
-        everything = sum(p.numel() for name, p in anatomy.root.named_parameters() if not name.startswith("peft."))
-        budget = self.count or int((self.density or 0) * everything) or (self.rank or 0) * sum(
+        budget = self.count or int((self.density or 0) * anatomy.size) or (self.rank or 0) * sum(
             site.in_features + site.out_features for site in sites)
         if budget > sum(sizes.values()):
             raise ScionError(f"{self.name}: {budget} entries are more than the {sum(sizes.values())} of the targets")
