@@ -81,6 +81,8 @@ class PEFTMethod(Recorded, Callback, ABC):
     recommended: ClassVar[dict[str, float]] = {"lr": 1e-3, "weight_decay": 0.0}
     """Learning rate and weight decay from the paper, taken by ``lr: auto``; ``head_lr`` where the rate of a new head
     beside the method must be another one."""
+    former_options: ClassVar[dict[str, Any]] = {}
+    """Options that files of earlier versions name, with the one value that they had there."""
     stages: tuple[str, ...] = ()
     """Names of the runs that the method needs one after the other; empty means one. An option may say otherwise on the
     instance."""

@@ -105,9 +105,12 @@ def make(name: str, config: dict[str, Any]) -> PEFTMethod:
     Raises:
         ScionError: no such method, an argument that it does not have, or a value of another type.
     """
-    from core.spec import check_arguments
+    from core.spec import check_arguments, signature
 
     cls = method_class(name)
+    config = {key: value for key, value in config.items()
+              if key in signature(cls).parameters or key not in cls.former_options
+              or value != cls.former_options[key]}
     check_arguments(cls, config, "peft")
     return cls(**config)
 

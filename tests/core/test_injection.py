@@ -145,9 +145,23 @@ def test_count(cell: Cell) -> None:
 
 @pytest.mark.parametrize("method", ["DoRA", "AdaLoRA", "MoS", "TriAdaptLoRA"])
 def test_options_of_lora_alone(method: str) -> None:
+    """They are none of theirs; files of earlier versions name them with the values that change nothing."""
+    names = {"root", "start", "lr_ratio"}
+    assert not names & set(peft.options(method)) and not names & set(peft.make(method, {}).config)
     for options in ({"root": True}, {"start": "principal"}, {"lr_ratio": 2.0}):
-        with pytest.raises(ScionError, match=f"{method}.*(no option|options of LoRA alone)"):
+        with pytest.raises(ScionError, match=f"{method} has no option"):
             peft.make(method, options)
+    early = peft.make(method, {"root": False, "start": "random", "lr_ratio": 1.0, "rank": 5})
+    assert early.config == peft.make(method, {"rank": 5}).config
+
+
+def test_no_option_is_always_refused() -> None:
+    """Whatever a method inherits and cannot have is no option of it: it takes each one's default by name."""
+    for name in peft.registry():
+        cls = peft.method_class(name)
+        for option, value in cls().config.items():
+            cls(**{option: value})
+        assert set(cls().config) == set(peft.options(name))
 
 
 def _refuses(cell: Cell, model: torch.nn.Module, changes: dict[str, Any], *words: str) -> str:

@@ -37,6 +37,11 @@ def test_1_to_3_counts_at_the_start(model: Any, sites: int, count: int) -> None:
     assert len(method.grafts) == sites and method.counts()["method"] == count
 
 
+def test_new_groups_are_not_decayed() -> None:
+    """At the settings of its own; grown tensors enter the groups that there are."""
+    assert TriAdaptLoRA.recommended["weight_decay"] == 0.0
+
+
 def test_2_count_after_growth() -> None:
     method = TriAdaptLoRA(targets=("q",), layers=(0,)).attach(_bert())
     [graft] = method.grafts

@@ -79,7 +79,8 @@ class DiffPruning(PEFTMethod):
         optimizer
 
     Args:
-        density: K as a share of all the model's parameters, in (0, 1]; 0.005 where nothing else is given.
+        density: share of the parameters to keep, of those that are not excluded, in (0, 1]; 0.005 where nothing else is
+            given.
         count: alternative to ``density``: how many to keep.
         l0: weight of the expected number of changed entries.
         structured: whether each tensor has a gate of its own besides.
@@ -124,7 +125,7 @@ class DiffPruning(PEFTMethod):
     def begin(self, anatomy: Anatomy) -> None:
         self.stage = "masks"
         total = sum(site.full_weight.numel() for site in self.sites(anatomy))
-        self.keep = self.count or min(total, max(1, round((self.density or 0) * anatomy.size)))
+        self.keep = self.count or max(1, round((self.density or 0) * total))
 
     def build(self, site: Site) -> Graft:
         return MaskedChange(site, self.structured, self.first, self.draw)

@@ -12,9 +12,10 @@ from core.anatomy import Site
 from core.errors import ScionError
 from core.graft import Graft
 from core.interop import PeftForm
+from core.low_rank import LowRankMethod
 from core.method import PEFTMethod
 from core.optim import steps_of
-from core.peft.weights.lora import LoRA, orthogonality
+from core.peft.weights.lora import orthogonality
 
 
 class AdaLoRAGraft(Graft):
@@ -60,7 +61,7 @@ class AdaLoRAForm(PeftForm):
             for name, tensor in tensors.items()} if lost > 0 else tensors)
 
 
-class AdaLoRA(LoRA):
+class AdaLoRA(LowRankMethod, PEFTMethod):
     """LoRA as singular triplets, of which those with the least importance are zeroed, over all sites together.
 
     Equation: y = W x + s B diag(E) A x, s = alpha / rank; loss + gamma mean (|A A^T - I| + |B^T B - I|).

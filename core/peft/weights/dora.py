@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from core.anatomy import Site
 from core.graft import Graft
 from core.interop import LowRank, Part, placed
+from core.low_rank import LowRankMethod
 from core.method import PEFTMethod
-from core.peft.weights.lora import LoRA, LoRAGraft
+from core.peft.weights.lora import LoRAGraft
 
 
 class DoRAGraft(LoRAGraft):
@@ -79,7 +80,7 @@ class DoRAForm(LowRank):
         return part
 
 
-class DoRA(LoRA):
+class DoRA(LowRankMethod, PEFTMethod):
     """LoRA on the direction of a weight, and a trained magnitude for each output.
 
     Equation: y = m (W + s B A) x / ||W + s B A|| + b, norm of each row, constant in backward; m starts as ||W||

@@ -13,6 +13,7 @@ from core.anatomy import Anatomy, Site
 from core.errors import ScionError
 from core.graft import Graft
 from core.interop import LowRank
+from core.low_rank import LowRankMethod
 from core.method import PEFTMethod
 
 
@@ -85,7 +86,7 @@ class LoRAForm(LowRank):
         return {**super().take(method, graft, tensors), **dict(graft.named_buffers())}  # the start is the weight's
 
 
-class LoRA(PEFTMethod):
+class LoRA(LowRankMethod, PEFTMethod):
     """A low-rank change beside a frozen weight: linear maps, Conv1D, convolutions, and parts of a fused projection.
 
     Equation: y = W x + b + (alpha / rank) B A dropout(x); A [rank, in] Kaiming-uniform (a = sqrt 5), B [out, rank]
@@ -107,35 +108,23 @@ class LoRA(PEFTMethod):
         lr_ratio: learning rate of B as a multiple of A's.
     """
 
-    mergeable = True
-    recommended = {"lr": 5e-3, "weight_decay": 0.1}
+    former_options = {}
     peft = LoRAForm(fixed={"use_dora": False})
 
     def __init__(self, rank: int = 8, alpha: float | None = None, dropout: float = 0.0,
                  targets: Sequence[str] | None = ("q", "v"), root: bool = False,
                  start: Literal["random", "principal"] = "random", lr_ratio: float = 1.0, **common: Any) -> None:
-        super().__init__(**common)
-        if (root or start != "random" or lr_ratio != 1) and type(self).build is not LoRA.build:
-            raise ScionError(f"{type(self).__name__}: root, start and lr_ratio are options of LoRA alone")
+        super().__init__(rank, alpha, dropout, targets, **common)
         if start not in ("random", "principal") or lr_ratio <= 0:
             raise ScionError(f"{type(self).__name__}: start {start!r} must be 'random' or 'principal', lr_ratio "
                              f"{lr_ratio} positive")
         if start == "principal" and dropout:
             raise ScionError(f"{type(self).__name__}: dropout {dropout} would break the principal start, which cancels")
-        if rank < 1:
-            raise ScionError(f"{type(self).__name__}: rank {rank} must be at least 1")
-        if not 0 <= dropout < 1:
-            raise ScionError(f"{type(self).__name__}: dropout {dropout} must lie in [0, 1)")
-        if alpha is not None and alpha <= 0:
-            raise ScionError(f"{type(self).__name__}: alpha {alpha} must be positive")
-        self.rank, self.dropout = rank, dropout
-        self.targets = None if targets is None else tuple(targets)
-        self.alpha = rank if alpha is None else alpha
         self.scale = self.alpha / (math.sqrt(rank) if root else rank)
         self.principal, self.lr_ratio = start == "principal", lr_ratio
 
     def check(self, anatomy: Anatomy) -> None:
-        self.need_linear(anatomy)
+        super().check(anatomy)
         for site in self.sites(anatomy) if self.principal else ():
             if self.rank > min(site.in_features, site.out_features):
                 raise ScionError(f"{self.name}: rank {self.rank} is more than the {site.out_features} x "

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from core.anatomy import Anatomy, Site
 from core.errors import ScionError
 from core.graft import Graft
-from core.peft.weights.lora import LoRA, LoRAGraft
+from core.low_rank import LowRankMethod
+from core.method import PEFTMethod
+from core.peft.weights.lora import LoRAGraft
 from core.random_state import seeded
 
 
@@ -53,7 +55,7 @@ class MoSGraft(LoRAGraft):
         return self.pool[0].B[self.index_B].view(self.rank, -1).t()
 
 
-class MoS(LoRA):
+class MoS(LowRankMethod, PEFTMethod):
     """Low-rank changes whose vectors are put together, by frozen random indices, from shards shared by all layers.
 
     Equation: y = W x + b + (alpha / rank) B_l A_l dropout(x); A_l = P_A[i_l] as [rank, in], B_l = P_B[j_l] as

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from core.anatomy import Site
 from core.errors import ScionError
 from core.graft import Graft
-from core.method import home_of
+from core.low_rank import LowRankMethod
+from core.method import PEFTMethod, home_of
 from core.optim import steps_of
-from core.peft.weights.lora import LoRA, orthogonality
+from core.peft.weights.lora import orthogonality
 from core.random_state import seeded
 from core.schema import Few
 
@@ -78,7 +79,7 @@ class TriAdaptLoRAGraft(Graft):
         return self.scale * torch.cat(list(self.B), dim=1), self.core() @ torch.cat(list(self.A))
 
 
-class TriAdaptLoRA(LoRA):
+class TriAdaptLoRA(LowRankMethod, PEFTMethod):
     """A low-rank change with a dense core, which starts at rank 1 and grows at the sites whose core grows fastest.
 
     Equation: y = W x + b + s B (C_low + C_up) A x, s = alpha / (R + 1e-5), C triangular in blocks. At a check, a site's
@@ -90,7 +91,7 @@ class TriAdaptLoRA(LoRA):
     Source: Liang et al. 2025, arXiv:2501.08008 (number from memory), and a public implementation, which starts with C
         and all but the first A at zero, where no gradient is left: here A and B are normal with 0.02 and C is zero. Its
         scale divides by the present rank, so that growth shrinks what is there by R / (R + growth): "alpha/reference"
-        does not. Learning rate as LoRA's here
+        does not. Learning rate as LoRA's here, without weight decay
 
     Args:
         rank: reference rank: the budget is this times the number of sites.
@@ -106,6 +107,7 @@ class TriAdaptLoRA(LoRA):
         targets: roles to adapt; None is every linear map of the blocks.
     """
 
+    recommended = {"lr": 5e-3, "weight_decay": 0.0}
     structure_types = {"blocks": dict[str, Few]}
 
     def __init__(self, rank: int = 8, init_rank: int = 1, growth: int | None = None, warmup: float = 0.05,
