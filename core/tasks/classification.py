@@ -15,7 +15,7 @@ from torchmetrics.utilities import dim_zero_cat
 from core.anatomy import parameter_sites
 from core.errors import ScionError, listed
 from core.graft import Graft
-from core.peft.weights.quantize import POSITIVE, QuantizedGraft
+from core.peft.weights.quantize import BITS, QuantizedGraft
 from core.tasks.base import Task
 
 
@@ -75,8 +75,8 @@ class Classification(Task):
                 raise ScionError(f"Classification: {name} {value} must lie in [0, 1)")
         if num_classes is not None and num_classes < 2:
             raise ScionError(f"Classification: num_classes {num_classes} must be at least 2")
-        if bits is not None and bits not in POSITIVE:
-            raise ScionError(f"Classification: bits {bits} must be one of {listed(POSITIVE)}, or None")
+        if bits is not None and bits not in BITS:
+            raise ScionError(f"Classification: bits {bits} must be one of {listed(BITS)}, or None")
         self.bits = bits
         self.num_classes, self.label_smoothing, self.dropout = num_classes, label_smoothing, dropout
         self.classes: list[str] = []

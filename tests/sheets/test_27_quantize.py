@@ -19,7 +19,7 @@ from core.backbone import Backbone
 from core.errors import ScionError
 from core.module import outside
 from core.peft import method_class
-from core.peft.weights.quantize import QuantizedGraft
+from core.peft.weights.quantize import QuantizedGraft, positive_levels
 from core.run import save_run_adapter
 from core.tasks import Classification
 from tests.models import batch, make
@@ -139,6 +139,18 @@ def test_3_round_trip(bits: int, host: str, tmp_path: Path) -> None:
     save_adapter(loaded, again)
     one, two = load_file(tmp_path / "adapter.safetensors"), load_file(again / "adapter.safetensors")
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize(("bits", "published"), [
+    (1, [0.67449]), (2, [0.37775, 1.26572]),
+    (4, [0.10555, 0.31904, 0.54007, 0.77519, 1.03401, 1.33311, 1.70774, 2.26549])])
+def test_4_levels_are_a_fixed_point(bits: int, published: list[float]) -> None:
+    """Middles between levels and medians of what lies between middles, in turn, move nothing any more."""
+    levels = torch.tensor(positive_levels(bits), dtype=torch.float64)
+    assert torch.allclose(levels, torch.tensor(published, dtype=torch.float64), atol=5e-6, rtol=0)
+    middles = torch.cat([torch.zeros(1), (levels[1:] + levels[:-1]) / 2, torch.full((1,), torch.inf)])
+    shares = torch.special.ndtr(middles.double())
+    assert float((torch.special.ndtri((shares[1:] + shares[:-1]) / 2) - levels).abs().max()) < 1e-9
 
 
 def test_4_levels() -> None:

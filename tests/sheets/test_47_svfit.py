@@ -264,6 +264,10 @@ def test_7_fused_projection() -> None:
     assert whole.U.shape == (96, 32) and distance(largest, whole.S) > 1e-2
 
 
+def test_head_learns_slower_than_sigma() -> None:
+    assert SVFit.recommended["head_lr"] == 0.1 * SVFit.recommended["lr"]
+
+
 def test_9_sigma_is_not_decayed() -> None:
     """Decay towards zero would shrink the backbone."""
     method = SVFit().attach(make("bert"))

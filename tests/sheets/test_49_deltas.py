@@ -3,7 +3,9 @@ for every method."""
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -213,16 +215,43 @@ def test_lokr_splits_widths(width: int, factor: int, parts: tuple[int, int]) -> 
 @pytest.mark.parametrize(("rank", "factor", "small"), [(2, -1, True), (4, -1, False), (3, 2, True), (16, 2, False)])
 def test_lokr_equation(rank: int, factor: int, small: bool) -> None:
     """(alpha / r) C (x) B A: the entry at (a o_2 + b, c i_2 + d) is C[a, c] (B A)[b, d]. Where r is not below half of
-    the larger side, B A is one matrix and the scale 1."""
+    the larger side, B A is one matrix."""
     method = _on_bert(LoKr(rank=rank, alpha=3 * rank, factor=factor, targets=("q",)))
     for graft in method.grafts:
         assert (graft.B is not None) == small
 
         def change(g: Any) -> Tensor:
-            inner = g.A if g.B is None else 3.0 * g.B @ g.A
+            inner = 3.0 * (g.A if g.B is None else g.B @ g.A)
             return torch.einsum("ac,bd->abcd", g.C, inner).reshape(32, 32)
 
         check_effective(graft, lambda w, g=graft, c=change: w + c(g))
+
+
+def test_a_whole_inner_matrix_of_an_earlier_version(tmp_path: Path) -> None:
+    """Its scale was 1: such a file, alone or within a Route, gives what it gave, and so does what is saved of it."""
+    from core.compose import Route
+
+    method = LoKr(rank=16, alpha=48, targets=("q",)).attach(make("bert"))
+    randomize(method)
+    method.save(tmp_path / "old")
+    record = json.loads((tmp_path / "old" / "adapter.json").read_text())
+    record["methods"][0]["structure"] = {}
+    (tmp_path / "old" / "adapter.json").write_text(json.dumps(record))
+    model, inputs, bases = make("bert"), batch("bert"), [make("bert") for _ in range(3)]
+    with torch.no_grad():
+        for graft in method.grafts:
+            site, change = graft.site, torch.kron(graft.C, graft.A)
+            model.get_parameter(site.weight_name).add_(change)
+    expected = outputs(model, inputs)
+    load_adapter(tmp_path / "old", bases[0]).save(tmp_path / "again")
+    load_adapter(tmp_path / "again", bases[1])
+    Route([str(tmp_path / "old"), LoHa()]).attach(bases[2])
+    assert all(distance(outputs(base, inputs), expected) < 1e-5 for base in bases)
+
+
+def test_heads_learn_slower_than_vectors() -> None:
+    """A new head beside VeRA's two vectors a layer has a tenth of their rate."""
+    assert VeRA.recommended["head_lr"] == 0.1 * VeRA.recommended["lr"]
 
 
 def test_2_and_3_lokr_start() -> None:

@@ -89,7 +89,8 @@ class GaLore(FullFineTuning):
     Merges: the weights are the base's own
     Source: Zhao et al. 2024, arXiv:2403.03507, algorithm 2. Learning rate: full training's, over the scale. What is not
         projected (biases, norms, embeddings) has AdamW. FineTuner makes the optimizer; elsewhere
-        ``method.make_optimizer(groups)`` does
+        ``method.make_optimizer(groups)`` does. eps is added to the root of the corrected second moment, as torch does;
+        the authors' code adds it before the correction, which only shows where gradients are as small as eps
 
     Args:
         rank: rank of the projection, at least 1.

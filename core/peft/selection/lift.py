@@ -67,8 +67,9 @@ class LIFT(PEFTMethod):
     Trains: (m + n) rank a target; BERT-base, six linear maps, rank 8: 1,327,104
     Merges: W with its changed entries
     Source: Liu et al. 2025, LIFT (ICML). Learning rate, betas and eps of the authors' scripts; their rank is 128. Their
-        released configurations select the smallest entries: here the largest are selected, as in the paper. The change
-        stands beside the frozen weight, so that memory and files grow with k alone
+        released configurations select the smallest entries: here the largest are selected, as in the paper. Adam is
+        torch's: eps is added to the root of the corrected second moment, where the paper adds it before the correction.
+        The change stands beside the frozen weight, so that memory and files grow with k alone
 
     Args:
         rank: the budget is that of LoRA with this rank.

@@ -38,7 +38,7 @@ class LoKrGraft(Graft):
             self.A = nn.Parameter(torch.empty(rank, in_2))
             nn.init.kaiming_uniform_(self.B, a=math.sqrt(5))
         else:
-            self.B, self.A, scale = None, nn.Parameter(torch.empty(out_2, in_2)), 1.0
+            self.B, self.A = None, nn.Parameter(torch.empty(out_2, in_2))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
         self.scale = scale
 
@@ -48,7 +48,7 @@ class LoKrGraft(Graft):
 
 
 class LoKrForm(PeftForm):
-    """peft multiplies by alpha / rank where the inner matrix is one as well."""
+    """peft's scale is alpha / rank, which whole inner matrices of earlier versions have not."""
 
     def give(self, method: PEFTMethod, grafts: list[Graft]) -> Part:
         graft = whole(method, grafts, self.modules)
@@ -58,13 +58,12 @@ class LoKrForm(PeftForm):
                 raise Inexpressible(f"{method.name}: factor {method.factor} splits the width {width} of "
                                     f"{graft.site.name} in another way in peft; take one up to its square root, or -1")
         if graft.B is None:
-            return Part({"lokr_w1": graft.C, "lokr_w2": graft.A * (method.rank / method.alpha)})
+            return Part({"lokr_w1": graft.C, "lokr_w2": graft.A * (graft.scale * method.rank / method.alpha)})
         return Part({"lokr_w1": graft.C, "lokr_w2_a": graft.B, "lokr_w2_b": graft.A})
 
     def take(self, method: PEFTMethod, graft: Graft, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        assert isinstance(method, LoKr)
         if "lokr_w2" in tensors:
-            tensors = {"lokr_w1": tensors["lokr_w1"], "lokr_w2_b": tensors["lokr_w2"] * (method.alpha / method.rank)}
+            tensors = {"lokr_w1": tensors["lokr_w1"], "lokr_w2_b": tensors["lokr_w2"]}
         return super().take(method, graft, tensors)
 
 
@@ -76,7 +75,7 @@ class LoKr(PEFTMethod):
     Trains: out_1 in_1 + rank (out_2 + in_2) a target; BERT-base, q and v, rank 8: 26,112
     Merges: W + (alpha / rank) C (x) (B A)
     Source: Yeh et al. 2023, arXiv:2309.14859, section 3 (LyCORIS); where B A would not be smaller than one matrix
-        [out_2, in_2], it is that, with scale 1, as in the library; the learning rate is LoRA's here, divided by five
+        [out_2, in_2], it is that; the learning rate is LoRA's here, divided by five
 
     Args:
         rank: rank of the inner matrix, at least 1.
@@ -101,9 +100,23 @@ class LoKr(PEFTMethod):
             raise ScionError(f"LoKr: alpha {alpha} must be positive")
         self.rank, self.alpha, self.factor = rank, rank if alpha is None else alpha, factor
         self.targets = None if targets is None else tuple(targets)
+        self.scales_whole = True
+        """Whether whole inner matrices are multiplied by alpha / rank too; not so in files of earlier versions."""
 
     def check(self, anatomy: Anatomy) -> None:
         self.need_linear(anatomy)
+
+    def begin(self, anatomy: Anatomy) -> None:
+        self.scales_whole = True
+
+    def structure(self) -> dict[str, Any]:
+        return {"scales_whole": True} if self.scales_whole else {}
+
+    def restructure(self, structure: dict[str, Any]) -> None:
+        self.scales_whole = structure.get("scales_whole", False)
+        for graft in self.grafts:
+            if isinstance(graft, LoKrGraft) and graft.B is None:
+                graft.scale = self.alpha / self.rank if self.scales_whole else 1.0
 
     def build(self, site: Site) -> Graft:
         return LoKrGraft(site, self.rank, self.alpha / self.rank, self.factor)

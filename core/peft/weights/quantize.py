@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Sequence
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -14,11 +17,23 @@ from core.errors import ScionError, listed, nearest
 from core.graft import Graft
 from core.method import Home, PEFTMethod
 
-POSITIVE = {
-    1: (0.67449,), 2: (0.37775, 1.26572),
-    4: (0.10555, 0.31904, 0.54007, 0.77519, 1.03401, 1.33311, 1.70774, 2.26549),
-}
-"""Levels above zero: each is the median of a normal variable between the middles to its neighbours."""
+BITS = (1, 2, 4)
+
+
+@functools.cache
+def positive_levels(bits: int) -> tuple[float, ...]:
+    """The levels above zero: each is the median of a normal variable between the middles to its neighbours. They are
+    found by setting middles and medians in turn until nothing moves."""
+    normal, count = NormalDist(), 2 ** (bits - 1)
+    levels = [(2 * i + 1) / count for i in range(count)]
+    moved = 1.0
+    while moved > 1e-13:
+        middles = [(one + other) / 2 for one, other in itertools.pairwise(levels)]
+        shares = [0.5, *(normal.cdf(middle) for middle in middles), 1.0]
+        medians = [normal.inv_cdf((one + other) / 2) for one, other in itertools.pairwise(shares)]
+        moved = max(abs(one - other) for one, other in zip(medians, levels, strict=True))
+        levels = medians
+    return tuple(levels)
 
 
 class QuantizedGraft(Graft):
@@ -34,8 +49,8 @@ class QuantizedGraft(Graft):
     def __init__(self, site: Site, bits: int) -> None:
         super().__init__(site)
         self.bits = bits
-        self.register_buffer("levels", torch.tensor([*(-v for v in reversed(POSITIVE[bits])), *POSITIVE[bits]]),
-                             persistent=False)
+        above = positive_levels(bits)
+        self.register_buffer("levels", torch.tensor([*(-level for level in reversed(above)), *above]), persistent=False)
         matrix = site.full_weight
         noise = nn.init.trunc_normal_(torch.empty(matrix.shape), std=1e-3, a=-2e-3, b=2e-3)
         blank = not matrix.is_meta and not bool(matrix.detach().any())
@@ -113,8 +128,8 @@ class Quantize(PEFTMethod):
 
     def __init__(self, bits: int = 1, methods: Sequence[str] | None = None, **common: Any) -> None:
         super().__init__(**common)
-        if bits not in POSITIVE:
-            raise ScionError(f"Quantize: bits {bits} must be one of {listed(POSITIVE)}")
+        if bits not in BITS:
+            raise ScionError(f"Quantize: bits {bits} must be one of {listed(BITS)}")
         self.bits, self.hosts = bits, None if methods is None else tuple(methods)
 
     def sites(self, anatomy: Anatomy) -> list[Site]:

@@ -107,7 +107,7 @@ class VeRA(PEFTMethod):
         ``start``, b as zeros. Narrower layers take the first columns of A and the first rows of B
     Trains: rank + out a target; BERT-base, q and v, rank 256: 24,576
     Merges: W + diag(b) B diag(d) A
-    Source: Kopiczko et al. 2023, arXiv:2310.11454, section 3; the learning rate is from memory
+    Source: Kopiczko et al. 2023, arXiv:2310.11454, section 3; the learning rates are from memory
 
     Args:
         rank: rank of the shared map, at least 1.
@@ -116,7 +116,7 @@ class VeRA(PEFTMethod):
     """
 
     mergeable = True
-    recommended = {"lr": 1e-2, "weight_decay": 0.0}
+    recommended = {"lr": 1e-2, "weight_decay": 0.0, "head_lr": 1e-3}
     structure_types = {"stored": bool}
     peft = VeRAForm("VERA", {"rank": "r", "start": "d_initial"}, {"vera_lambda_b": "b", "vera_lambda_d": "d"},
                     modules=("linear", "conv1d"),
