@@ -1252,8 +1252,8 @@ METHODS: dict[str, Row] = {
                         learns={"lr": 1e-2})},
         trained=lambda anatomy, method: sum(i * o for i, o in _linear(anatomy, method)),
         cards=(("vit_b16", {}, 28_311_552),),
-        bad=(({"drop": 1.5}, "drop 1.5"), ({"l2": -1.0}, "l2 -1"), ({"targets": ("mlp.up", "block")}, "linear weight"),
-             ({"targets": ("mlp.upp",)}, "'mlp.up'")),
+        bad=(({"drop": 1.5}, "drop 1.5"), ({"l2": -1.0}, "l2 -1"), ({"teacher": "now"}, "'now'"),
+             ({"targets": ("mlp.up", "block")}, "linear weight"), ({"targets": ("mlp.upp",)}, "'mlp.up'")),
         stopped=(".scores",), operators=6, saved=0.96, decays=False, without_attention={"targets": ("mlp.down",)},
         absent=("test_gradcheck",),  # no gradient is the function's derivative: tests/sheets has the one it should be
         artifact={"targets": ("o",)},

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from core import dissect, load_adapter
 from core.peft import method_class
@@ -149,9 +149,16 @@ def test_10_the_threshold_itself_is_masked() -> None:
     assert not method.grafts[0].mask.any()
 
 
-def test_two_gradients_equal_manual_ones(tmp_path: Path) -> None:
-    """What the Trainer's hooks combine is what two explicit backward passes give, over two micro-batches."""
+@pytest.mark.parametrize("teacher_of", ["start", "current"])
+def test_two_gradients_equal_manual_ones(teacher_of: str, tmp_path: Path) -> None:
+    """What the Trainer's hooks combine is what two explicit backward passes give, over two micro-batches; the teacher's
+    head is the one that training began with, or as it is."""
     class Watch(Callback):
+        first: dict[str, Tensor] = {}
+
+        def on_train_start(self, trainer: Any, module: Any) -> None:
+            self.first = {name: p.detach().clone() for name, p in module.named_parameters() if "peft" not in name}
+
         seen: list[tuple[Any, Any]] = []
 
         def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
@@ -160,7 +167,8 @@ def test_two_gradients_equal_manual_ones(tmp_path: Path) -> None:
             for images, labels in self.batches:
                 out = module(images)
                 with torch.no_grad(), method.disabled():
-                    teacher = module(images).softmax(-1)
+                    head = self.first if teacher_of == "start" else {}
+                    teacher = torch.func.functional_call(module, head, (images,)).softmax(-1)
                 for total, loss in zip(wanted, (F.cross_entropy(out, labels) + 1e-4 * sum(
                         s.norm() for s in method.scores), F.cross_entropy(out, teacher)), strict=True):
                     for sum_, part in zip(total, torch.autograd.grad(loss, method.scores, retain_graph=True),
@@ -179,7 +187,7 @@ def test_two_gradients_equal_manual_ones(tmp_path: Path) -> None:
             self.batches = [*self.batches, batch]
 
     watch = Watch()
-    run(tmp_path, RAMT(drop=1.0, lr=1e-2), steps=4, listen=watch, accumulate_grad_batches=2)
+    run(tmp_path, RAMT(drop=1.0, lr=1e-2, teacher=teacher_of), steps=4, listen=watch, accumulate_grad_batches=2)
     assert len(watch.seen) == 4
     for expected, found in watch.seen:
         for one, two in zip(expected, found, strict=True):

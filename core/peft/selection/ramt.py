@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -65,7 +66,8 @@ class RAMT(PEFTMethod):
     Equation: W' = 1[M > 0.005] * W, M = 0.01 at the start, dL/dM = dL/dW' * W. L_a = task + l2 sum |M|_2;
         L_b = cross entropy to the outputs without masks (the teacher's, temperature 1). With g_a, g_b their gradients,
         P = (1 + sign(g_a) (g_a + g_b) / (|g_a| + |g_b|)) / 2 and U uniform, the step is taken on
-        ((1 - drop) + drop 1[P > U]) g_a
+        ((1 - drop) + drop 1[P > U]) g_a. The teacher has the head, and whatever else is trained beside the masks, as it
+        was when training began; the paper's classifier is fixed from the start
     Trains: a score for each weight, stored in one bit; ViT-B/16, attention: 28,311,552
     Merges: 1[M > 0.005] * W
     Source: R-AMT, ICCV 2023, arXiv:2307.15049, and the authors' code, which masks the patch projection of CLIP as
@@ -77,17 +79,22 @@ class RAMT(PEFTMethod):
             mostly, and 1 with fewer.
         l2: weight of the scores' norms.
         targets: roles to mask.
+        teacher: ``start``: with the head as training finds it; ``current``: with the head as it is at each step.
     """
 
     mergeable = True
     recommended = {"lr": 8e-5, "weight_decay": 0.0, "head_lr": 1e-3}
 
     def __init__(self, drop: float = 0.3, l2: float = 1e-4, targets: Sequence[str] = ("q", "k", "v", "o"),
-                 **common: Any) -> None:
+                 teacher: Literal["start", "current"] = "start", **common: Any) -> None:
         super().__init__(**common)
         if not 0 <= drop <= 1 or l2 < 0:
             raise ScionError(f"RAMT: drop {drop} must lie in [0, 1], l2 {l2} must not be negative")
-        self.drop, self.l2 = drop, l2
+        if teacher not in ("start", "current"):
+            raise ScionError(f"RAMT: teacher {teacher!r} must be 'start' or 'current'")
+        self.drop, self.l2, self.teacher = drop, l2, teacher
+        self.first: dict[str, Tensor] | None = None
+        """What is trained beside the masks, by its names in the module, as it was when training began."""
         self.targets = tuple(targets)
         self.against: list[Tensor] = []  # g_b of the steps' micro-batches so far, summed
 
@@ -115,12 +122,41 @@ class RAMT(PEFTMethod):
 
     def loss_terms(self, module: Any, batch: Any, outputs: Any) -> Tensor | None:
         if self.drop and self.is_trained and torch.is_grad_enabled() and outputs.requires_grad:
-            with torch.no_grad(), self.disabled():
+            with torch.no_grad(), self.disabled(), self._at_the_start(module):
                 teacher = module(batch[0]).softmax(-1)
             share = getattr(module, "share", 1.0)  # of a short joint batch a process may have more samples than another
             against = torch.autograd.grad(share * F.cross_entropy(outputs, teacher), self.scores, retain_graph=True)
             self.against = [a + b for a, b in zip(self.against or [0.0] * len(against), against, strict=True)]
         return self.l2 * torch.stack([scores.norm() for scores in self.scores]).sum() if self.l2 else None
+
+    @contextlib.contextmanager
+    def _at_the_start(self, module: nn.Module) -> Iterator[None]:
+        """The module with all that is trained beside the masks as the teacher has it."""
+        if self.teacher == "current":
+            yield
+            return
+        own = {id(scores) for scores in self.scores}
+        trained = {name: p for name, p in module.named_parameters() if p.requires_grad and id(p) not in own}
+        if self.first is None:
+            self.first = {name: p.detach().clone() for name, p in trained.items()}
+        now = {name: p.data for name, p in trained.items()}
+        try:
+            for name, parameter in trained.items():  # other storage: the backward under way keeps its values
+                parameter.data = self.first.get(name, now[name]).to(now[name])
+            yield
+        finally:
+            for name, parameter in trained.items():
+                parameter.data = now[name]
+
+    def training_state(self) -> dict[str, Any]:
+        return {"teacher": self.first or {}}
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        self.first = dict(state["teacher"]) or None if "teacher" in state else None
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.first = None
+        super().on_fit_start(trainer, pl_module)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule,
                                  optimizer: torch.optim.Optimizer) -> None:
