@@ -186,6 +186,10 @@ class PEFTMethod(Recorded, Callback, ABC):
             if saved.get(name, shape) != shape:
                 raise ScionError(f"{self.name}: {name} is {saved[name]} in the file, {shape} here")
 
+    def figures(self) -> dict[str, Any]:
+        """What a run records of the method beside its counts (a sparsity, by layer, say): JSON."""
+        return {}
+
     def idle(self) -> set[str]:
         """Names of trained tensors that may go without a gradient."""
         return set()

@@ -517,6 +517,9 @@ def _finish(point: Point, folder: RunFolder, stages: list[Stage], results: list[
         metrics["stages"] = {stage.name: {"parameters": result.parameters, "metrics": result.metrics,
                                           "seconds": result.seconds}
                              for stage, result in zip(stages, results, strict=True)}
+    figures = {method.name: _finite(method.figures()) for method in tuner.methods}
+    if any(figures.values()):
+        metrics["figures"] = {name: found for name, found in figures.items() if found}
     write_json(path / "metrics.json", metrics)
     return metrics
 

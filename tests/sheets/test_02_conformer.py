@@ -74,6 +74,37 @@ def test_1_equation(role: str, parallel: bool, layer_norm: bool) -> None:
     assert distance(found, expected) < 1e-12 and distance(found, frozen) > 1e-3
 
 
+@pytest.mark.parametrize("family", ["timm_vit", "bert", "gpt2"])
+@pytest.mark.parametrize("role", ["mlp", "attention"])
+def test_1_before(role: str, family: str) -> None:
+    """y = F(x + A(x)): the branch feeds the sublayer, and stands where that reads."""
+    model, inputs = make(family, dtype=torch.float64), batch(family)
+    inputs = inputs.double() if inputs.is_floating_point() else inputs
+    method = ConformerAdapter(bottleneck=3, kernel=5, targets=(role,), parallel="before", layers=(0,)).attach(model)
+    randomize(method, size=0.5)
+    _with_statistics(method)
+    [graft] = [graft for graft in method.grafts if hasattr(graft, "conv")]
+    found = outputs(model, inputs)
+    entry = dissect(model).blocks[0].into(role)
+
+    def enter(module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        x = args[0] if args else kwargs["hidden_states"]
+        changed = x + written_out(graft, x, 5, True, causal=family == "gpt2")
+        return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})
+
+    with method.disabled():
+        frozen = outputs(model, inputs)
+        handle = entry.module.register_forward_pre_hook(enter, with_kwargs=True)
+        expected = outputs(model, inputs)
+        handle.remove()
+    assert distance(found, expected) < 1e-12 and distance(found, frozen) > 1e-3
+
+
+def test_1_before_a_gated_mlp_is_refused() -> None:
+    with pytest.raises(ScionError, match="mlp of LlamaModel reads its input in several maps"):
+        ConformerAdapter(parallel="before").attach(make("llama"))
+
+
 def test_1_reads_the_normed_stream() -> None:
     """AST: y = h + FFN(LN2 h) + A(LN2 h)."""
     model = make("ast", dtype=torch.float64)

@@ -489,3 +489,29 @@ def test_layers() -> None:
     assert all(name.startswith(("layers.1.blocks", "layers.3.blocks.1", "peft")) for name in method.trainable())
     with pytest.raises(ScionError, match=r"no stage's last block.*\[1, 3, 5, 7\]"):
         MTLoRA(("a",), layers=(0, 2)).attach(small())
+
+
+def test_7_matrixv2() -> None:
+    """y_t has the shared change too: at o, whose tasks' own change is zero, the streams are the shared one; without
+    shared changes both modes are one function."""
+    inputs = pictures()
+    found = {}
+    for mode in ("matrix", "matrixv2"):
+        model = small()
+        method = MTLoRA(("a",), dropout=0.0, mode=mode).attach(model)
+        randomize(method)
+        last = dissect(model).stages[0][-1]
+        grafts = {graft.site.role: graft for graft in method.grafts if graft.site.block == last.index
+                  and hasattr(graft, "tasks")}
+        x = torch.randn(2, 4, 4, grafts["o"].site.in_features, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            graft, site = grafts["o"], grafts["o"].site
+            y = site.module(x)[:2]
+            shared, task = graft.after(x, y).chunk(2)
+            change = 4.0 * x @ graft.all.A.t() @ graft.all.B.t()
+            own = 4.0 * x @ graft.tasks["a"].A.t() @ graft.tasks["a"].B.t()
+        assert distance(shared, y + change) < 1e-5
+        assert distance(task, y + own + (change if mode == "matrixv2" else 0)) < 1e-5
+        outputs(model, inputs)
+        found[mode] = [streams["a"] for streams in method.streams]
+    assert all(distance(one, two) > 1e-4 for one, two in zip(*found.values(), strict=True))

@@ -116,3 +116,20 @@ def test_8_draw() -> None:
     tensors = [(f"l{i}.{kind}", size) for kind, size in (("w", 16), ("b", 4), ("ln", 3)) for i in range(4)]
     added, moved = draw(units, tensors, 40, 1)
     assert added == ["l1.q"] and sorted(moved) == ["l2.b", "l3.w"]
+
+
+def test_3_rearranged() -> None:
+    """As many entries in each role, at other places; drawn from all matrices of the role together."""
+    found = []
+    for rearranged in (False, True):
+        method = APET(count=2000, rearranged=rearranged).attach(make("bert"))
+        entries = {(graft.site.name, i) for graft in method.grafts for i in graft.index.tolist()}
+        counts: dict[str, int] = {}
+        for graft in method.grafts:
+            counts[graft.site.role] = counts.get(graft.site.role, 0) + len(graft.index)
+        found.append((entries, counts, {graft.site.name: len(graft.index) for graft in method.grafts}))
+    (one, roles, sites), (two, roles_there, sites_there) = found
+    assert roles == roles_there and len(one) == len(two) == 2000 and sites != sites_there
+    assert len(one & two) < 1000
+    twin = APET(count=2000, rearranged=True).attach(make("bert"))
+    assert {(graft.site.name, i) for graft in twin.grafts for i in graft.index.tolist()} == two

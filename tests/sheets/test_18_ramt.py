@@ -201,3 +201,17 @@ def test_resumed_run_equals_the_unbroken_one(tmp_path: Path) -> None:
     again = run(tmp_path, RAMT(lr=1e-2), checkpoint=tmp_path / "step=5.ckpt")
     for (name, one), two in zip(whole.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(one, two), name
+
+
+def test_sparsity_by_layer() -> None:
+    """As shares of the masked weights, of all parameters, and of each layer's; a run records them."""
+    model = make("timm_vit")
+    total = sum(p.numel() for p in model.parameters())
+    method = RAMT().attach(model)
+    assert method.figures() == {"sparsity": 0.0, "sparsity_of_all": 0.0, "sparsity_by_layer": {"0": 0.0, "1": 0.0}}
+    [graft] = [graft for graft in method.grafts if graft.site.name == "1.o"]
+    with torch.no_grad():
+        graft.scores[:16] = 0.0
+    figures = method.figures()
+    assert figures["sparsity_by_layer"] == {"0": 0.0, "1": 16 * 32 / (4 * 32 * 32)}
+    assert figures["sparsity"] == 16 * 32 / (8 * 32 * 32) and figures["sparsity_of_all"] == 16 * 32 / total

@@ -30,9 +30,13 @@ def written_out(block: Any, x: Tensor, graft: Any, role: str, residual: bool) ->
         return bottleneck(graft, stream if residual else normed) if role == at else 0.0
 
     normed, attention = block.norm1(x), block.attn
-    if role == "o":
+    if role in ("o", "attend"):
         q, k, v = (part.unflatten(-1, (4, 8)).transpose(1, 2) for part in attention.qkv(normed).chunk(3, -1))
-        heads = ((q @ k.transpose(2, 3) / 8 ** 0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        heads = (q @ k.transpose(2, 3) / 8 ** 0.5).softmax(-1) @ v
+        if role == "attend":  # with q as it is, not divided by the root of its width
+            P_k, P_v = (part.transpose(0, 1) for part in (graft.P_k, graft.P_v))
+            heads = heads + graft.scale * torch.relu(q @ P_k.transpose(1, 2)) @ P_v
+        heads = heads.transpose(1, 2).flatten(2)
         attended = attention.proj(heads + added("o", normed, x))
     else:
         attended = attention(normed) + added("attention", normed, x)
@@ -42,10 +46,11 @@ def written_out(block: Any, x: Tensor, graft: Any, role: str, residual: bool) ->
 
 
 @pytest.mark.parametrize("scale", [4.0, "learned"])
-@pytest.mark.parametrize("role", ["mlp", "attention", "o"])
+@pytest.mark.parametrize("role", ["mlp", "attention", "o", "attend"])
 @pytest.mark.parametrize("reads", ["normed", "residual"])
 def test_0_pre_norm(role: str, reads: str, scale: Any) -> None:
-    """The input is the sublayer's own, or the stream before its norm; the scale multiplies the bias too."""
+    """The input is the sublayer's own, or the stream before its norm, at each head the query; the scale multiplies the
+    bias too."""
     model = make("timm_vit", dtype=torch.float64)
     method = ParallelAdapter(bottleneck=3, targets=(role,), input=reads, scale=scale, layers=(0,)).attach(model)
     randomize(method, size=0.3)
@@ -173,3 +178,16 @@ def test_refusals() -> None:
         assert distance(outputs(model, inputs), expected) > 1e-4
     with pytest.raises(ScionError, match="cannot be merged|not linear|merge"):
         ParallelAdapter().attach(make("bert")).merge()
+
+
+@pytest.mark.parametrize("family", ["bert", "t5", "llama", "timm_swin"])
+def test_each_head_elsewhere(family: str) -> None:
+    """The identity at the start; masks, windows and grouped queries are no matter of its own."""
+    model, inputs = make(family), batch(family)
+    expected = outputs(model, inputs)
+    method = ParallelAdapter(bottleneck=4, targets=("attend",)).attach(model)
+    assert distance(outputs(model, inputs), expected) < 1e-5  # Swin writes its attention out where nothing stands at it
+    heads = dissect(model).blocks[0].sites["attend"].heads
+    assert heads is not None and method.grafts[0].P_k.numel() == 4 * heads.query * heads.width
+    randomize(method)
+    assert distance(outputs(model, inputs), expected) > 1e-4

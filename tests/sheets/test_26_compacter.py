@@ -147,3 +147,25 @@ def test_8_two_a_block_and_norms_by_choice() -> None:
         assert [(g.site.block, g.site.role) for g in method.grafts if g.site.block == 0] == [
             (0, "attention"), (0, "mlp")]
         assert len(method.grafts) == 2 * len(anatomy.blocks) and method.counts()["norms"] == 0
+
+
+def test_9_materialise() -> None:
+    """Kept, each H is made once and gives the same outputs; a changed factor, and training, have their own."""
+    model, inputs = make("timm_vit"), batch("timm_vit")
+    method = Compacter(bottleneck=8, std=0.1).attach(model)
+    randomize(method)
+    expected, phm, made = outputs(model, inputs), method.grafts[0].down, []
+    original = phm.made
+    phm.made = lambda: made.append(1) or original()
+    method.materialise()
+    assert all(torch.equal(outputs(model, inputs), expected) for _ in range(3)) and len(made) == 1
+    with torch.no_grad():
+        method.module.rule.A.add_(0.1)
+    changed = outputs(model, inputs)
+    assert len(made) == 2 and not torch.equal(changed, expected)
+    method.materialise(False)
+    assert torch.equal(outputs(model, inputs), changed) and len(made) == 3
+    method.materialise()
+    model(inputs).sum().backward()
+    assert all(tensor.grad is not None for tensor in method.trainable().values())
+    assert torch.equal(outputs(copy.deepcopy(model), inputs), changed)

@@ -176,6 +176,31 @@ def test_9_accumulators_only_grow() -> None:
             assert len(grown) == (int(len(graft.index) * method.replaced(step)) if step in (5, 25) else 0)
 
 
+def test_9_momentum() -> None:
+    """A running mean of SM3's steps; what grows begins with none."""
+    _, method = _one(kind="MA", momentum=0.9)
+    optimizer = method.make_optimizer(method.param_groups(), lr=1e-2)
+    method.follow(optimizer, total=20)
+    graft = method.grafts[0]
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.zeros_like(graft.values.detach())
+    for step in range(1, 7):
+        for other in method.grafts:
+            other.values.grad = torch.randn(other.values.shape, dtype=torch.float64, generator=generator)
+        before, index = graft.values.detach().clone(), graft.index.clone()
+        optimizer.step()
+        stayed = graft.index == index
+        state = optimizer.state[graft.values]
+        if step <= 4:
+            row, column = index.long() // 32, index.long() % 32
+            found = torch.minimum(state["rows"][row], state["columns"][column])
+            assert bool((found >= graft.values.grad ** 2).all()) and bool(stayed.all())
+            mean = state["mean"].clone()
+            torch.testing.assert_close(graft.values.detach(), before - 1e-2 * mean)
+        assert not state["mean"][~stayed].any()
+    assert float(mean.abs().max()) < 0.5  # four steps of size one, a tenth of each
+
+
 @pytest.mark.parametrize("width", [32, 64])
 def test_10_memory_follows_the_entries(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bytes kept for backward are those of a frozen linear map's inputs, however many entries are trained: the changed

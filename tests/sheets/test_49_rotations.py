@@ -59,6 +59,44 @@ def test_oft_equation(terms: int) -> None:
         check_effective(graft, lambda w, g=graft, r=rotation: w @ r(g).t())
 
 
+def test_oft_dropout_leaves_whole_blocks() -> None:
+    """In training some blocks are not rotated, others by their whole angle; backward sees the same ones."""
+    method = _on_bert(OFT(block=4, dropout=0.5, targets=("q",), layers=(0,)), size=0.5)
+    [graft] = method.grafts
+    whole = graft.eval().rotations()
+    graft.train()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        seen = torch.stack([graft.rotations() for _ in range(200)])
+    still = (seen == torch.eye(4, dtype=torch.float64)).flatten(-2).all(-1)
+    assert bool((still | (seen == whole).flatten(-2).all(-1)).all())
+    assert 0.4 < float(still.double().mean()) < 0.6
+    for dropout in (0.0, 0.5):
+        part = OFT(block=4, dropout=dropout, targets=("q",)).attach(make("timm_vit")).grafts[0]
+        assert part.remade == (dropout == 0)
+
+
+def test_oft_limit() -> None:
+    """COFT: |Q_i| is at most the limit over the root of the number of blocks, and smaller ones stay."""
+    method = _on_bert(OFT(block=4, limit=0.8, targets=("q",), layers=(0,)), size=0.1)
+    [graft] = method.grafts
+    with torch.no_grad():
+        graft.Q[0] *= 0.01
+    most = 0.8 / 8 ** 0.5
+    norms = torch.stack([_skew(vector, 4) for vector in graft.bounded()]).flatten(1).norm(dim=1)
+    assert float(norms.max()) <= most * (1 + 1e-12) and bool((norms > 0.99 * most).any())
+    assert torch.equal(graft.bounded()[0], graft.Q[0])
+    model, inputs = make("bert"), batch("bert")
+    method = OFT(block=4, limit=0.8).attach(model)
+    randomize(method, size=0.5)
+    expected = outputs(model, inputs)
+    method.merge()
+    assert distance(outputs(model, inputs), expected) < 1e-5
+    fresh = OFT(block=4, limit=0.8).attach(make("bert"))
+    fresh.root(inputs).square().sum().backward()
+    assert all(bool(torch.isfinite(t.grad).all()) and bool(t.grad.any()) for t in fresh.trainable().values())
+
+
 def test_oft_conventions_are_opposite() -> None:
     """The series is near (I + Q) (I - Q)^-1: what the exact transform makes of -Q, and not what it makes of Q."""
     series, exact, turned = (_on_bert(OFT(block=4, terms=terms, targets=("q",), layers=(0,)), 0.0).grafts[0]

@@ -41,10 +41,21 @@ class PHMLinear(nn.Module):
         else:
             self.s, self.t = glorot(n, rows, rank), glorot(n, rank, columns)
         self.bias = nn.Parameter(torch.zeros(outputs))
+        self.kept: tuple[Any, Tensor] | None = None
+        """H, and the state of what it was made from, where it is kept between forwards."""
 
     @property
     def matrix(self) -> Tensor:
-        """H [in, out]."""
+        """H [in, out]; where it is kept, made again when a factor has changed or a gradient is wanted."""
+        if self.kept is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.made()
+        state = tuple((tensor.data_ptr(), tensor._version) for tensor in (self.rule[0].A, *self.parameters()))
+        if self.kept[0] != state:
+            self.kept = state, self.made()
+        return self.kept[1]
+
+    def made(self) -> Tensor:
+        """H from its factors."""
         factors = self.B if "B" in self._parameters else self.s @ self.t
         return torch.einsum("nab,ncd->acbd", self.rule[0].A, factors).flatten(2).flatten(0, 1)
 
@@ -75,7 +86,7 @@ class Compacter(PEFTMethod):
     Merges: no, the bottleneck is not linear
     Source: Karimi Mahabadi et al. 2021, arXiv:2106.04647, section 3, and the authors' configurations (A from a normal
         of 1e-4). They also train the norms: norms=("norm1", "norm2", "cross.norm", "norm"). PHM-Adapter is rank=None,
-        shared=False, n=12, std=0.01. No adapter stands at cross-attention
+        shared=False, n=12, std=0.01. No adapter stands at cross-attention. ``materialise()`` keeps each H for inference
 
     Args:
         reduction: the bottleneck is the block's width divided by this, rounded.
@@ -119,6 +130,12 @@ class Compacter(PEFTMethod):
         self.rule = Rule(self.n, self.std) if self.is_shared else None
         if self.rule is not None:
             module.rule = self.rule
+
+    def materialise(self, on: bool = True) -> None:
+        """Keep each H between forwards without gradients instead of making it in each; ``on=False`` ends it."""
+        for module in self.module.modules():
+            if isinstance(module, PHMLinear):
+                module.kept = ((), torch.empty(0)) if on else None
 
     def build(self, site: Site) -> Graft:
         rules = [Rule(self.n, self.std), Rule(self.n, self.std)] if self.rule is None else [self.rule]

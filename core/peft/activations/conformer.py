@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core.anatomy import Anatomy, Site
+from core.anatomy import Anatomy, Site, renamed
 from core.errors import ScionError
 from core.graft import Graft, Tap
 from core.method import PEFTMethod
 
 
 class ConformerGraft(Graft):
-    """The branch A(x) = U silu(BN(C glu(D LN(x)))) beside a sublayer, y + A(x), or behind it, y + A(y).
+    """The branch A(x) = U silu(BN(C glu(D LN(x)))) beside a sublayer, F(x) + A(x), behind it, y + A(y), or before it,
+    F(x + A(x)).
 
     D is [2 bottleneck, dim], U [dim, bottleneck]; C convolves each of the bottleneck's channels over the tokens.
     """
@@ -23,7 +24,7 @@ class ConformerGraft(Graft):
     def __init__(self, site: Site, bottleneck: int, kernel: int, parallel: bool, layer_norm: bool) -> None:
         super().__init__(site)
         assert site.around is not None
-        self.tap = Tap(site.around.into(site.role)) if parallel else None
+        self.tap = Tap(site.around.into(site.role)) if parallel is True else None
         self.norm = nn.LayerNorm(site.width) if layer_norm else nn.Identity()
         self.down, self.up = nn.Linear(site.width, 2 * bottleneck), nn.Linear(bottleneck, site.width)
         self.conv = nn.Conv1d(bottleneck, bottleneck, kernel, groups=bottleneck)
@@ -35,11 +36,23 @@ class ConformerGraft(Graft):
         self.margins = (kernel - 1, 0) if site.around.causal else (kernel // 2, kernel // 2)
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        z = (y if self.tap is None else self.read()).to(self.down.weight.dtype)
-        hidden = F.glu(self.down(self.norm(z)), -1)
+        return y + self.branch(y if self.tap is None else self.read()).to(y.dtype)
+
+    def branch(self, x: Tensor) -> Tensor:
+        """A(x)"""
+        hidden = F.glu(self.down(self.norm(x.to(self.down.weight.dtype))), -1)
         series = F.pad(hidden.flatten(1, -2).transpose(1, 2), self.margins)  # [batch, bottleneck, tokens]
         series = F.silu(self.batch_norm(self.conv(series)))
-        return y + self.up(series.transpose(1, 2).view_as(hidden)).to(y.dtype)
+        return self.up(series.transpose(1, 2).view_as(hidden))
+
+
+class ConformerBefore(ConformerGraft):
+    """F(x + A(x)), at the site that a sublayer reads."""
+
+    after = Graft.after
+
+    def before(self, x: Tensor) -> Tensor:
+        return x + self.branch(x).to(x.dtype)
 
 
 class WholeSequences(Graft):
@@ -60,7 +73,7 @@ class ConformerAdapter(PEFTMethod):
     """An adapter whose middle is the Conformer's convolution over time.
 
     Equation: A(x) = U silu(BN(C glu(D LN(x) + b_D) + b_C)) + b_U, with C a depthwise convolution over the tokens;
-        parallel: y = F(x) + A(x), x what the sublayer F reads; sequential: y = F(x) + A(F(x))
+        parallel: y = F(x) + A(x), x what the sublayer F reads; sequential: y = F(x) + A(F(x)); before: y = F(x + A(x))
     Trains: dim (3 bottleneck + 3) + bottleneck (kernel + 5) a site; AST-Base, reduction 96: 252,288
     Merges: no, it is not linear
     Source: Cappellazzo et al. 2024, arXiv:2312.03694 (PETL-AST), section 3; learning rate and weight decay of its
@@ -74,7 +87,8 @@ class ConformerAdapter(PEFTMethod):
         bottleneck: its width, at least 1; None leaves it to ``reduction``.
         kernel: tokens that the convolution sees, odd.
         targets: ``mlp``, ``attention`` or both.
-        parallel: beside the sublayer; False puts it behind.
+        parallel: beside the sublayer; False puts it behind ("sequential" in the paper, and its "parallel-after" without
+            a residual), ``before`` in front.
         layer_norm: whether A begins with a norm.
     """
 
@@ -82,14 +96,16 @@ class ConformerAdapter(PEFTMethod):
     recommended = {"lr": 5e-3, "weight_decay": 0.1}
 
     def __init__(self, reduction: float = 96, bottleneck: int | None = None, kernel: int = 31,
-                 targets: Sequence[str] = ("mlp",), parallel: bool = True, layer_norm: bool = True, **common: Any
-                 ) -> None:
+                 targets: Sequence[str] = ("mlp",), parallel: bool | Literal["before"] = True, layer_norm: bool = True,
+                 **common: Any) -> None:
         super().__init__(**common)
         if reduction <= 0 or (bottleneck is not None and bottleneck < 1):
             raise ScionError(f"ConformerAdapter: reduction {reduction} must be positive, bottleneck {bottleneck} at "
                              "least 1")
         if kernel < 1 or kernel % 2 == 0:
             raise ScionError(f"ConformerAdapter: kernel {kernel} must be odd and positive")
+        if parallel not in (True, False, "before"):
+            raise ScionError(f"ConformerAdapter: parallel {parallel!r} must be true, false or 'before'")
         self.reduction, self.bottleneck, self.kernel = reduction, bottleneck, kernel
         self.targets, self.parallel, self.layer_norm = tuple(targets), parallel, layer_norm
 
@@ -102,9 +118,22 @@ class ConformerAdapter(PEFTMethod):
         for site in found:
             if site.role not in ("attention", "mlp"):
                 raise ScionError(f"{self.name}: {site.name} is no sublayer: take 'attention' or 'mlp'")
+        if self.parallel == "before":  # what enters a sublayer may be wider than a fused part: the whole module's input
+            found = [self._entry(anatomy, site) for site in found]
         return [*found, anatomy.inputs] if any(site.around and site.around.causal for site in found) else found
+
+    def _entry(self, anatomy: Anatomy, sublayer: Site) -> Site:
+        """Where a sublayer reads."""
+        assert sublayer.block is not None
+        block = anatomy.blocks[sublayer.block]
+        entry, gate = block.into(sublayer.role), block.sites.get("mlp.gate")
+        if entry.role == "q" or (entry.role == "mlp.up" and gate is not None and gate.module is not entry.module):
+            raise ScionError(f"{self.name}: the {sublayer.role} of {anatomy.family} reads its input in several maps, "
+                             "so that parallel='before' has no one place there")
+        return renamed(entry, rows=None)
 
     def build(self, site: Site) -> Graft:
         if site.around is None:
             return WholeSequences(site, self.name)
-        return ConformerGraft(site, self.width(site.width), self.kernel, self.parallel, self.layer_norm)
+        kind = ConformerBefore if self.parallel == "before" else ConformerGraft
+        return kind(site, self.width(site.width), self.kernel, self.parallel, self.layer_norm)

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.anatomy import Anatomy, Site
 from core.errors import ScionError
-from core.graft import Graft, Tap
+from core.graft import Attention, Graft, Tap
 from core.method import PEFTMethod
 from core.peft.activations.houlsby import Bottleneck
 
 Input = Literal["normed", "residual"]
 SUBLAYERS = {"attention": "attention", "o": "attention", "cross.attention": "cross.attention",
-             "cross.o": "cross.attention", "mlp": "mlp"}
+             "cross.o": "cross.attention", "mlp": "mlp", "attend": "attention", "cross.attend": "cross.attention"}
 """Where the change is added, and the sublayer beside which it stands."""
 
 
@@ -57,24 +58,42 @@ class BesideHeads(Beside):
         return x + (self.scale * self.change(self.read())).to(x.dtype)
 
 
+class BesideEachHead(Graft):
+    """softmax(q K^T) V + s relu(q P_k^T) P_v for each head, with P_k and P_v [bottleneck, heads, width]."""
+
+    def __init__(self, site: Site, bottleneck: int, init: str, scale: float | Literal["learned"]) -> None:
+        super().__init__(site)
+        assert site.heads is not None
+        shape = bottleneck, site.heads.query, site.heads.width
+        self.P_k = nn.Parameter(torch.empty(shape).normal_(std=0.02))
+        self.P_v = nn.Parameter(torch.zeros(shape) if init == "zero_up" else torch.empty(shape).normal_(std=0.02))
+        self.scale = nn.Parameter(torch.ones(())) if scale == "learned" else scale
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, x: Tensor, attention: Attention) -> Tensor:
+        hidden = F.relu(torch.einsum("bhqw,lhw->bhql", q.to(self.P_k.dtype), self.P_k))
+        change = torch.einsum("bhql,lhw->bhqw", hidden, self.P_v)
+        out = attention(q, k, v, mask)
+        return out + (self.scale * change).to(out.dtype)
+
+
 class ParallelAdapter(PEFTMethod):
     """A bottleneck beside a sublayer: it reads what the sublayer reads, and is added to what comes out.
 
     Equation: y <- F(x) + s (U relu(D x + b_D) + b_U), F the MLP; at ``o`` the change is added to attention's heads,
-        before the output projection
+        before the output projection; at ``attend`` each head has its own: softmax(q K^T) V + s relu(q P_k^T) P_v
     Trains: 2 bottleneck dim + bottleneck + dim a site (2 bottleneck dim without biases, 1 more for a learned scale);
-        ViT-B/16 or BERT-base, reduction 2: 7,091,712, with learned scales 7,091,724
+        ViT-B/16 or BERT-base, reduction 2: 7,091,712, with learned scales 7,091,724; multi-head 2 bottleneck dim
     Merges: no, the bottleneck is not linear
     Source: He et al. 2021, arXiv:2110.04366, sections 3.3 and 4.6: scale 4 on the MLP (2 on GLUE). For pre-norm
         networks their code reads the residual stream before the norm: input="residual". Learning rate of their GLUE
-        runs
+        runs. Left out of the multi-head form: a norm before it, which their code trains in BART alone
 
     Args:
         reduction: the bottleneck is the block's width divided by this, rounded.
         bottleneck: its width, at least 1; None leaves it to ``reduction``.
         scale: s, or ``learned``: one number a site that starts at 1.
-        targets: ``mlp``, ``attention`` (their outputs), ``o`` (the heads); of a decoder also ``cross.attention``,
-            ``cross.o``.
+        targets: ``mlp``, ``attention`` (their outputs), ``o`` (the heads side by side), ``attend`` (each head, without
+            biases and dropout); of a decoder also ``cross.attention``, ``cross.o``, ``cross.attend``.
         input: ``normed`` is what the sublayer reads, ``residual`` the stream before a pre-norm block's norm.
         dropout: within the bottleneck, behind its activation.
         init: ``zero_up`` starts as the identity (D Kaiming-uniform, U and biases zero), ``normal`` draws both maps
@@ -114,11 +133,13 @@ class ParallelAdapter(PEFTMethod):
             if site.role not in SUBLAYERS:
                 raise ScionError(f"{self.name}: {site.name} is no output of a sublayer; take {', '.join(SUBLAYERS)}")
             windows = site.around is not None and site.around.described.windows
-            if windows and self.input == "residual" and site.role != "mlp":
+            if windows and self.input == "residual" and site.role not in ("mlp", "attend"):
                 raise ScionError(f"{self.name}: {site.name} is cut into windows, the residual stream is not: take "
                                  "input='normed'")
 
     def build(self, site: Site) -> Graft:
+        if site.role.endswith("attend"):
+            return BesideEachHead(site, self.width(site.width), self.init, self.scale)
         heads = site.role.endswith("o")
         return (BesideHeads if heads else BesideSublayer)(
             site, self.width(site.width), self.init, site.in_features if heads else site.width, self.scale,

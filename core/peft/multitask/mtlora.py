@@ -23,6 +23,9 @@ OWN = (*SPLIT, "mlp.up", "mlp.gate", "mlp.down")
 TRAINED = ("norm1", "cross.norm", "norm2", "norm", "patch_embed", "position_bias", "downsample")
 
 
+Mode = Literal["matrix", "matrixv2"]
+
+
 class Stage(nn.Module):
     """What the grafts of one stage share: its tasks, and what the last forward gave them.
 
@@ -103,10 +106,13 @@ class LowRank(nn.Module):
 
 
 class TaskGraft(StageGraft):
-    """y = W x + b + s B A dropout(x) for the shared stream, y_t = W x + b + s B_t A_t x_t for each task."""
+    """y = W x + b + s B A dropout(x) for the shared stream, y_t = W x + b + s B_t A_t x_t for each task, to which
+    ``matrixv2`` adds s B A dropout(x)."""
 
-    def __init__(self, site: Site, stage: Stage, rank: int, task_rank: int, scale: float, dropout: float) -> None:
+    def __init__(self, site: Site, stage: Stage, rank: int, task_rank: int, scale: float, dropout: float, mode: Mode
+                 ) -> None:
         super().__init__(site, stage)
+        self.mode = mode
         self.all = LowRank(site, rank) if rank else None
         self.tasks = nn.ModuleDict({key_of(task): LowRank(site, task_rank) for task in stage.names[1:]})
         self.scale, self.dropout = scale, nn.Dropout(dropout)
@@ -126,7 +132,8 @@ class TaskGraft(StageGraft):
         streams = [dropped] * len(self.tasks)
         if self.site.role not in SPLIT:
             _, *streams = x.streams.chunk(len(self.stage.names))  # type: ignore[attr-defined]
-        tasks = [y + task(self.site, x_t, scale).to(y.dtype)
+        common = y if self.mode == "matrix" else out
+        tasks = [common + task(self.site, x_t, scale).to(y.dtype)
                  for task, x_t in zip(self.tasks.values(), streams, strict=True)]
         return torch.cat([out, *tasks])
 
@@ -144,7 +151,8 @@ class MTLoRA(PEFTMethod):
     Merges: no, W x is shared with y_t, which must not have B A
     Source: Agiza et al. 2024, arXiv:2403.20320, section 3, and its released configuration (mode "matrix"); learning
         rate for a batch of 512, which the paper scales with the batch. It trains with drop-path:
-        backbone_mode="train". MTLoRA+ is downsample="lora". Without a trunk's final norm, which theirs has not
+        backbone_mode="train". MTLoRA+ is downsample="lora". Without a trunk's final norm, which theirs has not. Left
+        out: tasks' parts in every block, whose streams would need an attention of their own, and the mode "addition"
 
     ``streams`` has the tasks' features of the last forward. The model's own output is the shared stream's: only a loss
     on ``streams`` trains the tasks' parts, and only one on that output the shared change of the last mlp.down, which
@@ -161,6 +169,7 @@ class MTLoRA(PEFTMethod):
             embedding, the attention's position tables and the downsampling; with ``layers``, those inside them.
         downsample: ``train`` trains the maps between the stages, where there are any; ``lora`` gives them a shared
             change instead.
+        mode: ``matrix``, or ``matrixv2``: y_t has the shared change s B A x too.
     """
 
     moves_base = True
@@ -170,7 +179,7 @@ class MTLoRA(PEFTMethod):
 
     def __init__(self, tasks: Sequence[str] = ("task",), rank: int = 16, task_rank: int = 4, scale: float = 4.0,
                  dropout: float = 0.05, targets: Sequence[str] | None = None, train: Sequence[str] | None = None,
-                 downsample: Literal["train", "lora"] = "train", **common: Any) -> None:
+                 downsample: Literal["train", "lora"] = "train", mode: Mode = "matrix", **common: Any) -> None:
         super().__init__(**common)
         names = tuple(tasks)
         if isinstance(tasks, str) or not names or len({"shared", *names}) != len(names) + 1 or not all(names):
@@ -183,6 +192,9 @@ class MTLoRA(PEFTMethod):
             raise ScionError(f"MTLoRA: dropout {dropout} must lie in [0, 1)")
         if downsample not in ("train", "lora"):
             raise ScionError(f"MTLoRA: downsample {downsample!r} is not 'train' or 'lora'")
+        if mode not in ("matrix", "matrixv2"):
+            raise ScionError(f"MTLoRA: mode {mode!r} is not 'matrix' or 'matrixv2'")
+        self.form: Mode = mode
         self.tasks, self.rank, self.task_rank, self.scale, self.dropout = names, rank, task_rank, scale, dropout
         self.targets, self.downsample = None if targets is None else tuple(targets), downsample
         self.roles = None if train is None else tuple(train)
@@ -270,7 +282,7 @@ class MTLoRA(PEFTMethod):
         stage = self.stages.get(site.block)
         if stage is not None and site.role in OWN:
             rank = self.rank if self.targets is None or site.role in self.targets else 0
-            return TaskGraft(site, stage, rank, self.task_rank, self.scale, self.dropout)
+            return TaskGraft(site, stage, rank, self.task_rank, self.scale, self.dropout, self.form)
         if stage is None or site.kind != "module":
             return LoRAGraft(site, self.rank, self.scale, self.dropout)
         if site.role == "block":

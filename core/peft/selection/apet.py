@@ -31,6 +31,17 @@ def distinct(total: int, count: int, generator: torch.Generator) -> Tensor:
     return found
 
 
+def _drawn(sites: Sequence[Site], count: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """``count`` positions drawn from all sites together, by site; those of none are left out."""
+    sizes = [site.in_features * site.out_features for site in sites]
+    with torch.device("cpu"):  # positions have values wherever the model is
+        drawn = distinct(sum(sizes), count, generator)
+        ends = torch.tensor(sizes).cumsum(0)
+        parts = drawn.tensor_split(torch.searchsorted(drawn, ends[:-1]))
+    return {site.name: part - (end - size) for site, part, end, size in zip(
+        sites, parts, ends.tolist(), sizes, strict=True) if len(part)}
+
+
 class APET(PEFTMethod):
     """Trains exactly N entries of the blocks' weights, wherever they happen to lie.
 
@@ -46,6 +57,8 @@ class APET(PEFTMethod):
         density: share of the model's parameters to train, in (0, 1]; 0.003 where nothing else is given.
         count: alternative: how many to train.
         targets: roles to draw from; None is every linear map of the blocks.
+        rearranged: whether the entries of each role are drawn once more, as many as the role has got, from all its
+            matrices together: other places at the same numbers, to see whether places matter.
     """
 
     mergeable = True
@@ -53,11 +66,12 @@ class APET(PEFTMethod):
     structure_types = {"shapes": Shapes}
 
     def __init__(self, density: float | None = None, count: int | None = None, targets: Sequence[str] | None = None,
-                 **common: Any) -> None:
+                 rearranged: bool = False, **common: Any) -> None:
         super().__init__(**common)
         check_budget(type(self).__name__, density, count)
         self.density, self.count = 0.003 if density is None and count is None else density, count
         self.targets = None if targets is None else tuple(targets)
+        self.rearranged = rearranged
         self.positions: dict[str, Tensor] = {}
 
     def budget(self, anatomy: Anatomy) -> int:
@@ -73,14 +87,14 @@ class APET(PEFTMethod):
 
     def begin(self, anatomy: Anatomy) -> None:
         sites = super().sites(anatomy)
-        sizes = [site.in_features * site.out_features for site in sites]
         generator = torch.Generator().manual_seed(seed_of(self.seed, self.name, "positions"))
-        with torch.device("cpu"):  # positions have values wherever the model is
-            drawn = distinct(sum(sizes), self.budget(anatomy), generator)
-            ends = torch.tensor(sizes).cumsum(0)
-            parts = drawn.tensor_split(torch.searchsorted(drawn, ends[:-1]))
-        self.positions = {site.name: part - (end - size) for site, part, end, size in zip(
-            sites, parts, ends.tolist(), sizes, strict=True) if len(part)}
+        self.positions = _drawn(sites, self.budget(anatomy), generator)
+        if self.rearranged:
+            counts = {site.name: len(self.positions.get(site.name, ())) for site in sites}
+            self.positions = {}
+            for role in dict.fromkeys(site.role for site in sites):
+                alike = [site for site in sites if site.role == role]
+                self.positions |= _drawn(alike, sum(counts[site.name] for site in alike), generator)
 
     def sites(self, anatomy: Anatomy) -> list[Site]:
         found = super().sites(anatomy)
@@ -119,7 +133,7 @@ def draw(units: Sequence[tuple[str, Sequence[int]]], tensors: Sequence[tuple[str
     return added, moved
 
 
-class TensorAPET(APET):
+class TensorAPET(PEFTMethod):
     """Trains whole tensors that are drawn at random: the backbone's own, and modules added at random places.
 
     Equation: theta_S <- theta_S - lr g(theta_S) with S drawn from the backbone's tensors, and LoRA, y + (16 / r) B A x,
@@ -139,19 +153,26 @@ class TensorAPET(APET):
         exclude: roles whose own tensors stay frozen (``("norm",)``).
     """
 
-    mergeable = False
     moves_base = True
+    recommended = {"lr": 1e-4, "weight_decay": 0.0, "head_lr": 1e-3}
     inference_cost = "LoRA and bottlenecks at the places drawn"
 
     def __init__(self, density: float | None = None, count: int | None = None,
                  targets: Sequence[str] = ("q", "v", "attention", "mlp"), rank: int = 8, bottleneck: int = 24,
                  exclude: Sequence[str] = (), **common: Any) -> None:
-        super().__init__(density, count, targets, **common)
+        super().__init__(**common)
+        check_budget("TensorAPET", density, count)
+        self.density, self.count = 0.003 if density is None and count is None else density, count
+        self.targets = tuple(targets)
         if rank < 1 or bottleneck < 1:
             raise ScionError(f"TensorAPET: rank {rank} and bottleneck {bottleneck} must be at least 1")
         self.rank, self.bottleneck, self.exclude = rank, bottleneck, tuple(exclude)
         self.added: list[str] = []
         self.drawn: list[str] = []
+
+    def budget(self, anatomy: Anatomy) -> int:
+        """How many numbers are to be trained, about."""
+        return self.count or int((self.density or 0) * anatomy.size)
 
     def sizes(self, site: Site) -> tuple[int, ...]:
         """Numbers in the tensors of the module that may be added at ``site``."""
@@ -160,7 +181,7 @@ class TensorAPET(APET):
         return self.rank * site.in_features, site.out_features * self.rank
 
     def check(self, anatomy: Anatomy) -> None:
-        places = PEFTMethod.sites(self, anatomy)
+        places = super().sites(anatomy)
         for site in places:
             if site.kind == "module" and site.role not in ("attention", "mlp", "block"):
                 raise ScionError(f"{self.name}: {site.name} is neither a linear map nor a hidden state of a block")
@@ -174,7 +195,7 @@ class TensorAPET(APET):
         """Sites that get a module, and names of the backbone's tensors that are trained."""
         parameters = dict(anatomy.root.named_parameters())
         names = all_parameters(anatomy, self.layers, self.exclude, self.name)
-        units = [(site.name, self.sizes(site)) for site in PEFTMethod.sites(self, anatomy)]
+        units = [(site.name, self.sizes(site)) for site in super().sites(anatomy)]
         tensors = [(name, parameters[name].numel()) for name in names]
         return draw(units, tensors, self.budget(anatomy), self.seed)
 
@@ -182,12 +203,18 @@ class TensorAPET(APET):
         return self.drawn
 
     def sites(self, anatomy: Anatomy) -> list[Site]:
-        return [site for site in PEFTMethod.sites(self, anatomy) if site.name in self.added]
+        return [site for site in super().sites(anatomy) if site.name in self.added]
 
     def build(self, site: Site) -> Graft:
         if site.kind == "module":
             return BottleneckGraft(site, self.bottleneck, "zero_up")
         return LoRAGraft(site, self.rank, 16 / self.rank, 0.0)
+
+    def structure(self) -> dict[str, Any]:
+        return {"shapes": self.shapes()}
+
+    def restructure(self, structure: dict[str, Any]) -> None:
+        self.check_shapes(structure.get("shapes", {}))
 
     def shapes(self) -> dict[str, list[int]]:
         return {name: list(tensor.shape) for name, tensor in self._need_root().named_parameters()

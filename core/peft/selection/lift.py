@@ -69,7 +69,8 @@ class LIFT(PEFTMethod):
     Source: Liu et al. 2025, LIFT (ICML). Learning rate, betas and eps of the authors' scripts; their rank is 128. Their
         released configurations select the smallest entries: here the largest are selected, as in the paper. Adam is
         torch's: eps is added to the root of the corrected second moment, where the paper adds it before the correction.
-        The change stands beside the frozen weight, so that memory and files grow with k alone
+        The change stands beside the frozen weight, so that memory and files grow with k alone. Left out: masks that
+        accumulate, and blocks of entries, whose rules the paper does not spell out
 
     Args:
         rank: the budget is that of LoRA with this rank.

@@ -130,6 +130,10 @@ class PST(PEFTMethod):
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.prune(self.sparsity_at(self.steps))
 
+    def figures(self) -> dict[str, Any]:
+        """The share of each target's weights that is zero."""
+        return {"sparsity": self.sparsity}
+
     def structure(self) -> dict[str, Any]:
         return {"sparsity": self.sparsity}
 

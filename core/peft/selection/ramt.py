@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core.anatomy import Anatomy, Site
+from core.anatomy import Anatomy, Site, dissect
 from core.errors import ScionError
 from core.graft import Graft
 from core.method import PEFTMethod
@@ -128,6 +128,19 @@ class RAMT(PEFTMethod):
             against = torch.autograd.grad(share * F.cross_entropy(outputs, teacher), self.scores, retain_graph=True)
             self.against = [a + b for a, b in zip(self.against or [0.0] * len(against), against, strict=True)]
         return self.l2 * torch.stack([scores.norm() for scores in self.scores]).sum() if self.l2 else None
+
+    def figures(self) -> dict[str, Any]:
+        """Shares of weights that are switched off: of those with a mask, of all the model's, and layer by layer."""
+        off: dict[str, int] = {}
+        size: dict[str, int] = {}
+        for graft in self.grafts:
+            if isinstance(graft, MaskGraft):
+                layer = "outside" if graft.layer is None else str(graft.layer)
+                off[layer] = off.get(layer, 0) + int((graft.scores <= THRESHOLD).sum())
+                size[layer] = size.get(layer, 0) + graft.scores.numel()
+        masked, everything = sum(off.values()), dissect(self._need_root()).size
+        return {"sparsity": masked / sum(size.values()), "sparsity_of_all": masked / everything,
+                "sparsity_by_layer": {layer: off[layer] / size[layer] for layer in size}}
 
     @contextlib.contextmanager
     def _at_the_start(self, module: nn.Module) -> Iterator[None]:

@@ -48,10 +48,11 @@ class SpIELAdam(Optimizer):
 
 
 class SpIELSM3(Optimizer):
-    """SM3: one accumulator for each row and one for each column; a number's is the smaller of its two."""
+    """SM3: one accumulator for each row and one for each column; a number's is the smaller of its two. With
+    ``momentum`` a running mean of the steps is taken."""
 
     def __init__(self, groups: Any, grafts: Sequence[SparseGraft], **options: Any) -> None:
-        super().__init__(groups, {"lr": 1e-3, "weight_decay": 0.0, **options})
+        super().__init__(groups, {"lr": 1e-3, "weight_decay": 0.0, "momentum": 0.0, **options})
         self.grafts = {graft.values: graft for graft in grafts}
 
     @torch.no_grad()
@@ -67,7 +68,11 @@ class SpIELSM3(Optimizer):
                 found = torch.minimum(state["rows"][row], state["columns"][column]) + gradient**2
                 state["rows"].scatter_reduce_(0, row, found, "amax")
                 state["columns"].scatter_reduce_(0, column, found, "amax")
-                delta.sub_(group["lr"] * gradient / (found + 1e-8).sqrt())
+                step = gradient / (found + 1e-8).sqrt()
+                if group["momentum"]:
+                    mean = state.setdefault("mean", torch.zeros_like(delta))
+                    step = mean.lerp_(step, 1 - group["momentum"])
+                delta.sub_(group["lr"] * step)
                 delta.mul_(1 - group["lr"] * group["weight_decay"])
         return loss
 
@@ -97,6 +102,7 @@ class SpIEL(PEFTMethod):
         share: of the entries to replace, at the start of its decay, in (0, 1].
         decay: of the share over the run, ``linear`` or ``cosine``.
         targets: roles to adapt; None is every linear map of the blocks.
+        momentum: of SM3's steps, in [0, 1); it costs one number for each entry.
     """
 
     mergeable = True
@@ -105,7 +111,7 @@ class SpIEL(PEFTMethod):
     def __init__(self, density: float | None = None, count: int | None = None, rank: int | None = None,
                  kind: Kind = "AG", interval: int = 20, window: int = 5, share: float = 0.2,
                  decay: Literal["linear", "cosine"] = "linear", targets: Sequence[str] | None = None,
-                 **common: Any) -> None:
+                 momentum: float = 0.0, **common: Any) -> None:
         super().__init__(**common)
         if sum(given is not None for given in (density, count, rank)) > 1:
             raise ScionError(f"SpIEL: give one of density ({density}), count ({count}) and rank ({rank})")
@@ -121,7 +127,9 @@ class SpIEL(PEFTMethod):
             raise ScionError(f"SpIEL: kind {kind!r} must be 'AG' or 'MA', decay {decay!r} 'linear' or 'cosine'")
         self.density = 0.01 if density is None and count is None and rank is None else density
         self.count, self.rank, self.kind, self.share, self.decay = count, rank, kind, share, decay
-        self.interval, self.window = interval, window
+        if not 0 <= momentum < 1 or (momentum and kind == "AG"):
+            raise ScionError(f"SpIEL: momentum {momentum} must lie in [0, 1), and is for kind 'MA'")
+        self.interval, self.window, self.momentum = interval, window, momentum
         self.targets = None if targets is None else tuple(targets)
         if kind == "MA" and self.config.get("lr") is None:
             self.suggested["lr"] = 1e-3
@@ -167,13 +175,17 @@ class SpIEL(PEFTMethod):
         return [{"params": [*self.trainable().values()]}] if self.trainable() else []
 
     def make_optimizer(self, groups: list[dict[str, Any]], **options: Any) -> Optimizer:
-        return SpIELAdam(groups, **options) if self.kind == "AG" else SpIELSM3(groups, self._grafts, **options)
+        if self.kind == "AG":
+            return SpIELAdam(groups, **options)
+        return SpIELSM3(groups, self._grafts, momentum=self.momentum, **options)
 
     def optimizer_bytes(self) -> int:
         found = 0
         for graft in self._grafts if self.trainable() else ():
             lines = graft.site.out_features + graft.site.in_features
-            kept = 3 * graft.values.numel() if self.kind == "AG" else lines  # Adam's moments and ages, or accumulators
+            # Adam's moments and ages; or accumulators, and a mean with momentum.
+            times = 3 if self.kind == "AG" else int(self.momentum > 0)
+            kept = times * graft.values.numel() + (lines if self.kind == "MA" else 0)
             found += kept * graft.values.element_size()
         return found
 

@@ -166,7 +166,8 @@ class VQT(PEFTMethod):
         sees all but padding. The head starts as its task has it (in the paper Kaiming, over its outputs). With
         ``keep`` there are two stages: the second has a new head on the int(keep x width) columns with the largest norms
         in the first one's head, and half its recommended learning rate. The command runs both; elsewhere fit, call
-        ``advance(module)``, and fit again with a new optimizer
+        ``advance(module)``, and fit again with a new optimizer. Left out: the combination of O_l by self-attention,
+        whose form the paper does not give
 
     Args:
         tokens: queries a layer, at least 1.

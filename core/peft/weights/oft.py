@@ -52,14 +52,25 @@ class OFTGraft(Graft):
     reads_weight = True
     heeds_strength = True
 
-    def __init__(self, site: Site, block: int, terms: int) -> None:
+    def __init__(self, site: Site, block: int, terms: int, dropout: float = 0.0, limit: float | None = None) -> None:
         super().__init__(site)
         self.Q = nn.Parameter(torch.zeros(site.in_features // block, block * (block - 1) // 2))
-        self.block, self.terms = block, terms
+        self.block, self.terms, self.dropout, self.limit = block, terms, dropout, limit
+        self.remade = self.remade and not dropout  # backward would draw other blocks
+
+    def bounded(self) -> Tensor:
+        """The upper triangles of Q, with what is longer than the limit as long as that."""
+        if self.limit is None:
+            return self.Q
+        most = self.limit / (2 * len(self.Q)) ** 0.5  # |Q_i| is the root of 2 times its upper triangle's
+        return self.Q * (most / self.Q.norm(dim=1, keepdim=True).clamp(min=most))
 
     def rotations(self) -> Tensor:
         """R_1, ... [blocks, block, block]"""
-        q = skew(self.Q if self.strength == 1 else self.strength * self.Q, self.block)
+        q = self.bounded()
+        q = skew(q if self.strength == 1 else self.strength * q, self.block)
+        if self.dropout and self.training:
+            q = q * (torch.rand(len(q), 1, 1, device=q.device) >= self.dropout).to(q)
         return neumann(q, self.terms) if self.terms else cayley(q)
 
     def merged(self, weight: Tensor) -> Tensor:
@@ -97,6 +108,12 @@ class OFTForm(PeftForm):
         return {"r": 0, "oft_block_size": method.config["block"], "use_cayley_neumann": terms > 0,
                 "num_cayley_neumann_terms": terms or 5}
 
+    def give(self, method: PEFTMethod, grafts: list[Graft]) -> Part:
+        part = super().give(method, grafts)
+        assert isinstance(grafts[0], OFTGraft)
+        part.tensors["oft_R.weight"] = grafts[0].bounded()
+        return part
+
     def own(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
         return {"oft_block_size": round((1 + math.sqrt(1 + 8 * tensors["oft_R.weight"].shape[1])) / 2)}
 
@@ -119,6 +136,9 @@ class OFT(PEFTMethod):
         block: width of a rotation, at least 2; it divides the inputs of each target.
         terms: of the series, at least 2; 0 is the exact transform.
         targets: roles to adapt; None is every linear map of the blocks.
+        dropout: probability with which training leaves a block unrotated, in [0, 1).
+        limit: bound of |Q| (COFT; 6e-5 in Hugging Face peft), each block's being this over the root of their number:
+            what is longer counts as if it were as long.
     """
 
     mergeable = True
@@ -126,9 +146,12 @@ class OFT(PEFTMethod):
     peft = OFTForm("OFT", {"block": "oft_block_size"}, {"oft_R.weight": "Q"}, training=(
         "r", "use_cayley_neumann", "num_cayley_neumann_terms", "eps", "module_dropout", "init_weights"))
 
-    def __init__(self, block: int = 32, terms: int = 5, targets: Sequence[str] | None = ("q", "v"), **common: Any
-                 ) -> None:
+    def __init__(self, block: int = 32, terms: int = 5, targets: Sequence[str] | None = ("q", "v"),
+                 dropout: float = 0.0, limit: float | None = None, **common: Any) -> None:
         super().__init__(**common)
+        if not 0 <= dropout < 1 or (limit is not None and limit <= 0):
+            raise ScionError(f"OFT: dropout {dropout} must lie in [0, 1), limit {limit} be positive, or None")
+        self.dropout, self.limit = dropout, limit
         if block < 2 or terms < 0 or terms == 1:
             raise ScionError(f"{type(self).__name__}: block {block} must be at least 2, terms {terms} 0 or at least 2")
         self.block, self.terms = block, terms
@@ -143,7 +166,7 @@ class OFT(PEFTMethod):
 
     def build(self, site: Site) -> Graft:
         graft = RotatedInput if site.rows is None and site.kind != "conv" else RotatedWeight
-        return graft(site, self.block, self.terms)
+        return graft(site, self.block, self.terms, self.dropout, self.limit)
 
 
 class BOFTGraft(Graft):
