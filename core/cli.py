@@ -45,6 +45,10 @@ def parser() -> argparse.ArgumentParser:
     sub = command("methods", "list the methods, or show one's card")
     sub.add_argument("name", nargs="?", help="a method")
     sub.add_argument("--json", action="store_true", help="print JSON")
+    sub.add_argument("--family", help="of a family: additive, partial, reparameterised, hybrid, unified, or a folder's")
+    sub.add_argument("--kind", help="what it modifies: linear, block, tokens, scale, entries, norms, optimizer, ...")
+    sub.add_argument("--mergeable", action="store_true", help="what can be written into the weights")
+    sub.add_argument("--planned", action="store_true", help="what is known and not here yet")
     sub = command("roles", "show which roles a backbone has, and which modules play them")
     sub.add_argument("model", help="nano, a timm name, a transformers id or a folder")
     sub = command("merge", "write a run's methods into its backbone and save that as a plain checkpoint")
@@ -154,7 +158,8 @@ def _dispatch(arguments: argparse.Namespace, rest: list[str]) -> int:
     if arguments.command == "describe":
         return commands.describe(arguments.config, rest, arguments.json, arguments.trust) or 0
     if arguments.command == "methods":
-        return commands.methods(arguments.name, arguments.json) or 0
+        return commands.methods(arguments.name, arguments.json, family=arguments.family, kind=arguments.kind,
+                                mergeable=arguments.mergeable, planned=arguments.planned) or 0
     if arguments.command == "roles":
         return commands.roles(arguments.model) or 0
     if arguments.command == "merge":

@@ -52,14 +52,14 @@ def says_what_failed(command: Callable[..., int]) -> Callable[..., int]:
 
 
 @says_what_failed
-def methods(name: str | None, as_json: bool) -> int:
-    """Print the table of all methods, or the card of one."""
+def methods(name: str | None, as_json: bool, **filters: Any) -> int:
+    """Print the table of all methods, or the card of one; ``filters`` are those of `core.report.methods_json`."""
     from core import report
 
     if as_json:
-        print(json.dumps(report.card_json(name) if name else report.methods_json(), indent=1))
+        print(json.dumps(report.card_json(name) if name else report.methods_json(**filters), indent=1))
     else:
-        print(report.card(name) if name else report.methods_table())
+        print(report.card(name) if name else report.methods_table(**filters))
     return 0
 
 

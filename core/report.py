@@ -622,41 +622,75 @@ def card_json(name: str) -> dict[str, Any]:
     """
     from core.peft import method_class, registry
     from core.spec import plain
+    from core.taxonomy import tags_of
 
     cls = method_class(name)
+    taxon, kinds = tags_of(name, cls)
     home = registry().get(name, cls.__module__)
     family = home.removeprefix("core.peft.").partition(".")[0] if home.startswith("core.peft.") else home
-    return {"name": name, "family": family, "module": home, **sections(cls.__doc__ or ""),
+    return {"name": name, "family": family, "module": home, "taxon": taxon, "kinds": list(kinds),
+            "status": "implemented", **sections(cls.__doc__ or ""),
             **{key: plain(getattr(cls, key, None)) for key in DECLARED}, "arguments": arguments(cls)}
 
 
-def methods_json() -> list[dict[str, Any]]:
-    """The cards of all methods; an installed method that cannot be imported has ``error`` instead."""
+def methods_json(family: str | None = None, kind: str | None = None, mergeable: bool = False, planned: bool = False
+                 ) -> list[dict[str, Any]]:
+    """The cards of all methods; an installed method that cannot be imported has ``error`` instead.
+
+    Args:
+        family: keeps those of a family (`core.taxonomy.FAMILIES`), or of a folder of `core.peft`.
+        kind: keeps those that modify such things (`core.taxonomy.KINDS`).
+        mergeable: keeps those that can be written into the weights.
+        planned: gives what is known and not here instead.
+
+    Raises:
+        ScionError: no such family or kind.
+    """
+    from core import taxonomy
     from core.peft import registry
 
-    found = []
+    folders = {home.removeprefix("core.peft.").partition(".")[0] for home in registry().values()
+               if home.startswith("core.peft.")}
+    taxonomy.check_filters(family, kind, sorted(folders))
+    found: list[dict[str, Any]] = []
+    if planned:
+        found = [{"name": known.name, "family": known.family, "taxon": known.family, "kinds": list(known.kinds),
+                  "status": "planned", "summary": known.summary} for known in taxonomy.planned()]
+        return [card for card in found if _is_wanted(card, family, kind, mergeable)]
     for name, home in registry().items():
         try:
             found.append(card_json(name))
         except Exception as error:
             if home.startswith("core."):
                 raise
-            found.append({"name": name, "family": home, "module": home, "error": f"{type(error).__name__}: {error}"})
-    return sorted(found, key=lambda card: (not card["module"].startswith("core."), card["family"], card["name"]))
+            found.append({"name": name, "family": home, "module": home, "taxon": "", "kinds": [],
+                          "error": f"{type(error).__name__}: {error}"})
+    found = [card for card in found if _is_wanted(card, family, kind, mergeable)]
+    return sorted(found, key=lambda card: (not card["module"].startswith("core."), card["taxon"], card["family"],
+                                           card["name"]))
 
 
-def methods_table() -> str:
-    """Every method in a line: what it is part of, whether it merges, what it does."""
-    header = ["method", "family", "merges", "moves base", "lr", "what it does"]
+def _is_wanted(card: dict[str, Any], family: str | None, kind: str | None, mergeable: bool) -> bool:
+    of_family = family is None or family in (card["family"], card["taxon"])
+    return of_family and (kind is None or kind in card["kinds"]) and (not mergeable or bool(card.get("mergeable")))
+
+
+def methods_table(family: str | None = None, kind: str | None = None, mergeable: bool = False, planned: bool = False
+                  ) -> str:
+    """Every method in a line, by family: what it modifies, whether it merges, what it does. The arguments are those of
+    `methods_json`."""
+    header = ["method", "family", "modifies", "merges", "moves base", "lr", "what it does"]
     body = []
-    for card in methods_json():
+    for card in methods_json(family, kind, mergeable, planned):
+        start = [card["name"], card["taxon"] or card["family"], ", ".join(card["kinds"]) or "-"]
         if "error" in card:
-            body.append([card["name"], card["family"], "-", "-", "-", f"cannot be imported: {card['error']}"])
+            body.append([*start, "-", "-", "-", f"cannot be imported: {card['error']}"])
+        elif card["status"] == "planned":
+            body.append([*start, "-", "-", "-", f"planned: {card['summary']}"])
         else:
             rate = card["recommended"]["lr"] if card.get("recommended") else None
             declared = ["yes" if card[key] else "no" for key in ("mergeable", "moves_base")]
-            body.append([card["name"], card["family"], *declared, "-" if rate is None else f"{rate:g}",
-                         card["summary"]])
+            body.append([*start, *declared, "-" if rate is None else f"{rate:g}", card["summary"]])
     return "\n".join(aligned(header, body, left=len(header)))
 
 
@@ -672,7 +706,8 @@ def card(name: str) -> str:
     lines = [f"{name} ({found['family']})", *textwrap.wrap(found["summary"], 100, initial_indent="  ",
                                                           subsequent_indent="  "), ""]
     facts = [(key, found[key]) for key in map(str.lower, SECTIONS) if found.get(key)]
-    facts += [("at start", "the identity" if found["identity_at_start"] else "changes the output"),
+    facts += [("family", f"{found['taxon']}; modifies {', '.join(found['kinds'])}" if found["taxon"] else ""),
+              ("at start", "the identity" if found["identity_at_start"] else "changes the output"),
               ("base", "its own tensors are trained" if found["moves_base"] else "stays as it is"),
               ("inference", found["inference_cost"]),
               ("recommended", ", ".join(f"{key} {value:g}" for key, value in (found["recommended"] or {}).items())),
