@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from core import native
 from core.errors import ScionError, listed, nearest
 
 ROLES: dict[str, str] = {
@@ -158,6 +159,8 @@ class Site:
     """Further arguments of the module that belong to the tokens it is called with."""
     offset: float = 0.0
     """What a norm adds to its weight before it multiplies."""
+    by_weight: bool = False
+    """The map is never called as a module: what stands here acts by what it would write into the weight."""
 
     def rerun(self, x: Tensor, arguments: Mapping[str, Any], hidden: str) -> Tensor:
         """The frozen module called once more, on tokens ``x`` that are not the call's own, without the hooks that stand
@@ -178,7 +181,7 @@ class Site:
         """``linear`` (weight [out, in]), ``conv1d`` (transformers' [in, out]), ``conv`` (convolution) or ``module``."""
         if self.role == "parameter":
             return "module"
-        if isinstance(self.module, nn.Linear):
+        if isinstance(self.module, nn.Linear) or self.by_weight:
             return "linear"
         if isinstance(self.module, nn.modules.conv._ConvNd) and not self.module.transposed:
             return "conv"
@@ -209,6 +212,8 @@ class Site:
     @property
     def parameter_names(self) -> list[str]:
         """Names in the root's state dict of all that the site holds: its module's parameters, or the one it is."""
+        if self.by_weight:
+            return [self.weight_name, *([] if self.bias is None else [self.bias_name])]
         if self.parameter != "weight":
             return [self.weight_name]
         return [f"{self.path}.{name}" if self.path else name for name, _ in self.module.named_parameters()]
@@ -218,16 +223,28 @@ class Site:
         return 1 if self.kind == "conv1d" else 0
 
     @property
+    def bias_parameter(self) -> str:
+        """The name of the module's parameter that is added behind the map."""
+        return "in_proj_bias" if self.by_weight else "bias"
+
+    @property
+    def bias_name(self) -> str:
+        """The bias's name in the root's state dict, whether or not there is one."""
+        return f"{self.path}.{self.bias_parameter}" if self.path else self.bias_parameter
+
+    @property
     def bias(self) -> Tensor | None:
         """The site's part of the bias [out]."""
-        bias = getattr(self.module, "bias", None)
+        bias = getattr(self.module, self.bias_parameter, None)
         return bias if bias is None or self.rows is None else self.rows.take(bias)
 
     @property
     def takes_bias(self) -> bool:
         """Whether merging may change the module's bias, or give it one: it must be called as a whole and look for it.
         Norms by root mean square do not."""
-        return self.bias is not None or ("bias" in self.module._parameters and not self.while_active)
+        called = all(isinstance(owner, (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention))
+                     for owner, _, _ in self.while_active)
+        return self.bias is not None or ("bias" in self.module._parameters and called)
 
     @property
     def channel_axis(self) -> int:
@@ -663,6 +680,12 @@ def dissect(model: nn.Module) -> Anatomy:
             raise ScionError(f"the description of {name} has {site_name} at {full!r}, where there is no module"
                              f"{nearest(full, modules)}")
         offset = description.norm_offset if role in NORMS else 0.0
+        if role.rpartition(".")[2] in ("q", "k", "v", "qkv") and isinstance(modules[full], nn.MultiheadAttention):
+            if not native.is_attention(modules[full]):
+                raise ScionError(f"{full} ({type(modules[full]).__name__}) has maps of several widths, or keys of its "
+                                 f"own: {site_name} cannot be adapted there")
+            rest |= {"parameter": "in_proj_weight", "by_weight": True}
+        rest["while_active"] = (*rest.get("while_active", ()), *native.settings(modules, full))
         found = Site(name=site_name, role=role, path=full, module=modules[full], rows=rows, offset=offset, **rest)
         _check(found, name)
         return found
@@ -733,7 +756,8 @@ def parameter_sites(model: nn.Module, names: Iterable[str]) -> list[Site]:
         module = modules[path]
         tied = tuple(other for other, its in holders[id(module.get_parameter(leaf))]
                      if other is not module and its == leaf)
-        found.append(Site(name=name, role="parameter", path=path, module=module, parameter=leaf, tied=tied))
+        found.append(Site(name=name, role="parameter", path=path, module=module, parameter=leaf, tied=tied,
+                          while_active=tuple(native.settings(modules, path))))
     return found
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin
 
 from core.anatomy import Site
 from core.errors import ScionError, listed
+
+if TYPE_CHECKING:
+    from core.method import PEFTMethod
 
 QUANTIZERS = ("torch.ao.nn.quantized", "optimum.quanto", "hqq", "gptqmodel", "auto_gptq", "awq")
 """Packages whose modules hold a weight in few bits that is no parameter."""
@@ -54,6 +57,25 @@ def check_quantized(model: nn.Module, sites: Iterable[Site], moved: Iterable[str
     if touched:
         owner = model.get_submodule(touched[0].rpartition(".")[0])
         raise ScionError(f"{asker}: {touched[0]} is quantized ({type(owner).__name__}); {WAY_OUT}")
+
+
+def check_sites(method: PEFTMethod, sites: Iterable[Site]) -> None:
+    """Refuse weights that are made from other tensors in each forward, and, at maps that are never called as modules,
+    what cannot be written into their weight."""
+    for site in sites:
+        if site.kind != "module" and site.parameter not in site.module._parameters:
+            raise ScionError(f"{method.name}: the weight of {site.path} is made from other tensors in each forward "
+                             "(weight_norm, spectral_norm, pruning): make it one again first "
+                             "(torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.remove_weight_norm, "
+                             "torch.nn.utils.remove_spectral_norm, torch.nn.utils.prune.remove)")
+        if not site.by_weight:
+            continue
+        part = (f"{method.name}: {site.name} is a part of {site.path} ({type(site.module).__name__}) that is never "
+                "called")
+        if not method.mergeable:
+            raise ScionError(f"{part}: only methods that merge into the weight can act there; take other targets")
+        if method.config.get("dropout"):
+            raise ScionError(f"{part}, so that its input cannot be dropped: set dropout to 0")
 
 
 def is_quantized(tensor: Tensor) -> bool:

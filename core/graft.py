@@ -226,14 +226,17 @@ def hidden_name(kwargs: dict[str, Any]) -> str:
 
 
 def _with_hidden_in(args: tuple, kwargs: dict[str, Any], x: Tensor) -> tuple[tuple, dict[str, Any]]:
-    if args:
-        return (x, *args[1:]), kwargs
+    if args:  # torch's attention gets it three times
+        return (x, *(x if value is args[0] else value for value in args[1:])), kwargs
     return args, {**kwargs, hidden_name(kwargs): x}
 
 
 def hidden_out(output: Any) -> Tensor:
     """The hidden state in a module's output: itself, the first of a tuple, or ``last_hidden_state``."""
     if isinstance(output, dict):
+        if "last_hidden_state" not in output:
+            raise ScionError(f"a {type(output).__name__} ({', '.join(output)}) has no hidden state for a graft to "
+                             "change: attach to the model inside, which gives one")
         return output["last_hidden_state"]
     return output[0] if isinstance(output, tuple) else output
 
@@ -427,8 +430,8 @@ def _keys_of(module: nn.Module, args: tuple, kwargs: dict[str, Any], tokens: Ten
     rest = [hidden if value is hidden else _unplaced(value) for value in args]
     found: list[Tensor] = []
     with _Keys(found):
-        type(module).forward(module, *rest, **{name: value if value is tokens else _unplaced(value)
-                                               for name, value in kwargs.items()})
+        module.forward(*rest, **{name: value if value is tokens else _unplaced(value)
+                                 for name, value in kwargs.items()})
     return found[0], found[1]
 
 
@@ -512,8 +515,8 @@ class Carrier:
         self.readers: list[Graft] = []
         """Grafts of other sites that read this one."""
         self.open: list[_Rewrite] = []
-        self.own: list[tuple[nn.Module, str, Any]] = []
-        """Attributes that modules had before active grafts needed others."""
+        self.own: list[tuple[nn.Module, str]] = []
+        """Attributes of modules that this one holds at other values than their own, for active grafts."""
         self.names = list(inspect.signature(type(module).forward).parameters)[1:]
         self.handles = [
             module.register_forward_pre_hook(self._enter, with_kwargs=True),
@@ -547,23 +550,22 @@ class Carrier:
 
     def refresh(self) -> None:
         """Give modules the attributes that active grafts need here (and their own back when there are none)."""
-        wanted = [setting for graft in self.grafts if graft.live for setting in graft.site.while_active]
-        own = []
-        for module, name, value in self.own:
-            if any(module is other and name == attribute for other, attribute, _ in wanted):
-                own.append((module, name, value))
-            elif value is _OF_THE_CLASS:
-                delattr(module, name)
-            else:
-                setattr(module, name, value)
-        for module, name, value in wanted:
-            if not any(module is other and name == attribute for other, attribute, _ in own):
-                own.append((module, name, vars(module).get(name, _OF_THE_CLASS)))
-            setattr(module, name, value)
-        self.own = own
+        wanted = {(id(module), name): (module, name, value) for graft in self.grafts if graft.live
+                  for module, name, value in graft.site.while_active}
+        held = {(id(module), name) for module, name in self.own}
+        for module, name in self.own:
+            if (id(module), name) not in wanted:
+                _release(module, name)
+        for key, (module, name, value) in wanted.items():
+            if key not in held:
+                _hold(module, name, value)
+        self.own = [(module, name) for module, name, _ in wanted.values()]
 
     def _live(self, verb: str) -> list[Graft]:
-        return [graft for graft in self.grafts if graft.live and verb in graft.verbs]
+        found = [graft for graft in self.grafts if graft.live and verb in _acts_by(graft)]
+        if verb == "weight" and any(graft.site.by_weight for graft in found):
+            found.sort(key=_turn)
+        return found
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         if self.open:
@@ -625,7 +627,24 @@ class Carrier:
                     rows = _expand(graft.batch, x.shape[0], graft.route)
                     entry.routed[graft.variant] = (rows, apply_weight(graft, entry.of(graft.variant)))
             table.append(entry)
-        return table
+        bias = self._effective_bias([graft for graft in grafts if graft.site.by_weight], x)
+        return table if bias is None else [*table, bias]
+
+    def _effective_bias(self, grafts: list[Graft], x: Tensor) -> Effective | None:
+        """What stands in for the bias of a map on which grafts act by its weight."""
+        changing = [graft for graft in grafts if type(graft).merged_bias is not Graft.merged_bias]
+        frozen = getattr(self.module, changing[0].site.bias_parameter) if changing else None
+        if frozen is None:
+            return None
+        entry = Effective(frozen, frozen, {})
+        present = _variants([graft for graft in changing if graft.batch is not None])
+        for graft in changing:
+            if graft.batch is None:
+                entry.tensor = _apply_bias(graft, entry.tensor)
+            elif graft.variant in present:
+                rows = _expand(graft.batch, x.shape[0], graft.route)
+                entry.routed[graft.variant] = (rows, _apply_bias(graft, entry.of(graft.variant)))
+        return entry
 
     def _leave(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         if self.open:
@@ -751,7 +770,58 @@ def _side_by_side(grafts: list[Graft]) -> list[list[Graft]]:
 
 def apply_weight(graft: Graft, weight: Tensor) -> Tensor:
     """The whole parameter, in its module's layout, as the graft makes it."""
-    return _weighed(graft, weight, graft.site.unmatrix(graft(graft.site.matrix(weight), verb="weight"), weight))
+    matrix = graft(graft.site.matrix(weight), verb=_weight_verb(graft))
+    return _weighed(graft, weight, graft.site.unmatrix(matrix, weight))
+
+
+def _apply_bias(graft: Graft, bias: Tensor) -> Tensor:
+    rows = graft.site.rows
+    part = graft(bias if rows is None else rows.take(bias), verb="merged_bias")
+    if part is None:
+        return bias
+    return _weighed(graft, bias, part.to(bias.dtype) if rows is None else rows.put(bias, part.to(bias.dtype)))
+
+
+def _acts_by(graft: Graft) -> tuple[str, ...]:
+    """The verbs of a graft at its site: where no map is called, all is done to the weight."""
+    return ("weight",) if graft.site.by_weight else graft.verbs
+
+
+def _weight_verb(graft: Graft) -> str:
+    return "weight" if "weight" in graft.verbs else "merged"
+
+
+def _turn(graft: Graft) -> tuple[int, int]:
+    """The order in which grafts act on a weight so that each does what it would do to input and output: what changes
+    the weight, then what changes the output, then, the last one first, what changes the input."""
+    if "weight" in graft.verbs:
+        return 0, graft.place
+    return (2, -graft.place) if graft.verbs == ("before",) else (1, graft.place)
+
+
+_HELD = "_held_for_grafts"
+"""Attribute of a module whose other attributes grafts hold: name -> [its own value, how many carriers hold it]."""
+
+
+def _hold(module: nn.Module, name: str, value: Any) -> None:
+    """Give a module another value of an attribute, until as many let go of it."""
+    held = module.__dict__.setdefault(_HELD, {})
+    held.setdefault(name, [vars(module).get(name, _OF_THE_CLASS), 0])[1] += 1
+    setattr(module, name, value)
+
+
+def _release(module: nn.Module, name: str) -> None:
+    held = module.__dict__[_HELD]
+    held[name][1] -= 1
+    if held[name][1]:
+        return
+    value = held.pop(name)[0]
+    if value is _OF_THE_CLASS:
+        delattr(module, name)
+    else:
+        setattr(module, name, value)
+    if not held:
+        del module.__dict__[_HELD]
 
 
 def _chain(some: list[Graft], weight: Tensor) -> Tensor:
@@ -771,7 +841,7 @@ def _made_from(some: list[Graft], strengths: list[float], weight: Tensor, *train
     for graft, strength in zip(some, strengths, strict=True):
         own = {name: next(given) for name, parameter in graft.named_parameters() if parameter.requires_grad}
         now, graft.strength = graft.strength, strength
-        matrix = functional_call(graft, own, (graft.site.matrix(weight),), {"verb": "weight"})
+        matrix = functional_call(graft, own, (graft.site.matrix(weight),), {"verb": _weight_verb(graft)})
         weight = _weighed(graft, weight, graft.site.unmatrix(matrix, weight))
         graft.strength = now
     return weight

@@ -291,7 +291,8 @@ class LowRank(PeftForm):
 
     def give(self, method: PEFTMethod, grafts: list[Graft]) -> Part:
         site = grafts[0].site
-        if site.kind not in self.modules or (site.kind == "conv" and site.module.groups != 1):  # type: ignore[operator]
+        grouped = site.kind == "conv" and site.module.groups != 1  # type: ignore[operator]
+        if site.kind not in self.modules or grouped or site.by_weight:
             raise Inexpressible(f"{method.name}: {site.path} ({type(site.module).__name__}) is none that peft's LoRA "
                                 "can adapt")
         pairs = [self.pair(graft) for graft in grafts]
@@ -312,7 +313,7 @@ def whole(method: PEFTMethod, grafts: list[Graft], kinds: Sequence[str]) -> Graf
     if site.rows is not None or len(grafts) > 1:
         raise Inexpressible(f"{method.name}: {site.name} is a part of {site.path}, which peft adapts as a whole only "
                             "(for q, k and v that is the target 'qkv')")
-    if site.kind not in kinds:
+    if site.kind not in kinds or site.by_weight:
         raise Inexpressible(f"{method.name}: {site.path} is a {type(site.module).__name__}, and peft has the method "
                             f"for {', '.join(kinds)} alone")
     return grafts[0]

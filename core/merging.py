@@ -123,7 +123,7 @@ def _merge_bias(method: PEFTMethod, graft: Graft, parameters: dict[str, nn.Param
     if type(graft).merged_bias is Graft.merged_bias:
         return
     site = graft.site
-    name = f"{site.path}.bias" if site.path else "bias"
+    name = site.bias_name
     bias = parameters[name].detach() if name in parameters else site.full_weight.new_zeros(
         site.full_weight.numel() // site.in_features)
     if name not in parameters and not graft.adds_bias:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from core import exact_resume, merging
 from core import graft as grafts
 from core.anatomy import NORMS, Anatomy, Site, check_layers, check_roles, dissect
-from core.base import check_base, check_quantized
+from core.base import check_base, check_quantized, check_sites
 from core.data import seed_of
 from core.errors import ScionError, listed, nearest
 from core.files import parse_json
@@ -382,7 +382,9 @@ class PEFTMethod(Recorded, Callback, ABC):
         anatomy.layer_indices(self.layers, self.name)
         self.check(anatomy)
         self.begin(anatomy)
-        check_quantized(model, self.sites(anatomy), self.moved(anatomy), self.name)
+        sites = self.sites(anatomy)
+        check_quantized(model, sites, self.moved(anatomy), self.name)
+        check_sites(self, sites)
         return anatomy
 
     def foresee(self, roles: Sequence[str], blocks: int, family: str) -> None:
@@ -993,6 +995,10 @@ class Home(nn.Module):
         self.flags = {name: p.requires_grad for name, p in root.named_parameters()}
         self.odd = {name: module.training for name, module in root.named_modules() if module.training != root.training}
         """Modules that are not in the root's mode, with theirs."""
+
+    def _replicate_for_data_parallel(self) -> Home:
+        raise ScionError("nn.DataParallel copies a module for each device, and the copies would read the first one's "
+                         "methods: train with one process a device (Trainer(strategy='ddp'), torchrun)")
 
     def enter(self, root: nn.Module) -> None:
         """Become ``root.peft`` and freeze the backbone."""

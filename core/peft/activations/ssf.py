@@ -96,7 +96,7 @@ class SSF(PEFTMethod):
 
     def check(self, anatomy: Anatomy) -> None:
         for site in self.sites(anatomy):
-            if getattr(site.module, "weight", None) is None:
+            if getattr(site.module, site.parameter, None) is None:
                 raise ScionError(f"{self.name}: {site.name} ({type(site.module).__name__}) has no weight of its own to "
                                  "scale")
             if site.rows is not None:
@@ -106,7 +106,7 @@ class SSF(PEFTMethod):
         """Whether there is a beta at a site."""
         if self.shift == "possible":
             return site.takes_bias
-        return getattr(site.module, "bias", None) is not None if self.shift is None else self.shift
+        return site.bias is not None if self.shift is None else self.shift
 
     def build(self, site: Site) -> Graft:
         return SSFGraft(site, self.shifts(site), 0.02 if self.init == "normal" else 0.0)

@@ -38,7 +38,7 @@ class BitFit(PEFTMethod):
             keep = anatomy.layer_indices(self.layers, self.name)
             other = tuple(f"{block.path}." for block in anatomy.blocks if block.index not in keep)
             names = [name for name, _ in anatomy.root.named_parameters()
-                     if name.rpartition(".")[2] == "bias" and name not in anatomy.head_names()
+                     if name.rpartition(".")[2] in ("bias", "in_proj_bias") and name not in anatomy.head_names()
                      and not name.startswith((*other, "peft."))]
         else:
             sites = anatomy.sites(self.roles, self.layers, self.name)
@@ -47,7 +47,7 @@ class BitFit(PEFTMethod):
                 if site.rows is not None and not set(parts) <= set(self.roles):
                     raise ScionError(f"{self.name}: {site.name} shares one bias with the other parts of a fused "
                                      f"projection; take them all: {', '.join(parts)}")
-            names = [f"{site.path}.bias" for site in sites if getattr(site.module, "bias", None) is not None]
+            names = [site.bias_name for site in sites if site.bias is not None]
             names = list(dict.fromkeys(names))
         names = [name for name in names if name.rpartition(".")[0] not in left_out]
         if not names:

@@ -73,6 +73,19 @@ class Parts:
     """Places of the trunk's block and of the thin one in a cache of keys and values."""
 
 
+SWITCHES = ("grad_checkpointing", "gradient_checkpointing")
+"""Attributes by which timm and transformers recompute blocks in backward."""
+
+
+def check_recomputing(modules: Sequence[nn.Module]) -> None:
+    """Refuse a library's own recomputing of blocks, which runs them again without the state of the side network."""
+    for module in modules:
+        on = [name for name in SWITCHES if getattr(module, name, False) is True]
+        if on and module.training:
+            raise ScionError(f"LadderSideTuning: {type(module).__name__}.{on[0]} runs blocks again without the side "
+                             "network's state: switch it off, and take core.graft.checkpoint_activations(model)")
+
+
 class Tap(Graft):
     """s <- SideBlock(mu s + (1 - mu) (Down h + b)) behind a block; at the end Up norm(s) + b in the trunk's place. Its
     strength multiplies the step that s makes."""
@@ -80,8 +93,9 @@ class Tap(Graft):
     reads_call = True
     heeds_strength = True
 
-    def __init__(self, site: Site, parts: Parts, ratio: int, temperature: float) -> None:
+    def __init__(self, site: Site, parts: Parts, ratio: int, temperature: float, switches: list[nn.Module]) -> None:
         super().__init__(site)
+        self.switches = switches
         self.run, self.last, self.about, self.numbers = parts.run, parts.last, parts.about, parts.numbers
         self.ratio, self.temperature = ratio, temperature
         self.entry, self.side, self.norm = parts.entry, parts.side, parts.norm
@@ -99,6 +113,8 @@ class Tap(Graft):
     def after(self, x: Tensor, y: Tensor, call: Call) -> Tensor:  # type: ignore[override]
         run, dtype = self.run, next((tensor.dtype for tensor in self.parameters()), y.dtype)
         if self.first is not None:
+            if torch.is_grad_enabled():
+                check_recomputing(self.switches)
             run.begin(self.first(x.to(dtype)))
         state = run.state
         if state is None:  # the stack's first tap is off
@@ -235,13 +251,17 @@ class LadderSideTuning(PEFTMethod):
         super()._fill(module, anatomy)
         del self._places
 
+    def begin(self, anatomy: Anatomy) -> None:
+        self._switches = [module for module in anatomy.root.modules()
+                          if any(hasattr(module, name) for name in SWITCHES)]
+
     def build(self, site: Site) -> Graft:
         parts = self._places[site.name]
         if self.init == "random" and parts.side is not None:
             for weight in parts.side.parameters():
                 if weight.dim() > 1:
                     nn.init.xavier_uniform_(weight)
-        return Tap(site, parts, self.reduction, self.temperature)
+        return Tap(site, parts, self.reduction, self.temperature, self._switches)
 
     def _parts(self, anatomy: Anatomy, importance: Importance) -> dict[str, Parts]:
         """What stands at each site, by the site's name."""

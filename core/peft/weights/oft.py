@@ -26,8 +26,9 @@ def skew(vector: Tensor, block: int) -> Tensor:
 
 def cayley(q: Tensor) -> Tensor:
     """(I - Q) (I + Q)^-1"""
-    eye = torch.eye(q.shape[-1]).to(q)
-    return torch.linalg.solve(eye + q, eye - q, left=False)
+    wide = q.to(torch.promote_types(q.dtype, torch.float32))  # half precision has no solver
+    eye = torch.eye(q.shape[-1]).to(wide)
+    return torch.linalg.solve(eye + wide, eye - wide, left=False).to(q.dtype)
 
 
 def neumann(q: Tensor, terms: int) -> Tensor:
