@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import itertools
 import json
@@ -23,7 +24,7 @@ from core.schema import shown
 
 LONGEST = 240
 """Bytes of a point's folder name; a file system takes 255, and locks and numbers are added."""
-MOST_POINTS = 10_000
+MOST_POINTS = 5000
 SETTINGS = ("model", "data", "peft", "optimizer", "lr_scheduler", "trainer", "seed_everything", "stages", "select")
 """Keys that ``per`` can set."""
 NO_AXES = ("over", "per", "run_dir")
@@ -224,6 +225,7 @@ def _says(text: str, value: Any) -> bool:
     return text == str(value) or parse(text) == value and type(parse(text)) is type(value)
 
 
+@functools.cache  # all points of a grid ask
 def _domain_of(file: Path) -> str:
     parts = file.resolve().parts
     return parts[parts.index("domains") + 1] if "domains" in parts[:-2] else ""

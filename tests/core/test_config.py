@@ -303,7 +303,7 @@ def test_what_is_right(files: Files, keys: dict[str, str]) -> None:
     ("--peft --peft.rank 3", "a value is missing before '--peft.rank'"),
     ("x", "'x': not an override"),
     ("--peft a.b --over peft.rank=" + ",".join(map(str, range(200))) + " --over data.fold="
-     + ",".join(map(str, range(200))), "40000 runs; 10000 at most"),
+     + ",".join(map(str, range(200))), "40000 runs; 5000 at most"),
 ])
 def test_command_lines(files: Files, line: str, words: str) -> None:
     assert words in files.refused(*words_of(line))
