@@ -161,11 +161,11 @@ def _is(value: Any, kind: Any, origin: Any) -> bool:
     if kind is bool:
         return isinstance(value, bool)
     if kind is int:
-        return isinstance(value, Integral) and not isinstance(value, bool) and abs(value) < LARGEST
+        return isinstance(value, Integral) and not isinstance(value, bool) and abs(int(value)) < LARGEST
     if kind is float:
-        whole = isinstance(value, Integral)
-        number = isinstance(value, Real) and not isinstance(value, bool)
-        return number and (abs(value) < LARGEST if whole else math.isfinite(value))
+        if isinstance(value, Integral):
+            return not isinstance(value, bool) and abs(int(value)) < LARGEST
+        return isinstance(value, Real) and math.isfinite(value)
     if kind is str:
         return isinstance(value, str) and len(value) <= LONGEST
     return isinstance(value, kind) if isinstance(kind, type) else True
@@ -225,7 +225,8 @@ def _check_typed_dict(value: Any, kind: Any, place: str) -> None:
 
 def wanted(kind: Any) -> str:
     """What a type asks for, in words."""
-    origin, parts = get_origin(kind), get_args(kind)
+    origin = get_origin(kind)
+    parts: tuple[Any, ...] = get_args(kind)
     if origin in (Required, NotRequired):
         return wanted(parts[0])
     if origin is Annotated:

@@ -119,8 +119,9 @@ def _check_archive(path: Path) -> None:
 
 
 def _check_pickle(pickled: bytes, path: Path) -> None:
-    added = {f"{one.__module__}.{one.__qualname__}" for one in torch.serialization.get_safe_globals()
-             if hasattr(one, "__qualname__")}  # what the user's own program has declared harmless
+    added: set[str] = set()  # what the user's own program has declared harmless
+    for one in torch.serialization.get_safe_globals():
+        added.add(one[1] if isinstance(one, tuple) else f"{one.__module__}.{one.__qualname__}")
     for code, argument, _ in pickletools.genops(pickled):
         if code.name not in ("GLOBAL", "STACK_GLOBAL", "INST"):
             continue
