@@ -77,18 +77,26 @@ class OneMoreStep(L.Callback):
     """Keeps a run open whose last step is taken while its epoch has not ended: the epoch's end is yet to come."""
 
     def __init__(self, trainer: L.Trainer) -> None:
-        self.max_steps = trainer.max_steps
+        self.max_steps, self.open = trainer.max_steps, True
         trainer.fit_loop.epoch_loop.max_steps = self.max_steps + 1
         trainer.callbacks.append(self)  # type: ignore[attr-defined]
 
+    def close(self, trainer: L.Trainer) -> None:
+        """Let ``max_steps`` be what it was."""
+        if self.open:
+            trainer.fit_loop.epoch_loop.max_steps = self.max_steps
+        self.open = False
+
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        trainer.fit_loop.epoch_loop.max_steps = self.max_steps
-        trainer.callbacks.remove(self)  # type: ignore[attr-defined]
+        self.close(trainer)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self.close(trainer)
 
 
 def keep_open(trainer: L.Trainer, resume: dict[str, Any] | None) -> None:
     """To be called when fitting starts, before Lightning finds that ``max_steps`` is reached."""
-    if resume is not None and resume.get("within_epoch") and 0 <= trainer.max_steps <= resume["step"]:
+    if resume is not None and resume.get("within_epoch") and resume["step"] == trainer.max_steps:
         OneMoreStep(trainer)
 
 
@@ -143,4 +151,4 @@ def _finish_batch(trainer: L.Trainer) -> None:
 
 
 def _all_steps_taken(trainer: L.Trainer) -> bool:
-    return any(isinstance(callback, OneMoreStep) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    return any(isinstance(one, OneMoreStep) and one.open for one in trainer.callbacks)  # type: ignore[attr-defined]

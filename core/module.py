@@ -13,7 +13,6 @@ from typing import Any, ClassVar, Literal
 import lightning.pytorch as L
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from core import exact_resume
 from core.anatomy import dissect
@@ -33,6 +32,7 @@ from core.config.schema import Optimizer, Schedule
 from core.config.schema import check as check_shape
 from core.data import EpochLoader, Share, seed_of
 from core.errors import ScionError, listed, nearest, one_line
+from core.finite import Losses, broken_rows, check_trained
 from core.graft import Graft, checkpoint_activations
 from core.method import PEFTMethod, home_in, key_of, methods_on, sample_name
 from core.optim import Together, steps_of
@@ -95,40 +95,6 @@ class ScheduleSettings:
         done = min(1.0, (step - warmup) / max(1.0, total - warmup))
         falling = (1 + math.cos(math.pi * done)) / 2 if self.name == "cosine" else 1 - done
         return self.final + (1 - self.final) * falling
-
-
-@dataclass
-class Losses:
-    """A batch's outputs and the parts of its loss."""
-
-    outputs: Tensor
-    source: str
-    """Whose the main loss is: the task's, or that of a method in its place."""
-    main: Tensor
-    terms: list[tuple[str, Tensor]]
-    """What methods add, by their names."""
-
-    def __post_init__(self) -> None:
-        self.total = self.main
-        for _, term in self.terms:
-            self.total = self.total + term
-
-    def culprit(self) -> str:
-        """Which part is not finite, for a message."""
-        for name, value in [(f"the loss of {self.source}", self.main),
-                            *((f"the term that {name} adds to the loss", term) for name, term in self.terms)]:
-            if not bool(torch.isfinite(value)):
-                return f"{name} is {float(value)}"
-        return f"the loss is {float(self.total)}"
-
-
-def _broken_rows(values: Any, rows: int) -> list[int]:
-    """Which rows of a batch hold values that are not finite."""
-    found = torch.zeros(rows, dtype=torch.bool)
-    for tensor in tree_leaves(values):
-        if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.shape[:1] == (rows,):
-            found |= ~torch.isfinite(tensor.detach()).reshape(rows, -1).all(1).cpu()
-    return found.nonzero().flatten().tolist()
 
 
 class FineTuner(L.LightningModule):
@@ -406,12 +372,12 @@ class FineTuner(L.LightningModule):
     def _not_finite(self, losses: Losses, stage: str, batch: Any, index: int) -> str:
         """Which part of a batch's loss is not finite, and for which samples."""
         inputs, targets = batch
-        broken = _broken_rows(inputs, len(targets))
+        broken = broken_rows(inputs, len(targets))
         part = "the inputs are not finite"
         if not broken:
-            broken = _broken_rows(losses.outputs, len(targets))
+            broken = broken_rows(losses.outputs, len(targets))
             part = "the outputs of the head are not finite"
-            if broken and _broken_rows(self._features(inputs), len(targets)):
+            if broken and broken_rows(self._features(inputs), len(targets)):
                 part = "the features of the backbone are not finite"
         if not broken:
             part = losses.culprit()
@@ -436,21 +402,8 @@ class FineTuner(L.LightningModule):
             return [f"row {row} of batch {index}" for row in rows]
         return [sample_name(self.trainer, places[row], loader.dataset) for row in rows]
 
-    def _check_trained(self, consequence: str) -> None:
-        """Refuse to go on with trained tensors that are not finite."""
-        optimizers = self.trainer.optimizers if self._trainer is not None else []
-        held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-        trained = {name: p.detach() for name, p in self.named_parameters() if p.requires_grad or id(p) in held}
-        if not trained or bool(torch.stack([torch.isfinite(p).all() for p in trained.values()]).all()):
-            return
-        broken = [name for name, p in trained.items() if not bool(torch.isfinite(p).all())]
-        hint = ""
-        if any(trained[name].dtype == torch.float16 for name in broken):
-            hint = "; Adam's eps of 1e-8 is zero in float16: set optimizer.options.eps to 1e-4, or take bf16-true"
-        raise ScionError(f"{listed(broken, 2)}: values that are not finite; {consequence}{hint}")
-
     def on_train_end(self) -> None:
-        self._check_trained("the training came to nothing")
+        check_trained(self, "the training came to nothing")
 
     # --------------------------------------------------------------------------------- resuming
 
@@ -470,7 +423,7 @@ class FineTuner(L.LightningModule):
             load_metric_states(self.task.collection("train"), own["train"]["metrics"])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._check_trained("no checkpoint is written, and the last one stays")
+        check_trained(self, "no checkpoint is written, and the last one stays")
         if self._trainer is not None and "optimizer_states" in checkpoint:
             exact_resume.save(self.trainer, checkpoint, {"train": self._epoch_state("train")})
 
