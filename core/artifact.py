@@ -214,7 +214,8 @@ def _check_spec(spec: Spec, where: str, depth: int = 0) -> None:
         cls = peft.method_class(spec["class"])
     except ScionError as error:
         raise ScionError(f"{where}: {error}") from None
-    config = {key: value for key, value in spec["config"].items() if key not in cls.start_only}
+    options = peft.present_options(cls, spec["config"])
+    config = {key: value for key, value in options.items() if key not in cls.start_only}
     check_arguments(cls, {**config, "name": spec["name"]}, where)
     if cls.__name__ in peft.COMPOSITIONS:
         if depth == DEEPEST:

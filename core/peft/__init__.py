@@ -105,14 +105,18 @@ def make(name: str, config: dict[str, Any]) -> PEFTMethod:
     Raises:
         ScionError: no such method, an argument that it does not have, or a value of another type.
     """
-    from core.spec import check_arguments, signature
+    from core.spec import check_arguments
 
     cls = method_class(name)
-    config = {key: value for key, value in config.items()
-              if key in signature(cls).parameters or key not in cls.former_options
-              or value != cls.former_options[key]}
+    config = present_options(cls, config)
     check_arguments(cls, config, "peft")
     return cls(**config)
+
+
+def present_options(cls: type[PEFTMethod], config: dict[str, Any]) -> dict[str, Any]:
+    """``config`` without options that the class had once, where they hold the only value that they could have."""
+    return {key: value for key, value in config.items()
+            if key not in cls.former_options or value != cls.former_options[key]}
 
 
 def __getattr__(name: str) -> Any:
