@@ -9,16 +9,18 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
 import torch
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from core.anatomy import dissect
 from core.base import check_base
+from core.beside import OUTSIDE, load_beside
 from core.errors import ScionError, listed, one_line
 from core.files import read_json, write_atomically, write_json
 from core.fingerprint import fingerprint
@@ -28,6 +30,7 @@ from core.rehearsal import hollow, is_small, largest, reach, rehearsing, twin
 from core.schema import Digest, check
 from core.spec import check_arguments
 from core.tensors import check_fit, check_values, checksum, read_checkpoint, read_tensors, write_tensors
+from core.training_checks import check_model
 
 FORMAT = 1
 TENSORS, RECORD = "adapter.safetensors", "adapter.json"
@@ -41,9 +44,9 @@ DEEPEST = 4
 
 
 def save_adapter(methods: list[PEFTMethod], folder: str | Path, extra: dict[str, Tensor] | None = None,
-                 model: dict[str, Any] | None = None) -> Path:
-    """Write the methods of one model (and ``extra`` tensors, a head say, with what rebuilds the ``model``) into
-    ``folder``.
+                 model: dict[str, Any] | None = None, beside: str = "") -> Path:
+    """Write the methods of one model into ``folder``; ``extra`` tensors (a head, say) too, with what rebuilds the
+    ``model`` and the path of the backbone in what they stand ``beside``.
 
     Both files are written beside their place and renamed, the record last. It holds the checksum of the tensors, so
     that a pair of which only one was written is never taken for an adapter.
@@ -59,16 +62,20 @@ def save_adapter(methods: list[PEFTMethod], folder: str | Path, extra: dict[str,
         raise ScionError(f"{methods[0].name} is merged: unmerge it before saving, or save the model itself")
     tensors: dict[str, Tensor] = {}
     for method in methods:
+        check_model(method)
         tensors.update(method.tensors())
     parameters = dict(root.named_parameters())
     tensors.update({name: parameters[name].detach() for name in home.heads if parameters[name].requires_grad})
-    tensors.update(extra or {})
+    unfrozen = home.unfrozen()
+    tensors.update({**unfrozen, **(extra or {})})
     record = {
         "format": FORMAT,
         "methods": [method.spec() for method in methods],
         "base": {"class": dissect(root).family, "fingerprint": home.fingerprint},
         "versions": versions(),
         **({"model": model} if model else {}),
+        **({"beside": beside} if beside else {}),
+        **({"unfrozen": sorted(unfrozen)} if unfrozen else {}),
     }
     target = Path(folder)
     try:
@@ -88,7 +95,8 @@ def load_adapter(source: str | Path, model: nn.Module, base: Literal["same", "an
 
     Args:
         source: an adapter folder, a run folder, a Lightning checkpoint, or an adapter folder of Hugging Face peft.
-        model: the same backbone that the methods were saved from, plain.
+        model: the same backbone that the methods were saved from, plain; or the LightningModule around it, into which
+            what stood beside the backbone (a head) is loaded too.
         base: ``any`` carries them to other weights of the same shapes, with a warning. Where a method moved the base's
             own tensors, the file holds their values; to carry the change of them, give the base that it was trained on
             (an ``nn.Module``) instead.
@@ -99,14 +107,49 @@ def load_adapter(source: str | Path, model: nn.Module, base: Literal["same", "an
     Raises:
         ScionError: a damaged file, another base, missing, extra or misshapen tensors, values that are not finite; the
             model is untouched then.
+
+    Warns:
+        UserWarning: the file has tensors of what stood beside the backbone, and ``model`` is the backbone alone.
     """
     from core import interop
 
     if interop.is_peft(source):
         return interop.from_peft(source, model)
     saved = open_adapter(source)
-    methods = restore(saved.record, saved.tensors, model, base, str(source), saved.check_whole)
+    root = _root_in(model, saved)
+    if root is model:
+        methods = restore(saved.record, saved.tensors, model, base, str(source), saved.check_whole)
+        _tell_of_rest(saved, str(source))
+    else:
+        def check_rest() -> None:
+            saved.check_whole()
+            load_beside(model, root, saved.tensors, str(source), write=False)
+
+        methods = restore(saved.record, saved.tensors, root, base, str(source), check_rest)
+        load_beside(model, root, saved.tensors, str(source))
     return methods[0] if len(methods) == 1 else methods
+
+
+def _root_in(model: nn.Module, saved: Saved) -> nn.Module:
+    """The backbone in ``model``, which may be the module around it."""
+    model = uncompiled(model)
+    path = saved.record.get("beside", "")
+    rest = {name.removeprefix(OUTSIDE) for name in saved.tensors if name.startswith(OUTSIDE)}
+    wraps = isinstance(model, LightningModule) or (bool(rest) and rest <= set(model.state_dict()))
+    if not wraps:
+        return model
+    places = [path] if path else ["backbone", "model"]
+    modules = dict(model.named_modules())
+    return next((modules[place] for place in places if place in modules), model)
+
+
+def _tell_of_rest(saved: Saved, where: str) -> None:
+    rest = [name.removeprefix(OUTSIDE) for name in saved.tensors if name.startswith(OUTSIDE)]
+    if rest:
+        whole = "core.load_run gives the whole model" if saved.record.get("model") else (
+            "give load_adapter the LightningModule in its place")
+        warnings.warn(f"{where}: {listed(map(one_line, rest), 4)} stood beside the backbone and is not loaded into it; "
+                      f"{whole}", stacklevel=3)
 
 
 def read_adapter(source: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -145,6 +188,8 @@ class Record(TypedDict):
     base: BaseRecord
     versions: NotRequired[dict[str, str]]
     model: NotRequired[ModelRecord]
+    unfrozen: NotRequired[list[str]]
+    beside: NotRequired[str]
     sha256: NotRequired[Digest]
 
 
@@ -282,14 +327,12 @@ def split_checkpoint(state: dict[str, Any], where: str, made: bool = False) -> t
                if name.startswith(prefix) and not name.endswith("_extra_state")}
     outside = {f"{OUTSIDE}{name}": tensor for name, tensor in state.items() if not name.startswith(prefix)}
     specs = [{key: value for key, value in record.items() if key != "base"} for _, record in records]
-    record = {"format": FORMAT, "methods": specs, "base": {"class": "", "fingerprint": records[0][1]["base"]}}
+    record = {"format": FORMAT, "methods": specs, "base": {"class": "", "fingerprint": records[0][1]["base"]},
+              "beside": prefix.removesuffix("."),
+              "unfrozen": [name for name in tensors if not name.startswith("peft.")]}
     if not made:
         check_record(record, where)
     return record, {**tensors, **outside}
-
-
-OUTSIDE = "outside."
-"""Prefix of tensors that belong to the LightningModule around the backbone (a task's head)."""
 
 
 def restore(record: dict[str, Any], tensors: dict[str, Tensor], model: nn.Module,
@@ -316,14 +359,15 @@ def restore(record: dict[str, Any], tensors: dict[str, Tensor], model: nn.Module
         warnings.warn(f"{where}: carried from base {expected} to {print_now}", stacklevel=3)
     done: list[PEFTMethod] = []
     try:
-        rehearse(record["methods"], tensors, model, where)
+        unfrozen = record.get("unfrozen", ())
+        rehearse(record["methods"], tensors, model, where, unfrozen)
         attach(record["methods"], model, done)
-        load_tensors(done, tensors, where, write=False)
+        load_tensors(done, tensors, where, write=False, unfrozen=unfrozen)
         if other and base == "same":
             raise ScionError("all names and shapes fit")
         if check_whole is not None:
             check_whole()
-        load_tensors(done, tensors, where)
+        load_tensors(done, tensors, where, unfrozen=unfrozen)
     except Exception as error:
         for method in reversed(done):
             method.remove()
@@ -353,7 +397,8 @@ def refusal(error: Exception) -> ScionError:
     return ScionError(f"cannot be built as it is recorded ({type(error).__name__}: {one_line(lines[0])[:200]})")
 
 
-def rehearse(specs: list[Spec], tensors: dict[str, Tensor], model: nn.Module, where: str) -> None:
+def rehearse(specs: list[Spec], tensors: dict[str, Tensor], model: nn.Module, where: str,
+             unfrozen: Iterable[str] = ()) -> None:
     """Refuse what would be larger than the tensors of the file, without building it: see `core.rehearsal`.
 
     Raises:
@@ -370,13 +415,15 @@ def rehearse(specs: list[Spec], tensors: dict[str, Tensor], model: nn.Module, wh
         warnings.simplefilter("ignore")  # what there is to say is said in earnest
         attach(specs, hollow_model, done)
         own = {name: tensor for name, tensor in tensors.items() if not name.startswith(OUTSIDE)}
-        load_tensors(done, hollow(own), where, write=False)
+        load_tensors(done, hollow(own), where, write=False, unfrozen=unfrozen)
 
 
 def _carried(tensors: dict[str, Tensor], model: nn.Module, heads: set[str], base: Literal["any"] | nn.Module | str,
              expected: str, where: str) -> dict[str, Tensor]:
     """``tensors`` for another base: of the base's own tensors the change is carried, not the value."""
-    moved = [name for name in tensors if not name.startswith(("peft.", OUTSIDE)) and name not in heads]
+    buffers = {name for name, _ in model.named_buffers()}  # statistics go as they are
+    moved = [name for name in tensors
+             if not name.startswith(("peft.", OUTSIDE)) and name not in heads and name not in buffers]
     if not moved:
         return tensors
     here = dict(model.named_parameters())
@@ -400,9 +447,11 @@ def _carried(tensors: dict[str, Tensor], model: nn.Module, heads: set[str], base
     return {**tensors, **changed}
 
 
-def load_tensors(methods: list[PEFTMethod], tensors: dict[str, Tensor], where: str = "", write: bool = True) -> None:
+def load_tensors(methods: list[PEFTMethod], tensors: dict[str, Tensor], where: str = "", write: bool = True,
+                 unfrozen: Iterable[str] = ()) -> None:
     """Copy saved tensors into attached methods. Missing and extra ones, those of another shape or kind of numbers, and
-    values that are not finite or out of range are refused before any is written."""
+    values that are not finite or out of range are refused before any is written. ``unfrozen`` names parameters of the
+    base that were trained beside the methods: where the file has them, they are written into the base."""
     root = methods[0]._need_root()
     home: Home = root.peft  # type: ignore[assignment]
     parameters = dict(root.named_parameters())
@@ -412,7 +461,11 @@ def load_tensors(methods: list[PEFTMethod], tensors: dict[str, Tensor], where: s
               if name in live and name not in given}  # a checkpoint holds the form in use
     into = {name: tensor for name, tensor in live.items() if name not in packed}
     into.update({f"{name}.{part}": tensor for name, (_, parts) in packed.items() for part, tensor in parts.items()})
+    buffers = {name for method in methods for name in method.start_buffers} - set(given)
+    into = {name: tensor for name, tensor in into.items() if name not in buffers}  # files of earlier versions lack them
     into.update({name: parameters[name].detach() for name in home.heads if name in tensors})
+    beside = [name for name in unfrozen if name in given and name in parameters and name not in into]
+    into.update({name: parameters[name].detach() for name in beside})
     missing, extra = sorted(set(into) - set(given)), sorted(set(given) - set(into))
     if missing:
         raise ScionError(f"{where}: tensors are missing: {listed(missing, 4)}")
@@ -439,6 +492,9 @@ def load_tensors(methods: list[PEFTMethod], tensors: dict[str, Tensor], where: s
             live[name].copy_(tensor)
     for method in methods:
         method.prepared = True
+    if beside:
+        warnings.warn(f"{where}: {listed(beside, 3)} of the base was trained beside the methods and is written into "
+                      "it; remove() does not take that back", stacklevel=3)
 
 
 # ------------------------------------------------------------------------------------------------- checkpoints
@@ -446,22 +502,30 @@ def load_tensors(methods: list[PEFTMethod], tensors: dict[str, Tensor], where: s
 
 def keep_only_owned(module: nn.Module) -> None:
     """Let the state dict of a LightningModule leave out its frozen backbone, and its strict loading forgive exactly
-    that. Both hooks are plain functions, so they copy and pickle with the module; a second call changes nothing."""
+    that, also where the module stands in another one (an average of it). The hooks are plain functions, so they copy
+    and pickle with the module; a second call changes nothing."""
     if _leave_out_base not in module._state_dict_hooks.values():
         module._register_state_dict_hook(_leave_out_base)
+        module.register_load_state_dict_pre_hook(_note_base)
         module.register_load_state_dict_post_hook(_forgive_base)
 
 
 def base_names(module: nn.Module) -> set[str]:
     """Names, in ``module``'s state dict, of the frozen base tensors that no method owns."""
     names: set[str] = set()
+    for prefix, home in _homes(module):
+        owned = home.owned()
+        names |= {prefix + name for name in nn.Module.state_dict(home.root)
+                  if name not in owned and not name.startswith("peft.")}
+    return names
+
+
+def _homes(module: nn.Module) -> Iterator[tuple[str, Home]]:
+    """The homes in ``module``, each with what the names of its root's tensors begin with."""
     for path, root in module.named_modules():
         home = root._modules.get("peft")
         if isinstance(home, Home):
-            owned, prefix = home.owned(), f"{path}." if path else ""
-            names |= {prefix + name for name in nn.Module.state_dict(root)
-                      if name not in owned and not name.startswith("peft.")}
-    return names
+            yield f"{path}." if path else "", home
 
 
 def _leave_out_base(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
@@ -469,8 +533,21 @@ def _leave_out_base(module: nn.Module, state: dict[str, Any], prefix: str, metad
         state.pop(prefix + name, None)
 
 
+def _note_base(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """What may be missing in a state dict in which the module's names begin with ``prefix``."""
+    unfrozen = {prefix + root + name for root, home in _homes(module) for name in home.unfrozen()}
+    buffers = {prefix + root + name for root, home in _homes(module) for method in home.methods.values()
+               for name in method.start_buffers}
+    base = {prefix + name for name in base_names(module)}
+    module.__dict__["_may_be_missing"] = base | buffers | unfrozen
+    kept = sorted(name for name in unfrozen if name not in state)
+    if kept:
+        warnings.warn(f"{listed(kept, 3)} of the base is trained now and was frozen when the checkpoint was written: "
+                      "it keeps its present values", stacklevel=2)
+
+
 def _forgive_base(module: nn.Module, incompatible: Any) -> None:
-    forgiven = base_names(module)
+    forgiven = module.__dict__.pop("_may_be_missing", set())
     incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if name not in forgiven]
 
 

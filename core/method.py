@@ -17,6 +17,7 @@ import copy
 import json
 import math
 import warnings
+import weakref
 from abc import ABC
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,12 +25,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NotRequired, TypedDict
 
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.core.optimizer import _MockOptimizer
 from torch import Tensor, nn
 
 from core import exact_resume, merging
 from core import graft as grafts
 from core.anatomy import NORMS, Anatomy, Site, check_layers, check_roles, dissect
 from core.base import check_base, check_quantized, check_sites
+from core.beside import OUTSIDE, path_of, tensors_beside
 from core.data import seed_of
 from core.errors import ScionError, listed, nearest
 from core.files import parse_json
@@ -37,15 +40,21 @@ from core.graft import Graft
 from core.random_state import random_states, restore_random_states, seeded
 from core.schema import Digest, Name, check, check_fields
 from core.spec import Recorded, plain, signature
+from core.strangers import end_watch, watch_loading, watch_saving
+from core.training_checks import (
+    GradientWatch,
+    check_averages,
+    check_launcher,
+    check_model,
+    check_optimizers,
+    check_place,
+    shapes_of,
+    warn_of_recomputing,
+    watch_steps,
+)
 
 if TYPE_CHECKING:
     import lightning.pytorch as L
-
-GRADIENT_STEPS = 3
-"""Backward passes within which every trained tensor must have had a gradient (zero-initialised chains need two)."""
-PATIENCE = 10
-"""How many times as many a tensor may take whose gradient is there but zero: a few units behind a ReLU may be closed to
-the first samples."""
 
 
 class PEFTMethod(Recorded, Callback, ABC):
@@ -127,8 +136,10 @@ class PEFTMethod(Recorded, Callback, ABC):
         self._merged: dict[str, tuple[Tensor, Tensor]] | None = None  # name -> (before, after)
         self._made: list[str] = []  # biases that merging made
         self._home: Home | None = None  # where it stood before it was merged
-        self._waiting: dict[str, Tensor] | None = None  # tensors not yet seen with a gradient
-        self._backwards = 0
+        self.start_buffers: dict[str, Tensor] = {}  # likewise of the base's buffers, where its parts are in train mode
+        self.shapes_at_start: dict[str, list[int]] = {}  # of the sites' weights, by name
+        self._module: weakref.ref[nn.Module] | None = None  # what a Trainer trains it in
+        self._watch: GradientWatch | None = None  # for gradients that never come
         self._resume: dict[str, Any] | None = None
         self.prepared = False  # by `prepare`, or with values loaded
         self.steps, self.total = 0, 0  # of the optimizer, where the method has something to do after each
@@ -323,9 +334,10 @@ class PEFTMethod(Recorded, Callback, ABC):
         self.root, self.module, self.norm_names = model, module, norms
         home.attached += 1
         self.place = home.attached
-        self.start = {name: parameters[name].detach().to("cpu", copy=True) if not parameters[name].is_meta
-                      else parameters[name].detach() for name in moved}
+        self.start = {name: _copied(parameters[name]) for name in moved}
+        self.start_buffers = self._moving_buffers(home)
         home.add(self)
+        self.shapes_at_start = shapes_of(self)
         self._connect()
         for name in moved:
             parameters[name].requires_grad_(self.is_trained)
@@ -333,6 +345,24 @@ class PEFTMethod(Recorded, Callback, ABC):
             module.requires_grad_(False)
         model.train(model.training)
         return self
+
+    def _moving_buffers(self, home: Home) -> dict[str, Tensor]:
+        """The base's buffers that a forward in train mode may move (running statistics), where no other method has
+        them."""
+        if not self.is_trained or self.backbone_mode != "train":
+            return {}
+        root = home.root
+        kept = nn.Module.state_dict(root).keys()
+        taken = {name for other in home.methods.values() for name in other.start_buffers}
+        return {name: _copied(buffer) for name, buffer in root.named_buffers()
+                if name in kept and name not in taken and not name.startswith("peft.")}
+
+    @torch.no_grad()
+    def rewind_buffers(self) -> None:
+        """Put the base's buffers that the method moves back to their start."""
+        for name, buffer in self.live_buffers().items():
+            if not self.start_buffers[name].is_meta:
+                buffer.copy_(self.start_buffers[name])
 
     def _check_folds(self, home: Home | None, module: nn.Module) -> None:
         """Two methods cannot both let streams of their own ride in the batch."""
@@ -470,6 +500,7 @@ class PEFTMethod(Recorded, Callback, ABC):
                 parameters = dict(root.named_parameters())
                 for name, value in self.start.items():
                     parameters[name].copy_(value)
+            self.rewind_buffers()
             self._leave_home(root)
         self.root, self._merged = None, None
 
@@ -521,7 +552,12 @@ class PEFTMethod(Recorded, Callback, ABC):
         parameters = dict(self._need_root().named_parameters())
         own = {f"{self.prefix}{name}": tensor.detach() for name, tensor in self.module.state_dict().items()
                if not name.endswith("_extra_state")}
-        return {**{name: parameters[name].detach() for name in self.start}, **own}
+        return {**{name: parameters[name].detach() for name in self.start}, **self.live_buffers(), **own}
+
+    def live_buffers(self) -> dict[str, Tensor]:
+        """The base's buffers that the method moves, as they are in use."""
+        buffers = dict(self._need_root().named_buffers()) if self.start_buffers else {}
+        return {name: buffers[name] for name in self.start_buffers}
 
     def all_packings(self) -> dict[str, Graft]:
         """The packings of all methods on the root."""
@@ -552,12 +588,13 @@ class PEFTMethod(Recorded, Callback, ABC):
         states = [graft.active for graft in self.grafts]
         parameters = dict(root.named_parameters())
         base = {**{name: before for name, (before, _) in (self._merged or {}).items()}, **self.start}
-        moved = {name: parameters[name] for name in base}
+        base |= self.start_buffers
+        moved = {name: parameters[name] for name in base if name in parameters} | self.live_buffers()
         values = {name: tensor.data for name, tensor in moved.items()}
         try:
             self._activate([False] * len(states))
             for name, tensor in moved.items():  # other storage, not other values: a backward under way stays valid
-                tensor.data = base[name].to(tensor.device, tensor.dtype)
+                tensor.data = base[name].to(tensor.device, tensor.dtype, copy=name in self.start_buffers)
             yield
         finally:
             for name, tensor in moved.items():
@@ -589,6 +626,7 @@ class PEFTMethod(Recorded, Callback, ABC):
         if self._merged is not None:
             warnings.warn(f"{self.name} is merged already", stacklevel=2)
             return
+        check_model(self)
         if not self.mergeable:
             raise ScionError(f"{self.name} cannot be merged into the weights: {self.inference_cost}")
         parameters = dict(root.named_parameters())
@@ -651,10 +689,24 @@ class PEFTMethod(Recorded, Callback, ABC):
 
     # --------------------------------------------------------------------------------- files
 
-    def save(self, folder: str | Path) -> Path:
-        """Write ``adapter.safetensors`` and ``adapter.json`` into ``folder``; `core.load_adapter` reads them."""
+    def save(self, folder: str | Path, module: nn.Module | None = None) -> Path:
+        """Write ``adapter.safetensors`` and ``adapter.json`` into ``folder``; `core.load_adapter` reads them.
+
+        Args:
+            folder: made where it is missing.
+            module: what stands around the model; what is trained there (a head) is written along, and comes back by
+                ``load_adapter(folder, module)``.
+        """
         from core.artifact import save_adapter
 
+        root = self._need_root()
+        if module is not None:
+            return save_adapter([self], folder, tensors_beside(module, root), beside=path_of(root, module))
+        around = self._module() if self._module is not None else None
+        left_out = [] if around is None else [name.removeprefix(OUTSIDE) for name in tensors_beside(around, root)]
+        if left_out:
+            warnings.warn(f"{self.name}: {listed(left_out, 3)} of {type(around).__name__} is trained beside the model "
+                          "and not saved: method.save(folder, module) writes it along", stacklevel=2)
         return save_adapter([self], folder)
 
     def spec(self) -> dict[str, Any]:
@@ -675,11 +727,17 @@ class PEFTMethod(Recorded, Callback, ABC):
         from core.artifact import keep_only_owned
 
         if self.root is None:
+            check_launcher(self, trainer)
             root = self._find_root(pl_module)
             if root is None:
                 self._wait_for_configure_model(pl_module)
             else:
                 self.attach(root)
+        else:
+            check_place(self, pl_module)
+        self._module = weakref.ref(pl_module)
+        if stage == "fit":
+            check_averages(self, trainer, pl_module)
         keep_only_owned(pl_module)
         if self.is_optimizer and stage == "fit" and not hasattr(pl_module, "methods"):
             warnings.warn(f"{self.name} is an optimizer: {type(pl_module).__name__}.configure_optimizers should return "
@@ -822,25 +880,30 @@ class PEFTMethod(Recorded, Callback, ABC):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not _resumes_exactly(pl_module):
             exact_resume.keep_open(trainer, self._resume)
-        if self.attached:
-            self._waiting = {name: t for name, t in self.trainable().items() if name not in self.idle()}
-            self._backwards = 0
+        self._watch = GradientWatch(self) if self.attached else None
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Within the first backward passes every trained tensor must get a gradient, else the run stops."""
-        if not self._waiting:
-            return
-        self._backwards += 1
-        resting = self.resting()
-        self._waiting = {name: t for name, t in self._waiting.items()
-                         if t.grad is None or (name not in resting and not bool(t.grad.any()))}
-        steps = self._backwards // trainer.accumulate_grad_batches
-        late = [name for name, t in self._waiting.items()
-                if steps >= GRADIENT_STEPS * (1 if t.grad is None else PATIENCE)]
-        if late:
-            names = listed(late, 4)
-            raise ScionError(f"{self.name}: no gradient reaches {names}: the module that holds it is never called, or "
-                             "what follows does not depend on it")
+        if self._watch is not None:
+            self._watch.look(trainer.optimizers, 1 / trainer.accumulate_grad_batches)
+
+    def check_training(self, *optimizers: torch.optim.Optimizer) -> None:
+        """Check a training loop of one's own, as a Trainer's callback does by itself.
+
+        To be called before the first step: the optimizers must have all that the method trains, the model must be as it
+        was when the method was attached, and within their first steps each trained tensor must get a gradient; else
+        ``optimizer.step()`` raises. Called behind a backward pass, it looks at that pass's gradients at once.
+
+        Args:
+            optimizers: all that train the model.
+
+        Raises:
+            ScionError: names the tensors and the likely reason.
+        """
+        self._need_root()
+        check_model(self)
+        check_optimizers(self, optimizers)
+        warn_of_recomputing(self._need_root(), self.name)
+        watch_steps(self, optimizers)
 
     # What Lightning's checkpoints leave out is kept by the module where that is a `FineTuner`, and here otherwise.
 
@@ -855,6 +918,11 @@ class PEFTMethod(Recorded, Callback, ABC):
         self._resume = checkpoint.get("resume")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.attached:
+            check_model(self)
+            warn_of_recomputing(self._need_root(), self.name)
+            if not all(isinstance(optimizer, _MockOptimizer) for optimizer in trainer.optimizers):
+                check_optimizers(self, trainer.optimizers)
         resume, self._resume = self._resume, None
         if self.is_scheduled:
             self._stop_following()  # of a run that an error ended
@@ -904,7 +972,7 @@ class PEFTMethod(Recorded, Callback, ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         # Lightning hangs its logging functions, and with them the Trainer, on every callback.
-        return {key: None if key == "_following" else value for key, value in self.__dict__.items()
+        return {key: None if key in ("_following", "_module") else value for key, value in self.__dict__.items()
                 if key not in ("log", "log_dict")}
 
 
@@ -1004,6 +1072,7 @@ class Home(nn.Module):
         """Become ``root.peft`` and freeze the backbone."""
         root.add_module("peft", self)
         self._freeze(root)
+        watch_saving(root)
 
     def _freeze(self, root: nn.Module) -> None:
         for name, parameter in root.named_parameters():
@@ -1022,6 +1091,7 @@ class Home(nn.Module):
     def leave(self, root: nn.Module) -> None:
         """Remove the subtree and give the parameters their flags back."""
         training = root.training
+        end_watch(root)
         del root.peft
         for name, parameter in root.named_parameters():
             parameter.requires_grad_(self.flags.get(name, parameter.requires_grad))
@@ -1037,11 +1107,23 @@ class Home(nn.Module):
 
         return super()._apply(keep if self.keep_float32 else fn, recurse)
 
+    @property
+    def root(self) -> nn.Module:
+        """What the methods are attached to."""
+        return self._root[0]
+
     def owned(self) -> set[str]:
-        """Names (in the root) of base tensors that a run must save: what methods move, and a trained head."""
-        root = self._root[0]
-        trained_head = {name for name, p in root.named_parameters() if name in self.heads and p.requires_grad}
-        return {name for method in self.methods.values() for name in method.start} | trained_head
+        """Names (in the root) of base tensors that a run must save: what methods move, and what else is trained now (a
+        head, parts that were unfrozen since)."""
+        trained = {name for name, p in self.root.named_parameters() if p.requires_grad}
+        moved = {name for method in self.methods.values() for name in (*method.start, *method.start_buffers)}
+        return moved | {name for name in trained if not name.startswith("peft.")}
+
+    def unfrozen(self) -> dict[str, Tensor]:
+        """The base's parameters that are trained now and belong neither to a method nor to a head."""
+        owned = {*self.heads, *(name for method in self.methods.values() for name in method.start)}
+        return {name: p.detach() for name, p in self.root.named_parameters()
+                if p.requires_grad and name not in owned and not name.startswith("peft.")}
 
     def train(self, mode: bool = True) -> Home:
         """The root calls this last of its children: put its frozen parts, methods too, back into eval mode."""
@@ -1059,6 +1141,11 @@ class Home(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------- helpers
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """A copy in the CPU's memory; the tensor itself where it has no values."""
+    return tensor.detach() if tensor.is_meta else tensor.detach().to("cpu", copy=True)
 
 
 def methods_on(model: nn.Module) -> list[PEFTMethod]:
@@ -1118,3 +1205,5 @@ def is_overridden(module: Any, hook: str) -> bool:
 
     return getattr(type(module), hook, None) is not getattr(L.LightningModule, hook)
 
+
+watch_loading()

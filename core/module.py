@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from core import exact_resume
 from core.anatomy import dissect
 from core.artifact import (
-    OUTSIDE,
     Saved,
     attach,
     keep_only_owned,
@@ -28,6 +27,7 @@ from core.artifact import (
     split_checkpoint,
 )
 from core.backbone import Backbone
+from core.beside import OUTSIDE
 from core.config.schema import Optimizer, Schedule
 from core.config.schema import check as check_shape
 from core.data import EpochLoader, Share, seed_of
@@ -135,7 +135,9 @@ class FineTuner(L.LightningModule):
         self.aside = nn.ModuleDict()
         """What methods put beside the model for training alone, by their names (`PEFTMethod.beside`)."""
         self.sums = {stage: LossSum() for stage in STAGES}
-        """The loss of the present epoch so far, by stage."""
+        """The main loss of the present epoch so far, by stage."""
+        self.penalties = {stage: LossSum() for stage in STAGES}
+        """What methods added to it (`PEFTMethod.loss_terms`)."""
         self.share = 1.0
         """What this process's loss of the present batch is multiplied by (`core.data.Share.weight`)."""
         self.tables: dict[str, Tensor] = {}
@@ -216,6 +218,15 @@ class FineTuner(L.LightningModule):
         own = [p for name, p in self.task.named_parameters() if name.partition(".")[0] in self.task.training_only]
         return [*own, *self.aside.parameters()]
 
+    def tensors_beside(self) -> dict[str, Tensor]:
+        """What stands beside the backbone, as an adapter holds it (`core.beside`)."""
+        return outside(self)
+
+    def load_beside(self, tensors: dict[str, Tensor], where: str, write: bool = True) -> None:
+        """Copy what stood beside the backbone into it (`core.beside`)."""
+        self.fit_head()
+        load_outside(self, tensors, where, write)
+
     def loss(self, batch: Any) -> Tensor:
         """The task's loss of a batch plus what the methods add to it; logs nothing."""
         return self._losses(batch)[1]
@@ -285,23 +296,30 @@ class FineTuner(L.LightningModule):
         if targets.is_floating_point():  # class weights, of mixup for one, or the zeros and ones of several labels
             hard = (targets >= 0.5).int() if self.task.multilabel else targets.argmax(-1)
         self.task.collection(stage).update(self.task.scores(losses.outputs.detach()), hard)
-        self.sums[stage].add(losses.total, len(targets))
+        self.sums[stage].add(losses.main, len(targets))
+        if losses.terms:
+            self.penalties[stage].add(losses.total.detach() - losses.main.detach(), len(targets))
 
     def _begin_epoch(self, stage: str) -> None:
         self.sums[stage].reset()
+        self.penalties[stage].reset()
         self.task.collection(stage).reset()
         self._broken.pop(stage, None)
 
     def _epoch_state(self, stage: str) -> dict[str, Any]:
         """What this process has added up so far in an epoch."""
-        return {"loss": self.sums[stage].state(), "metrics": metric_states(self.task.collection(stage))}
+        return {"loss": self.sums[stage].state(), "penalty": self.penalties[stage].state(),
+                "metrics": metric_states(self.task.collection(stage))}
 
     def _log_epoch(self, stage: str) -> None:
-        """Log the mean loss and the metrics of an epoch, over all processes."""
+        """Log the mean loss and the metrics of an epoch, over all processes; what methods add to the loss stands apart,
+        as ``penalty``, so that methods can be compared by the loss."""
         metrics, losses, broken = self.task.collection(stage), [self.sums[stage].state()], [self._broken.get(stage)]
+        penalties = [self.penalties[stage].state()]
         if self.trainer.world_size > 1:
             parts = exact_resume.gather({**self._epoch_state(stage), "broken": broken[0]}, self.trainer)
             losses, broken = [part["loss"] for part in parts], [part["broken"] for part in parts]
+            penalties = [part["penalty"] for part in parts]
             metrics = joint(metrics, [part["metrics"] for part in parts])
         for told in broken:
             if told is not None:
@@ -309,6 +327,8 @@ class FineTuner(L.LightningModule):
         found: dict[str, Tensor] = {}
         if any(loss["samples"] for loss in losses):
             found["loss"] = mean_loss(losses).to(self.device)
+        if any(penalty["samples"] for penalty in penalties):
+            found["penalty"] = mean_loss(penalties).to(self.device)
         for name, value in {**found, **compute(metrics)}.items():
             if value.dim():
                 self.tables[f"{stage}/{name}"] = value.cpu()
@@ -420,6 +440,8 @@ class FineTuner(L.LightningModule):
         own = exact_resume.restore(self.trainer, resume)
         if "train" in own:
             self.sums["train"].load(own["train"]["loss"])
+            if "penalty" in own["train"]:
+                self.penalties["train"].load(own["train"]["penalty"])
             load_metric_states(self.task.collection("train"), own["train"]["metrics"])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -612,7 +634,7 @@ def _rehearse(saved: Saved, where: str) -> None:
         tuner = _around_backbone(model, backbone)
         tensors = hollow({name: tensor for name, tensor in saved.tensors.items() if not name.startswith(OUTSIDE)})
         attach(saved.record["methods"], backbone, done := [])
-        load_tensors(done, tensors, where, write=False)
+        load_tensors(done, tensors, where, write=False, unfrozen=saved.record.get("unfrozen", ()))
         _prepare_head(tuner)
         load_outside(tuner, hollow(saved.tensors), where, write=False)
 

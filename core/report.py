@@ -109,7 +109,7 @@ def scalars(values: Any) -> dict[str, float]:
     """The plain numbers of a split's metrics, names without the split, a loss last."""
     found = {str(name).rpartition("/")[2]: float(value) for name, value in (values or {}).items()
              if isinstance(value, (int, float)) and not isinstance(value, bool)}
-    return dict(sorted(found.items(), key=lambda item: item[0] == "loss"))
+    return dict(sorted(found.items(), key=lambda item: item[0] in ("loss", "penalty")))
 
 
 def bytes_text(count: float) -> str:
@@ -216,7 +216,7 @@ def _panels(history: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
             same = any(values[key] == values[other] for other in panels.get("learning rate", []))
             if not same and len(values[key]) > 1:  # the same: groups that differ in weight decay alone
                 panels.setdefault("learning rate", []).append(key)
-        elif name == "loss" or name not in shares:
+        elif name in ("loss", "penalty") or name not in shares:
             panels.setdefault(name, []).append(key)
         else:
             panels.setdefault("metrics", []).append(key)

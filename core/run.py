@@ -95,7 +95,8 @@ def assemble(point: Point, config: dict[str, Any] | None = None, read: bool = Tr
     L.seed_everything(seed, verbose=False)
     tuner = FineTuner(backbone, task, classes, data.multilabel,
                       OptimizerSettings(**typed(OptimizerSettings, config["optimizer"], "optimizer")),
-                      ScheduleSettings(**typed(ScheduleSettings, config["lr_scheduler"], "lr_scheduler")), seed=seed)
+                      ScheduleSettings(**typed(ScheduleSettings, config["lr_scheduler"], "lr_scheduler")),
+                      checkpointing=config["model"].get("checkpointing", False), seed=seed)
     return Assembly(data, backbone, task, methods, tuner)
 
 

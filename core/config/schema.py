@@ -54,6 +54,7 @@ Stack = Annotated[list[Component], Rule(bool, "a list of methods; an empty one w
 class Model(TypedDict):
     backbone: Component
     task: NotRequired[Component]
+    checkpointing: NotRequired[bool]
 
 
 class Optimizer(TypedDict, total=False):

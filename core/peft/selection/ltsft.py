@@ -97,6 +97,7 @@ class LTSFT(PEFTMethod):
                 parameters[name].data.copy_(start)
             parameters[name].requires_grad_(False)
         self.start = {}
+        self.rewind_buffers()
         for site in parameter_sites(root, positions):
             self.add_graft(SparseGraft(site, positions[site.name]))
         self.stage = "sparse"

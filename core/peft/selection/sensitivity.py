@@ -17,6 +17,7 @@ from core.method import PEFTMethod, key_of
 from core.peft.weights.lora import LoRAGraft
 from core.schema import Count, Shapes
 from core.sparse import SparseGraft, check_budget
+from core.training_checks import GradientWatch
 
 Plan = dict[str, int]
 """Of each chosen site the number of entries that are trained, or 0 for a low-rank change of the whole."""
@@ -218,7 +219,7 @@ class SensitivityTuning(PEFTMethod):
             for optimizer in trainer.optimizers:
                 self.enter_optimizer(optimizer, fresh, beside=before)
                 self.leave_optimizer(optimizer, before)
-            self._waiting = {name: t for name, t in self.trainable().items() if name not in self.idle()}
+            self._watch = GradientWatch(self)
 
     # --------------------------------------------------------------------------------- files
 

@@ -1,0 +1,83 @@
+"""What stands beside the backbone in the module around it (a head, in most cases): saved with an adapter, and restored.
+
+A `core.FineTuner` says itself what that is; of any other module it is what is trained outside the backbone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from core.errors import ScionError, listed, one_line
+from core.tensors import check_fit, check_values
+
+OUTSIDE = "outside."
+"""Prefix, in an adapter, of tensors that belong to the module around the backbone."""
+
+
+def path_of(root: nn.Module, module: nn.Module) -> str:
+    """Where ``root`` is in ``module``.
+
+    Raises:
+        ScionError: it is not there.
+    """
+    found = next((path for path, child in module.named_modules() if child is root), None)
+    if found is None:
+        raise ScionError(f"the model that the methods stand on ({type(root).__name__}) is no part of this "
+                         f"{type(module).__name__}")
+    return found
+
+
+def tensors_beside(module: nn.Module, root: nn.Module) -> dict[str, Tensor]:
+    """The tensors to save of what stands in ``module`` beside ``root``, under their names in an adapter."""
+    if hasattr(module, "tensors_beside"):
+        return module.tensors_beside()
+    return {f"{OUTSIDE}{name}": tensor.detach() for name, tensor in _trained(module, root).items()}
+
+
+def load_beside(module: nn.Module, root: nn.Module, tensors: dict[str, Tensor], where: str, write: bool = True) -> None:
+    """Copy saved tensors into what stands in ``module`` beside ``root``.
+
+    Raises:
+        ScionError: missing, extra or misshapen tensors, or values that are not finite; nothing is written then.
+    """
+    if hasattr(module, "load_beside"):
+        module.load_beside(tensors, where, write)
+        return
+    given = {name.removeprefix(OUTSIDE): tensor for name, tensor in tensors.items() if name.startswith(OUTSIDE)}
+    here = _all(module, root)
+    missing = sorted(set(_trained(module, root)) - set(given))
+    if missing:
+        raise ScionError(f"{where}: tensors beside the backbone are missing: {listed(missing, 4)}")
+    extra = sorted(set(given) - set(here))
+    if extra:
+        raise ScionError(f"{where}: {type(module).__name__} has no {listed(map(one_line, extra), 4)}, which stood "
+                         "beside the backbone")
+    for name, tensor in given.items():
+        check_fit(tensor, here[name], name, where)
+    for name, tensor in given.items():
+        check_values(tensor, here[name], name, where)
+    if write:
+        with torch.no_grad():
+            for name, tensor in given.items():
+                here[name].copy_(tensor)
+
+
+def _all(module: nn.Module, root: nn.Module) -> dict[str, Tensor]:
+    """All tensors of the module's state dict that do not belong to ``root``."""
+    inside = {id(tensor) for tensor in (*root.parameters(), *root.buffers())}
+    state: dict[str, Any] = nn.Module.state_dict(module, keep_vars=True)
+    return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor) and id(tensor) not in inside
+            and not name.endswith("_extra_state")}
+
+
+def _trained(module: nn.Module, root: nn.Module) -> dict[str, Tensor]:
+    """Of those the trained parameters, and the buffers of modules that have some (running statistics)."""
+    found = _all(module, root)
+    trained = {name for name, tensor in found.items() if tensor.requires_grad}
+    owners = {name.rpartition(".")[0] for name in trained}
+    buffers = {name for name, _ in module.named_buffers()}
+    return {name: tensor for name, tensor in found.items()
+            if name in trained or (name in buffers and name.rpartition(".")[0] in owners)}

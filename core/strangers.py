@@ -1,0 +1,97 @@
+"""Ways of other libraries to save and to load a model that leave its methods out: said where they are taken."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as L
+from torch import nn
+
+from core.errors import ScionError, listed
+
+SAVERS = ("transformers", "sentence_transformers", "diffusers")
+"""Packages whose functions with ``save`` in their names write a model that only they read."""
+DEPTH = 60
+"""Frames to look back for them."""
+
+
+# ------------------------------------------------------------------------------------------------- saving
+
+
+def watch_saving(root: nn.Module) -> None:
+    """Warn when a library saves ``root``, or a part of it, without what is attached; a second call changes nothing."""
+    for module in _savable(root):
+        if _warn_of_saving not in module._state_dict_pre_hooks.values():
+            module.register_state_dict_pre_hook(_warn_of_saving)
+
+
+def end_watch(root: nn.Module) -> None:
+    """Undo of `watch_saving`."""
+    for module in _savable(root):
+        hooks = module._state_dict_pre_hooks
+        for key in [key for key, hook in hooks.items() if hook is _warn_of_saving]:
+            del hooks[key]
+
+
+def _savable(root: nn.Module) -> list[nn.Module]:
+    return [module for module in root.modules() if module is root or hasattr(module, "save_pretrained")]
+
+
+def _warn_of_saving(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+    attached = "peft" in module._modules
+    if (prefix and not attached) or not _is_saved():
+        return
+    warnings.warn(f"{type(module).__name__} is being saved with methods attached, and what is written is read back as "
+                  "the plain base, without them: call method.merge() before, or method.save(folder) for the method "
+                  "alone (core.load_adapter reads that)", stacklevel=2)
+
+
+def _is_saved() -> bool:
+    """Whether one of the `SAVERS` is asking."""
+    frame: Any = sys._getframe(2)
+    for _ in range(DEPTH):
+        if frame is None:
+            return False
+        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        if package in SAVERS and "save" in frame.f_code.co_name:
+            return True
+        frame = frame.f_back
+    return False
+
+
+# ------------------------------------------------------------------------------------------------- loading
+
+
+def watch_loading() -> None:
+    """Let LightningModules refuse a checkpoint whose methods they do not have: torch would show hundreds of missing
+    keys, or with ``strict=False`` load nothing without a word."""
+    L.LightningModule.load_state_dict = _load_state_dict  # type: ignore[method-assign]
+
+
+def _load_state_dict(self: L.LightningModule, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+                     ) -> Any:
+    lost = _methods_lost(self, state_dict)
+    if lost:
+        told = (f"the checkpoint holds {listed(lost, 3)}, which {type(self).__name__} does not have: make the module, "
+                "then core.load_adapter(checkpoint, module) attaches the methods and loads all; or give the Trainer "
+                "the same methods as callbacks")
+        if strict:
+            raise ScionError(told)
+        warnings.warn(f"{told}. Without that the base alone is loaded", stacklevel=3)
+    return super(L.LightningModule, self).load_state_dict(state_dict, strict=strict, assign=assign)
+
+
+def _methods_lost(module: nn.Module, state: Mapping[str, Any]) -> list[str]:
+    """Names of the methods in ``state`` whose places in ``module`` are empty."""
+    found = []
+    for name in state:
+        path, home, method = name.removesuffix("._extra_state").rpartition("peft.")
+        if not (home and name.endswith("._extra_state")) or "." in method:
+            continue
+        root = dict(module.named_modules()).get(path.removesuffix("."))
+        if root is None or "peft" not in root._modules:
+            found.append(f"{method} at {path.removesuffix('.') or 'its root'}")
+    return found
