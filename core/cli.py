@@ -122,11 +122,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever reads our output, a `head` for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except KeyboardInterrupt as stop:
-        stop = stop if isinstance(stop, Interrupted) else Interrupted()
-        print(f"lightning {arguments.command}: {one_line(stop)}", file=sys.stderr)
-        return stop.code
-    except Exception as error:
+    except (KeyboardInterrupt, Exception) as error:
+        stop = Interrupted.behind(error)
+        if stop is not None:
+            print(f"lightning {arguments.command}: {one_line(stop)}", file=sys.stderr)
+            return stop.code
         if debug:
             import traceback
 

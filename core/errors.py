@@ -37,6 +37,14 @@ class Interrupted(KeyboardInterrupt):
         return cls(cls.received or signal.SIGINT)
 
     @classmethod
+    def behind(cls, error: BaseException) -> Interrupted | None:
+        """The one that ``error`` comes of, if a signal has come: libraries that are interrupted in the midst of writing
+        a file end in errors of their own."""
+        if isinstance(error, Interrupted):
+            return error
+        return cls.last() if isinstance(error, KeyboardInterrupt) or cls.received is not None else None
+
+    @classmethod
     def after(cls, stop: KeyboardInterrupt, hint: str) -> Interrupted:
         """The one that ``stop`` was, with a hint how to go on."""
         return cls(stop.number if isinstance(stop, Interrupted) else cls.received or signal.SIGINT, hint)

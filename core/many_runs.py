@@ -34,7 +34,10 @@ def run(points: list[Point], run_dir: str | None = None, overwrite: bool = False
     folder = _folder(points[0], run_dir, "over" if is_table else points[0].name)
     try:
         return _table(points, folder, overwrite) if is_table else _single(points[0], folder, overwrite)
-    except KeyboardInterrupt as stop:
+    except (KeyboardInterrupt, Exception) as error:
+        stop = Interrupted.behind(error)
+        if stop is None:
+            raise
         raise Interrupted.after(stop, _how_to_go_on(folder)) from None
 
 
@@ -122,6 +125,8 @@ def _attempt(point: Point, path: Path, overwrite: bool) -> dict[str, Any]:
         metrics = None if overwrite else finished_record(path, point.hash)
         metrics = metrics or execute(point, path, overwrite)
     except Exception as problem:
+        if Interrupted.received is not None:
+            raise
         known = problem if isinstance(problem, ScionError) else bad_input(problem)
         error = one_line(known or f"unexpected {type(problem).__name__}: {problem} (log.txt has the whole of it)")
         print(f"{point.name}: {error}", flush=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -53,3 +55,26 @@ def test_a_table(tiny_config: Path, tmp_path: Path, sign: int, code: int) -> Non
     for seed, point in enumerate(found):
         execute(point, tmp_path / "alone" / str(seed))
         assert results(folder / f"LoRA-seed{seed}") == results(tmp_path / "alone" / str(seed))
+
+
+@pytest.mark.parametrize("words", [(), ("--over", "seed_everything=0,1")], ids=["run", "table"])
+def test_in_the_midst_of_writing_a_file(tiny_config: Path, tmp_path: Path, words: tuple[str, ...]) -> None:
+    """torch's writer ends in an error of its own then."""
+    output = tmp_path / "output.txt"
+
+    def work() -> int:
+        from core.checkpoints import AtomicCheckpointIO
+        from core.cli import main
+
+        def save(*_: object, **__: object) -> None:
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(5)
+            finally:
+                raise RuntimeError("Writer is closed")
+
+        AtomicCheckpointIO.save_checkpoint = save  # type: ignore[method-assign]
+        return main(["run", str(tiny_config), *words, "--run_dir", str(tmp_path / "run")])
+
+    assert exit_code(fork(work, output)) == 143
+    assert output.read_text().splitlines()[-1].startswith("lightning run: stopped by SIGTERM; ")
