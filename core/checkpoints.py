@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from core.errors import ScionError
 from core.files import check_regular, write_atomically
+from core.method import methods_on
 
 STAMP = "scion"
 """Key of the stamp in a checkpoint."""
@@ -124,6 +125,8 @@ class RunCheckpoints(Checkpoint):
         self.folder, self.every_n_steps, self.best, self.writes_last = folder, every_n_steps, best, last
         self.best_epoch: int | None = None
         self.best_score: float | None = None
+        self.validated: int | None = None
+        """The epoch of the last validation."""
         self._steps = 0
 
     @property
@@ -154,6 +157,10 @@ class RunCheckpoints(Checkpoint):
             return True
         return loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
 
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self.validated = trainer.current_epoch
+
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.best is not None:
             self._keep_best(trainer, *self.best)
@@ -161,7 +168,9 @@ class RunCheckpoints(Checkpoint):
             trainer.save_checkpoint(self.last_file)
 
     def _keep_best(self, trainer: L.Trainer, metric: str, mode: str) -> None:
-        if metric not in trainer.callback_metrics:  # not validated yet
+        if metric not in trainer.callback_metrics or self.validated != trainer.current_epoch:
+            return
+        if not all(method.settled for method in methods_on(trainer.lightning_module)):
             return
         score = float(trainer.callback_metrics[metric])
         before = self.best_score
@@ -171,7 +180,8 @@ class RunCheckpoints(Checkpoint):
         trainer.save_checkpoint(self.best_file, weights_only=True)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best_epoch": self.best_epoch, "best_score": self.best_score}
+        return {"best_epoch": self.best_epoch, "best_score": self.best_score, "validated": self.validated}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best_epoch, self.best_score = state_dict["best_epoch"], state_dict["best_score"]
+        self.validated = state_dict.get("validated")

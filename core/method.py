@@ -273,6 +273,12 @@ class PEFTMethod(Recorded, Callback, ABC):
     def load_training_state(self, state: dict[str, Any]) -> None:
         """Undo of `training_state`."""
 
+    @property
+    def settled(self) -> bool:
+        """Whether the method is what it is to be in the end: a schedule may reach its sparsity or its budget in the last
+        steps alone. The best epoch of a run is chosen among those behind that."""
+        return True
+
     # --------------------------------------------------------------------------------- attaching
 
     @property

@@ -398,7 +398,9 @@ def _undisturbed(trainer: L.Trainer, work: Callable[[], Any]) -> Any:
 
 def _take_best(tuner: FineTuner, checkpoints: RunCheckpoints, stamp: dict[str, Any]) -> None:
     if checkpoints.best_epoch is None:
-        raise ScionError("select: best, but no epoch was validated; validate, or take 'last'")
+        rising = [method.name for method in tuner.methods if type(method).settled is not PEFTMethod.settled]
+        behind = f" once {listed(rising)} had reached the end of its schedule" if rising else ""
+        raise ScionError(f"select: best, but no epoch was validated{behind}; validate, or take 'last'")
     tuner.load_state_dict(read_checkpoint(checkpoints.best_file, stamp)["state_dict"])
 
 

@@ -130,6 +130,10 @@ class PST(PEFTMethod):
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.prune(self.sparsity_at(self.steps))
 
+    @property
+    def settled(self) -> bool:
+        return self.sparsity == self.final
+
     def figures(self) -> dict[str, Any]:
         """The share of each target's weights that is zero."""
         return {"sparsity": self.sparsity}

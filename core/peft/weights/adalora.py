@@ -138,6 +138,10 @@ class AdaLoRA(LowRankMethod, PEFTMethod):
         left = 1 - (step - start) / (end - start)
         return int(last + (first - last) * left**3), step % self.interval == 0
 
+    @property
+    def settled(self) -> bool:
+        return self.steps >= self.total - steps_of(self.cooldown, self.total)
+
     @torch.no_grad()
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         for name, tensor in self.module.named_parameters():
