@@ -608,7 +608,7 @@ def _rehearse(saved: Saved, where: str) -> None:
         return
     with rehearsing(len(saved.tensors) + USUAL), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what there is to say is said in earnest
-        backbone = _hollow_backbone(model["backbone"], model["seed"])
+        backbone = hollow_backbone(model["backbone"], model["seed"])
         tuner = _around_backbone(model, backbone)
         tensors = hollow({name: tensor for name, tensor in saved.tensors.items() if not name.startswith(OUTSIDE)})
         attach(saved.record["methods"], backbone, done := [])
@@ -623,7 +623,7 @@ MARGIN = 4
 """How many times as many numbers a backbone may have with its recorded arguments as with its name alone."""
 
 
-def _hollow_backbone(recorded: dict[str, Any], seed: int) -> Backbone:
+def hollow_backbone(recorded: dict[str, Any], seed: int) -> Backbone:
     """The recorded backbone on the meta device, where it is about as large as its name says."""
     cls = published(recorded, Backbone)
     untrained = {"pretrained": False} if "pretrained" in signature(cls).parameters else {}
@@ -638,6 +638,13 @@ def _hollow_backbone(recorded: dict[str, Any], seed: int) -> Backbone:
 
 
 # ------------------------------------------------------------------------------------------------- specs
+
+
+def model_record(tuner: FineTuner) -> dict[str, Any]:
+    """How to build the backbone and the task of ``tuner``, as adapters and patches record it."""
+    return {"backbone": spec(tuner.backbone), "task": spec(tuner.task),
+            "classes": list(getattr(tuner.task, "classes", [])), "multilabel": tuner.hparams["multilabel"],
+            "seed": tuner.hparams["seed"]}
 
 
 def spec(part: nn.Module) -> dict[str, Any] | None:
