@@ -10,13 +10,13 @@ if TYPE_CHECKING:
     from core.artifact import load_adapter
     from core.cost import describe
     from core.errors import ScionError
-    from core.module import FineTuner
+    from core.module import FineTuner, load_run
 
 __version__ = "0.1.0"
-__all__ = ["FineTuner", "ScionError", "describe", "dissect", "load_adapter"]
+__all__ = ["FineTuner", "ScionError", "describe", "dissect", "load_adapter", "load_run"]
 
 _HOMES = {"FineTuner": "core.module", "ScionError": "core.errors", "describe": "core.cost", "dissect": "core.anatomy",
-          "load_adapter": "core.artifact"}
+          "load_adapter": "core.artifact", "load_run": "core.module"}
 
 
 def __getattr__(name: str) -> Any:

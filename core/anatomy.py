@@ -614,8 +614,23 @@ def _find(model: nn.Module) -> tuple[str, nn.Module]:
         level = [(f"{path}.{name}".lstrip("."), child) for path, module in level
                  for name, child in module.named_children() if name != "peft"]
     known = sorted({name.rpartition(":")[2] for name in FAMILIES})
-    raise ScionError(f"the anatomy of {type(model).__name__} is unknown (known: {listed(known, 40)}); describe it in a "
-                     f"few lines with @core.anatomy.family({_class_names(model)[0]!r}), see docs/families.md")
+    inner = _unwrapped(model)
+    around = "" if inner is model else f" (in {type(model).__name__})"
+    raise ScionError(f"the anatomy of {type(inner).__name__}{around} is unknown (known: {listed(known, 40)}); take one "
+                     f"of these, or describe it in a few lines with @core.anatomy.family({_class_names(inner)[0]!r}), "
+                     "see docs/families.md")
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """What a wrapper of one module is around: a library's model in a domain's backbone, or in the user's own module."""
+    inner = model
+    while True:
+        children = [child for name, child in inner.named_children()
+                    if name != "peft" and any(True for _ in child.parameters())]
+        own = any(True for _ in inner.parameters(recurse=False))
+        if len(children) != 1 or own or type(children[0]).__module__.startswith("torch.nn."):
+            return inner
+        inner = children[0]
 
 
 _BESIDE = {"lm_head": "lm_head", "cls": "lm_head", "embed_out": "lm_head",

@@ -105,7 +105,13 @@ def load_adapter(source: str | Path, model: nn.Module, base: Literal["same", "an
     if interop.is_peft(source):
         return interop.from_peft(source, model)
     saved = open_adapter(source)
-    methods = restore(saved.record, saved.tensors, model, base, str(source), saved.check_whole)
+    try:
+        methods = restore(saved.record, saved.tensors, model, base, str(source), saved.check_whole)
+    except ScionError as error:
+        if not (saved.record.get("model") or {}).get("backbone") or "another base" not in str(error):
+            raise
+        raise ScionError(f"{error}; core.load_run({str(source)!r}) builds the run's own backbone (its sizes may be "
+                         "those of its data) and its head") from None
     return methods[0] if len(methods) == 1 else methods
 
 

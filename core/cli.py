@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 
 DESCRIPTION = """\
 Scion: graft small trainable parts onto large frozen models.
@@ -152,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if getattr(arguments, "run_dir", None) == "":
         main_parser.error("argument --run_dir: the name of a folder is missing")
     try:
-        with interruptible():
+        with interruptible(), _brief_warnings():
             return _dispatch(arguments, rest)
     except BrokenPipeError:  # whoever reads our output, a `head` for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -171,6 +173,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = known or f"unexpected {type(error).__name__}: {error} (--debug shows where; please report it)"
         print(f"lightning {arguments.command}: {one_line(text)}", file=sys.stderr)
         return 2
+
+
+@contextlib.contextmanager
+def _brief_warnings() -> Iterator[None]:
+    """Show warnings as one line each, without the line of code that they come from."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, category, *_: f"{category.__name__}: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def _dispatch(arguments: argparse.Namespace, rest: list[str]) -> int:

@@ -228,8 +228,11 @@ def _find(config: str) -> Path:
                 return candidate
     if path.exists():
         check_regular(path)  # says what it is
-    known = [f"domains/{file.relative_to(home)}" for home in homes for file in sorted(home.glob("*/*.yaml"))]
-    raise ScionError(f"{_short(config)}: no such configuration{nearest(config, known)}; there are {listed(known, 20)}")
+    known = list(dict.fromkeys(f"domains/{file.relative_to(home)}" for home in homes
+                               for file in sorted(home.glob("*/*.yaml"))))
+    same = [name for name in known if Path(name).stem == path.stem]
+    hint = f" (did you mean {' or '.join(map(repr, same))}?)" if same else nearest(config, known)
+    raise ScionError(f"{_short(config)}: no such configuration{hint}; there are {listed(known, 20)}")
 
 
 # ------------------------------------------------------------------------------------------------- the command line
