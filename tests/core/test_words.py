@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from core.errors import ScionError
 from core.module import FineTuner
 from core.peft.weights.lora import LoRA
 from core.run import save_run_adapter
+from core.run_log import RunLog
 from core.tasks import Classification
 from tests.models import batch, make, tied_llama
 from tests.toolkit import distance, randomize
@@ -76,6 +78,18 @@ def test_warnings_of_commands_are_one_line(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(cli, "_dispatch", dispatch)
     assert cli.main(["methods"]) == 0
     assert seen == ["UserWarning: the nano\n"] and warnings.formatwarning is before
+
+
+def test_the_log_of_a_run_holds_its_warnings(tmp_path: Path) -> None:
+    """Those before there is a folder as those after, and the lines of epochs."""
+    with RunLog() as messages:
+        warnings.formatwarning("the nano", UserWarning, __file__, 20)  # what Python calls for one that is shown
+        messages.write_to(tmp_path / "log.txt")
+        warnings.formatwarning("a short epoch", UserWarning, __file__, 20)
+        logging.getLogger("scion").info("epoch 1/1")
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert [line.partition(": ")[2] for line in lines] == ["UserWarning: the nano", "UserWarning: a short epoch",
+                                                           "epoch 1/1"]
 
 
 def test_bars_are_for_terminals() -> None:
