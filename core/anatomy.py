@@ -483,13 +483,22 @@ class Anatomy:
         return {name for site in self.all_sites() if site.role in NORMS for name in site.parameter_names}
 
 
+_CALLED = {
+    "query": "q", "q_proj": "q", "key": "k", "k_proj": "k", "value": "v", "v_proj": "v", "o_proj": "o", "out_proj": "o",
+    "proj": "o", "gate_proj": "mlp.gate", "up_proj": "mlp.up", "fc1": "mlp.up", "down_proj": "mlp.down",
+    "fc2": "mlp.down", "query_key_value": "qkv", "c_attn": "qkv"}
+"""What libraries call the modules that play a role."""
+
+
 def check_roles(wanted: Iterable[str], known: Iterable[str], family: str, asker: str = "") -> None:
     """Refuse a role that is not among the ``known`` ones of a backbone."""
     known = list(known)
     for role in wanted:
         if role not in known:
-            raise ScionError(f"{asker}{': ' if asker else ''}target {role!r} matches nothing in {family}"
-                             f"{nearest(role, known)}; its roles are {listed(known, 40)}")
+            meant = _CALLED.get(role)
+            hint = f" (did you mean {meant!r}? targets are roles)" if meant in known else nearest(role, known)
+            raise ScionError(f"{asker}{': ' if asker else ''}target {role!r} matches nothing in {family}{hint}; its "
+                             f"roles are {listed(known, 40)}")
 
 
 def check_layers(layers: Sequence[int] | None, total: int, family: str, asker: str = "") -> set[int]:

@@ -567,6 +567,8 @@ def load_run(folder: str, device: str = "cpu") -> FineTuner:
         ScionError: a damaged adapter, or a backbone that only its own program can build.
     """
     path = Path(folder) / "adapter"
+    if not path.is_dir():
+        raise ScionError(f"{folder}: no adapter/adapter.json here; give the folder of a run")
     saved = open_adapter(path)
     model = saved.record.get("model") or {}
     if not model.get("backbone") or not model.get("task"):

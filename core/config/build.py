@@ -76,6 +76,7 @@ def _check_stages(stages: dict[str, Any]) -> None:
 
 def _check_stage(config: dict[str, Any]) -> None:
     """Refuse what one fit cannot have; its shape is known to be right."""
+    _check_names(_methods(config))
     rate = config["optimizer"].get("lr", "auto")
     for method in _methods(config):
         _check_method(method)
@@ -107,6 +108,15 @@ def _check_stage(config: dict[str, Any]) -> None:
 
 def _methods(config: dict[str, Any]) -> list[dict[str, Any]]:
     return config["peft"] if isinstance(config["peft"], list) else [config["peft"]]
+
+
+def _check_names(methods: list[dict[str, Any]]) -> None:
+    """Refuse a stack in which two methods have one name."""
+    names = [method["init_args"].get("name") or method["class_path"].rpartition(".")[2] for method in methods]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ScionError(f"peft: two methods are called {shown(twice)}; give one of them another name, as in {{class: "
+                         f"{cut(str(twice))}, name: second}}")
 
 
 def _check_method(method: dict[str, Any]) -> None:
@@ -341,7 +351,10 @@ def _make_trainer(arguments: dict[str, Any]) -> None:
     if problem:
         alone = [name for name, value in arguments.items() if _refusal({name: value})]
         named = sorted((name for name in arguments if re.search(rf"\b{name}\b", problem)), key=problem.find)
-        raise ScionError(f"{'.'.join(['trainer', *(alone or named)[:1]])}: {problem}")
+        blamed = (alone or named)[:1]
+        hint = f" ({shown(arguments['accelerator'])} asked for; auto takes what this machine has)" if (
+            blamed == ["accelerator"]) else ""
+        raise ScionError(f"{'.'.join(['trainer', *blamed])}: {problem}{hint}")
 
 
 def _refusal(arguments: dict[str, Any]) -> str:

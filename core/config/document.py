@@ -226,6 +226,9 @@ def _find(config: str) -> Path:
         for candidate in (home / inside, home / inside.with_suffix(".yaml")):
             if candidate.suffix in (".yaml", ".yml") and candidate.is_file():
                 return candidate
+    if (path / "config.yaml").is_file():
+        raise ScionError(f"{_short(config)}: a folder, where a file is wanted; its configuration is "
+                         f"{path / 'config.yaml'}")
     if path.exists():
         check_regular(path)  # says what it is
     known = list(dict.fromkeys(f"domains/{file.relative_to(home)}" for home in homes

@@ -176,8 +176,9 @@ def check(value: Any, kind: Any, place: str) -> None:
         return
     at = f"{place}{found.place}".lstrip(".")
     if isinstance(found, UnknownKey):
-        raise ScionError(f"{at}{'.' if at else ''}{cut(found.key)}: unknown key{nearest(found.key, found.known)}; the "
-                         f"keys are {listed(found.known, 20)}")
+        own = f" (an optimizer's own arguments: {at}.options.{cut(found.key)})" if at.endswith("optimizer") else ""
+        raise ScionError(f"{at}{'.' if at else ''}{cut(found.key)}: unknown key{nearest(found.key, found.known) or own}"
+                         f"; the keys are {listed(found.known, 20)}")
     raise ScionError(f"{at}: must be {found.wanted}, not {shown(found.value)}")
 
 
@@ -245,6 +246,10 @@ def component(value: Any, key: str) -> Any:
         raise ScionError(f"{key}: {listed(rest, 4)} beside class_path; write {{class_path: {name}, init_args: "
                          f"{{...}}}}, or {{class: {name}, {next(iter(rest))}: ...}}")
     arguments = value.get("init_args") if "class_path" in value else rest
+    if key == "peft" and isinstance(name, str) and "," in name:
+        names = ", ".join(part.strip() for part in name.split(","))
+        raise ScionError(f"{key}: {short(name)} must be the name of a class; a stack of methods is written "
+                         f"[{cut(names)}]")
     found = {"class_path": name, "init_args": {} if arguments is None else arguments}
     check(found, Component, key)
     return {"class_path": name, "init_args": dict(found["init_args"])}

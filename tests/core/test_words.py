@@ -48,7 +48,10 @@ def test_arguments_of_the_trainer(name: str, told: str) -> None:
     (["--output_dir", "x"], "did you mean 'run_dir'"), (["--ckpt_path", "x"], "same --run_dir goes on"),
     (["--lr_scheduler.name", "step"], "must be one of 'cosine', 'linear', 'constant', not 'step'"),
     (["--peft.r", "8"], "it is called 'rank' here"), (["--peft.lora_alpha", "8"], "it is called 'alpha' here"),
-    (["--peft", "null"], "LinearProbe trains the head alone")])
+    (["--peft", "null"], "LinearProbe trains the head alone"),
+    (["--peft", "LoRA,BitFit"], r"a stack of methods is written \[LoRA, BitFit\]"),
+    (["--peft", "[LoRA, LoRA]"], "two methods are called 'LoRA'; give one of them another name, as in {class: LoRA"),
+    (["--optimizer.betas", "[0.9, 0.9]"], "optimizer.options.betas")])
 def test_keys_that_people_look_for(words: list[str], told: str) -> None:
     with pytest.raises(ScionError, match=told):
         points(ESC50, words)
@@ -59,6 +62,26 @@ def test_one_word_where_a_list_belongs() -> None:
 
     with pytest.raises(ScionError, match=r"must be a list .*, not 'q'; write \[q\]"):
         typed(LoRA, {"targets": "q"}, "peft")
+
+
+def test_an_accelerator_that_is_not_there() -> None:
+    absent = "tpu" if torch.cuda.is_available() else "cuda"
+    with pytest.raises(ScionError, match=f"trainer.accelerator: .*'{absent}' asked for; auto takes what this machine"):
+        check_trainer({"accelerator": absent})
+
+
+def test_folders_in_the_place_of_others(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(ScionError, match="its configuration is .*config.yaml"):
+        points(str(tmp_path), [])
+    with pytest.raises(ScionError, match="no adapter/adapter.json here; give the folder of a run"):
+        load_run(str(tmp_path))
+
+
+@pytest.mark.parametrize(("name", "role"), [("query", "q"), ("v_proj", "v"), ("fc1", "mlp.up")])
+def test_a_modules_name_as_a_target(name: str, role: str) -> None:
+    with pytest.raises(ScionError, match=f"target {name!r} matches nothing in BertModel .did you mean {role!r}"):
+        LoRA(targets=(name,)).attach(make("bert"))
 
 
 def test_a_configuration_by_its_bare_name() -> None:
