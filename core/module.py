@@ -568,7 +568,7 @@ def load_run(folder: str, device: str = "cpu") -> FineTuner:
     """
     path = Path(folder) / "adapter"
     if not path.is_dir():
-        raise ScionError(f"{folder}: no adapter/adapter.json here; give the folder of a run")
+        raise ScionError(f"{folder}: no adapter.json in a folder adapter here; give the folder of a run")
     saved = open_adapter(path)
     model = saved.record.get("model") or {}
     if not model.get("backbone") or not model.get("task"):

@@ -74,7 +74,7 @@ def test_folders_in_the_place_of_others(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").touch()
     with pytest.raises(ScionError, match="its configuration is .*config.yaml"):
         points(str(tmp_path), [])
-    with pytest.raises(ScionError, match="no adapter/adapter.json here; give the folder of a run"):
+    with pytest.raises(ScionError, match="no adapter.json in a folder adapter here; give the folder of a run"):
         load_run(str(tmp_path))
 
 
