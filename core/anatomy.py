@@ -625,9 +625,9 @@ def _find(model: nn.Module) -> tuple[str, nn.Module]:
     known = sorted({name.rpartition(":")[2] for name in FAMILIES})
     inner = _unwrapped(model)
     around = "" if inner is model else f" (in {type(model).__name__})"
-    raise ScionError(f"the anatomy of {type(inner).__name__}{around} is unknown (known: {listed(known, 40)}); take one "
-                     f"of these, or describe it in a few lines with @core.anatomy.family({_class_names(inner)[0]!r}), "
-                     "see docs/families.md")
+    raise ScionError(f"the anatomy of {type(inner).__name__}{around} is unknown (known: {listed(known, 40)}); "
+                     f"describe it in a few lines with @core.anatomy.family({_class_names(inner)[0]!r}), see "
+                     "docs/families.md")
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

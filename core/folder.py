@@ -5,6 +5,7 @@ Files may lie as they lie. What cannot be read is left out and named.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections import Counter
@@ -162,7 +163,10 @@ class FolderData(LabelledData):
 
     def _benchmark(self, root: Path) -> str:
         """A hint where the folder is a benchmark in its published layout."""
-        for place in (root, *self.subfolders(root)):
+        inside: list[Path] = []
+        with contextlib.suppress(OSError):
+            inside = sorted(root.iterdir())
+        for place in (root, *inside):
             for marker, config in self.benchmarks.items():
                 if os.path.exists(place / marker):
                     return (f"; {place / marker} is of a benchmark that has its own configuration: "
