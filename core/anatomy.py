@@ -483,13 +483,22 @@ class Anatomy:
         return {name for site in self.all_sites() if site.role in NORMS for name in site.parameter_names}
 
 
+_CALLED = {
+    "query": "q", "q_proj": "q", "key": "k", "k_proj": "k", "value": "v", "v_proj": "v", "o_proj": "o", "out_proj": "o",
+    "proj": "o", "gate_proj": "mlp.gate", "up_proj": "mlp.up", "fc1": "mlp.up", "down_proj": "mlp.down",
+    "fc2": "mlp.down", "query_key_value": "qkv", "c_attn": "qkv"}
+"""What libraries call the modules that play a role."""
+
+
 def check_roles(wanted: Iterable[str], known: Iterable[str], family: str, asker: str = "") -> None:
     """Refuse a role that is not among the ``known`` ones of a backbone."""
     known = list(known)
     for role in wanted:
         if role not in known:
-            raise ScionError(f"{asker}{': ' if asker else ''}target {role!r} matches nothing in {family}"
-                             f"{nearest(role, known)}; its roles are {listed(known, 40)}")
+            meant = _CALLED.get(role)
+            hint = f" (did you mean {meant!r}? targets are roles)" if meant in known else nearest(role, known)
+            raise ScionError(f"{asker}{': ' if asker else ''}target {role!r} matches nothing in {family}{hint}; its "
+                             f"roles are {listed(known, 40)}")
 
 
 def check_layers(layers: Sequence[int] | None, total: int, family: str, asker: str = "") -> set[int]:
@@ -614,8 +623,23 @@ def _find(model: nn.Module) -> tuple[str, nn.Module]:
         level = [(f"{path}.{name}".lstrip("."), child) for path, module in level
                  for name, child in module.named_children() if name != "peft"]
     known = sorted({name.rpartition(":")[2] for name in FAMILIES})
-    raise ScionError(f"the anatomy of {type(model).__name__} is unknown (known: {listed(known, 40)}); describe it in a "
-                     f"few lines with @core.anatomy.family({_class_names(model)[0]!r}), see docs/families.md")
+    inner = _unwrapped(model)
+    around = "" if inner is model else f" (in {type(model).__name__})"
+    raise ScionError(f"the anatomy of {type(inner).__name__}{around} is unknown (known: {listed(known, 40)}); "
+                     f"describe it in a few lines with @core.anatomy.family({_class_names(inner)[0]!r}), see "
+                     "docs/families.md")
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """What a wrapper of one module is around: a library's model in a domain's backbone, or in the user's own module."""
+    inner = model
+    while True:
+        children = [child for name, child in inner.named_children()
+                    if name != "peft" and any(True for _ in child.parameters())]
+        own = any(True for _ in inner.parameters(recurse=False))
+        if len(children) != 1 or own or type(children[0]).__module__.startswith("torch.nn."):
+            return inner
+        inner = children[0]
 
 
 _BESIDE = {"lm_head": "lm_head", "cls": "lm_head", "embed_out": "lm_head",

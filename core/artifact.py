@@ -117,15 +117,22 @@ def load_adapter(source: str | Path, model: nn.Module, base: Literal["same", "an
         return interop.from_peft(source, model)
     saved = open_adapter(source)
     root = _root_in(model, saved)
-    if root is model:
-        methods = restore(saved.record, saved.tensors, model, base, str(source), saved.check_whole)
-        _tell_of_rest(saved, str(source))
-    else:
-        def check_rest() -> None:
-            saved.check_whole()
+
+    def check_rest() -> None:
+        saved.check_whole()
+        if root is not model:
             load_beside(model, root, saved.tensors, str(source), write=False)
 
+    try:
         methods = restore(saved.record, saved.tensors, root, base, str(source), check_rest)
+    except ScionError as error:
+        if not (saved.record.get("model") or {}).get("backbone") or "another base" not in str(error):
+            raise
+        raise ScionError(f"{error}; core.load_run({str(source)!r}) builds the run's own backbone (its sizes may be "
+                         "those of its data) and its head") from None
+    if root is model:
+        _tell_of_rest(saved, str(source))
+    else:
         load_beside(model, root, saved.tensors, str(source))
     return methods[0] if len(methods) == 1 else methods
 

@@ -32,8 +32,9 @@ def path_of(root: nn.Module, module: nn.Module) -> str:
 
 def tensors_beside(module: nn.Module, root: nn.Module) -> dict[str, Tensor]:
     """The tensors to save of what stands in ``module`` beside ``root``, under their names in an adapter."""
-    if hasattr(module, "tensors_beside"):
-        return module.tensors_beside()
+    own: Any = getattr(module, "tensors_beside", None)
+    if own is not None:
+        return own()
     return {f"{OUTSIDE}{name}": tensor.detach() for name, tensor in _trained(module, root).items()}
 
 
@@ -43,8 +44,9 @@ def load_beside(module: nn.Module, root: nn.Module, tensors: dict[str, Tensor], 
     Raises:
         ScionError: missing, extra or misshapen tensors, or values that are not finite; nothing is written then.
     """
-    if hasattr(module, "load_beside"):
-        module.load_beside(tensors, where, write)
+    own: Any = getattr(module, "load_beside", None)
+    if own is not None:
+        own(tensors, where, write)
         return
     given = {name.removeprefix(OUTSIDE): tensor for name, tensor in tensors.items() if name.startswith(OUTSIDE)}
     here = _all(module, root)

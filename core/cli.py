@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 
 DESCRIPTION = """\
 Scion: graft small trainable parts onto large frozen models.
@@ -63,12 +65,47 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("folder", help="with adapter_config.json and adapter_model.safetensors")
     sub.add_argument("out", help="a folder to make")
     sub.add_argument("--model", required=True, help="the backbone that it is for; names as for roles")
+    _add_patch(command("patch", "carry what a run has learned to another base of its architecture"))
     sub = command("predict", "label files with a finished run")
     sub.add_argument("run", help="a run folder")
     sub.add_argument("files", nargs="+", help="files to label, or folders of them")
     sub.add_argument("--json", action="store_true", help="print JSON")
     sub.add_argument("--trust", action="store_true", help="the run is your own: it may name any class by its full path")
     return main
+
+
+def _add_patch(main: argparse.ArgumentParser) -> None:
+    """The subcommands of ``patch``."""
+    actions = main.add_subparsers(dest="action", metavar="take|apply|add", required=True)
+
+    def action(name: str, text: str) -> argparse.ArgumentParser:
+        return actions.add_parser(name, help=text, description=text, allow_abbrev=False)
+
+    sub = action("take", "write what a run's methods change, and its head, as a patch")
+    sub.add_argument("run", help="a run folder")
+    sub.add_argument("out", help="a folder to make")
+    sub.add_argument("--rank", type=int, help="keep this rank of each matrix's change (default: all)")
+    sub = action("apply", "add a patch to another base and save that as a plain checkpoint")
+    sub.add_argument("patch", help="a patch's folder")
+    sub.add_argument("base", help="a run folder (its methods are merged first), or a backbone's folder or name")
+    sub.add_argument("out", help="a folder to make")
+    sub.add_argument("--scale", type=_finite, default=1.0, help="factor of the patch (default 1)")
+    sub = action("add", "write the sum of two patches")
+    sub.add_argument("one", help="a patch's folder")
+    sub.add_argument("other", help="another one")
+    sub.add_argument("out", help="a folder to make")
+    sub.add_argument("--scale", type=_finite, nargs=2, default=(1.0, 1.0), metavar=("ONE", "OTHER"),
+                     help="factors of the two (default 1 1; 1 -1 subtracts)")
+    sub.add_argument("--head", choices=["first", "second", "none"], help="whose head stays, where both bring one")
+
+
+def _finite(text: str) -> float:
+    import math
+
+    number = float(text)
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text} is no finite number")
+    return number
 
 
 OWN = {"--run_dir": True, "--overwrite": False, "--json": False, "--trust": False, "--help": False}
@@ -117,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if getattr(arguments, "run_dir", None) == "":
         main_parser.error("argument --run_dir: the name of a folder is missing")
     try:
-        with interruptible():
+        with interruptible(), _brief_warnings():
             return _dispatch(arguments, rest)
     except BrokenPipeError:  # whoever reads our output, a `head` for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -138,6 +175,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+@contextlib.contextmanager
+def _brief_warnings() -> Iterator[None]:
+    """Show warnings as one line each, without the line of code that they come from."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, category, *_: f"{category.__name__}: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
+
+
 def _dispatch(arguments: argparse.Namespace, rest: list[str]) -> int:
     if arguments.command == "run":
         from core.config import points
@@ -150,7 +198,7 @@ def _dispatch(arguments: argparse.Namespace, rest: list[str]) -> int:
         from core.many_runs import run
 
         return run(found, arguments.run_dir, arguments.overwrite)
-    if arguments.command in ("merge", "predict"):
+    if arguments.command in ("merge", "predict") or getattr(arguments, "action", None) == "take":
         _glance(arguments.run)
     _quick_imports()
     from core import commands
@@ -168,6 +216,15 @@ def _dispatch(arguments: argparse.Namespace, rest: list[str]) -> int:
         return commands.export(arguments.adapter, arguments.out, arguments.model) or 0
     if arguments.command == "import":
         return commands.import_(arguments.folder, arguments.out, arguments.model) or 0
+    if arguments.command == "patch":
+        from core import patch_commands
+
+        if arguments.action == "take":
+            return patch_commands.take(arguments.run, arguments.out, arguments.rank) or 0
+        if arguments.action == "apply":
+            return patch_commands.apply(arguments.patch, arguments.base, arguments.out, arguments.scale) or 0
+        return patch_commands.add(arguments.one, arguments.other, arguments.out, tuple(arguments.scale),
+                                  arguments.head) or 0
     return commands.predict(arguments.run, arguments.files, arguments.json, arguments.trust) or 0
 
 

@@ -501,9 +501,21 @@ def _probe(site: Site) -> Tensor | None:
 
 def save_plain(tuner: FineTuner, folder: Path) -> None:
     """The library's model as the library saves it, and the task's head beside it."""
-    from safetensors.torch import save_file, save_model
+    from safetensors.torch import save_file
 
-    model: Any = tuner.backbone.model
+    save_library_model(tuner.backbone.model, folder)
+    head = tuner.task.plain_head()
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in head.state_dict().items()}
+    save_file(tensors, folder / "head.safetensors", metadata={"format": "pt"})
+    labels = {"classes": list(getattr(tuner.task, "classes", [])), "multilabel": bool(tuner.hparams.get("multilabel")),
+              "task": type(tuner.task).__name__, "head": str(head), "features": int(tuner.backbone.dim)}
+    (folder / "labels.json").write_text(json.dumps(labels, indent=1) + "\n")
+
+
+def save_library_model(model: Any, folder: Path) -> None:
+    """A model as its own library saves it."""
+    from safetensors.torch import save_model
+
     if hasattr(model, "save_pretrained"):
         model.save_pretrained(folder)
     elif hasattr(model, "pretrained_cfg"):  # loads by timm.create_model("local-dir:FOLDER")
@@ -514,12 +526,6 @@ def save_plain(tuner: FineTuner, folder: Path) -> None:
         save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
         record = {"class": f"{type(model).__module__}.{type(model).__qualname__}"}
         (folder / "config.json").write_text(json.dumps(record, indent=1) + "\n")
-    head = tuner.task.plain_head()
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in head.state_dict().items()}
-    save_file(tensors, folder / "head.safetensors", metadata={"format": "pt"})
-    labels = {"classes": list(getattr(tuner.task, "classes", [])), "multilabel": bool(tuner.hparams.get("multilabel")),
-              "task": type(tuner.task).__name__, "head": str(head), "features": int(tuner.backbone.dim)}
-    (folder / "labels.json").write_text(json.dumps(labels, indent=1) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------- export, import

@@ -103,6 +103,22 @@ def nearest(word: str, known: Iterable[str], n: int = 3) -> str:
     return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
 
 
+OTHER_NAMES = {
+    "r": "rank", "lora_r": "rank", "lora_rank": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout",
+    "target_modules": "targets", "epochs": "max_epochs", "num_epochs": "max_epochs", "num_train_epochs": "max_epochs",
+    "gpus": "devices", "num_gpus": "devices", "gradient_accumulation_steps": "accumulate_grad_batches",
+    "max_grad_norm": "gradient_clip_val", "fp16": "precision", "bf16": "precision", "learning_rate": "lr"}
+"""What other libraries call options that have another name here."""
+
+
+def called(word: str, known: Iterable[str]) -> str:
+    """A hint what an unknown option is called here, if another library's name for it is known; else the nearest."""
+    names = list(known)
+    if OTHER_NAMES.get(word) in names:
+        return f" (it is called {OTHER_NAMES[word]!r} here)"
+    return nearest(word, names)
+
+
 def listed(names: Iterable[object], most: int = 12) -> str:
     """A comma-separated list for a message, cut after ``most`` names."""
     words = [str(name) for name in names]

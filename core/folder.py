@@ -5,6 +5,7 @@ Files may lie as they lie. What cannot be read is left out and named.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections import Counter
@@ -53,6 +54,8 @@ class FolderData(LabelledData):
 
     kind: ClassVar[type[Sample]] = Sample
     """What a row becomes."""
+    benchmarks: ClassVar[dict[str, str]] = {}
+    """Configurations of the domain's benchmarks, by a file or folder that each has in its published layout."""
 
     def __init__(self, root: str | None = None, table: str | None = None, file_column: str | None = None,
                  label_column: str | None = None, split_column: str | None = None,
@@ -134,7 +137,7 @@ class FolderData(LabelledData):
         hint = self._hint(root)
         if not folders:
             raise ScionError(f"data.root: {root} has no subfolders; wanted: one for each class, or data.table, or "
-                             f"data.label_pattern{hint}")
+                             f"data.label_pattern{hint}{self._benchmark(root)}")
         names = {folder.name.lower() for folder in folders}
         sets = {folder: SETS[folder.name.lower()] for folder in folders} if names <= set(SETS) else {root: None}
         if len(sets) > 1 and len(set(sets.values())) < len(sets):
@@ -145,10 +148,9 @@ class FolderData(LabelledData):
                     raise ScionError(f"data.root: of the sets {root} has {listed(sorted(names))} and none to {which}")
         samples = []
         for place, which in sets.items():
-            for folder in folders if place == root else self.subfolders(place):
-                files = self.files(folder)
-                if not files:
-                    raise ScionError(f"data.root: no {self.files_are} in the folder {folder}{hint}")
+            least, around = (2, folders) if place == root else (1, self.subfolders(place))
+            inside = self.with_files(around, least, f"{hint}{self._benchmark(root)}")
+            for folder, files in inside.items():
                 labels = self._labels(as_text(folder.name))
                 samples += [self._sample(root, file, labels, which) for file in files]
             self.skipped += [one_line(f"{file}: lies in no class folder") for file in self.files(place)
@@ -158,6 +160,18 @@ class FolderData(LabelledData):
     def _hint(self, root: Path) -> str:
         tables = sorted(file.name for file in root.iterdir() if file.suffix.lower() in (".csv", ".tsv"))
         return f" (there is {listed(tables, 3)}: is it data.table?)" if tables else ""
+
+    def _benchmark(self, root: Path) -> str:
+        """A hint where the folder is a benchmark in its published layout."""
+        inside: list[Path] = []
+        with contextlib.suppress(OSError):
+            inside = sorted(root.iterdir())
+        for place in (root, *inside):
+            for marker, config in self.benchmarks.items():
+                if os.path.exists(place / marker):
+                    return (f"; {place / marker} is of a benchmark that has its own configuration: "
+                            f"lightning run {config} --data.root {place}")
+        return ""
 
     def _by_pattern(self, root: Path, pattern: re.Pattern[str]) -> list[Any]:
         samples = []
@@ -206,7 +220,23 @@ class FolderData(LabelledData):
             if not os.path.isfile(file) and os.path.isfile(table.parent / name):
                 file = table.parent / name
             samples.append(self.kind(file, key, labels, group, **further))
+        self._check_present(root, table, samples)
         return samples
+
+    def _check_present(self, root: Path, table: Path, samples: list[Any]) -> None:
+        """Refuse a table of which no file is there, and say where they were looked for, and where they may lie."""
+        if any(os.path.lexists(sample.file) for sample in samples):
+            return
+        first = samples[0].name.partition("@")[0]
+        places = listed(dict.fromkeys(map(str, (root, table.parent))))
+        found = next((file for file in self.files(root) if file.name == Path(first).name), None)
+        hint = self._benchmark(root)
+        if found is not None and not hint:
+            below = str(found).removesuffix(first).rstrip("/")
+            hint = (f"; {found.name} is in {found.parent}: --data.root {below} --data.table "
+                    f"{os.path.relpath(table, below)}") if str(found).endswith(first) else f"; {first} is {found}"
+        raise ScionError(f"data.table: none of the {len(samples)} files in {table} exists; they were looked for in "
+                         f"{places}, the first is {first}{hint}")
 
     def _column(self, key: str, there: list[str], table: Path) -> str | None:
         given, usual = self.columns[key], COLUMNS.get(key, ())
@@ -218,7 +248,8 @@ class FolderData(LabelledData):
         found = next((name for usual_name in usual for name in there if name.lower() == usual_name), None)
         if found is None and key in ("file", "label"):
             raise ScionError(f"data.{key}_column: {table} has none of the columns {listed(usual)}; it has "
-                             f"{listed(there)}: say which it is")
+                             f"{listed(there)}: say which it is{self._benchmark(table.parent)}"
+                             f"{self._benchmark(table.parent.parent)}")
         return found
 
     def place(self, row: dict[str, str], names: dict[str, str | None], where: str) -> tuple[str, dict[str, Any]]:
@@ -255,8 +286,9 @@ class FolderData(LabelledData):
         shares = {which: 0.0 if which in patterns else share for which, share in shares.items()}
         taken = stratified([row for row in found["train"] if row not in bad], samples, shares, self.split_seed)
         if shares["test"] and not taken["test"]:
-            raise ScionError("data.test_share: no class has two readable files, and one file is not divided between "
-                             "the sets; name them in a column (data.split_column) or by data.test_pattern")
+            unread = f" ({len(bad)} of {len(samples)} files cannot be read)" if bad else ""
+            raise ScionError(f"data.test_share: no class has two readable files{unread}, and one file is not divided "
+                             "between the sets; name them in a column (data.split_column) or by data.test_pattern")
         found = {"train": taken["train"], **{which: found[which] + taken[which] for which in PARTS[1:]}}
         # files too few for a share give no validation rather than an error: it is a wish, not a protocol
         return {which: sorted(rows) for which, rows in found.items() if rows or which != "validation"}

@@ -165,6 +165,28 @@ class LabelledData(DataModule):
         files, closed = files_below(folder)
         return sorted([file for file in files if file.suffix.lower() in self.suffixes] + closed)
 
+    def with_files(self, folders: list[Path], least: int, hint: str = "") -> dict[Path, list[Path]]:
+        """The files of each of these folders of classes. A folder that holds others alone (notes, say) is left out and
+        named, as long as ``least`` folders stay.
+
+        Raises:
+            ScionError: a folder is empty, or too few hold a file of this kind.
+        """
+        found = {folder: self.files(folder) for folder in folders}
+        lacking = [folder for folder, files in found.items() if not files]
+        others = {folder: files_below(folder)[0] for folder in lacking}
+        wrong = next((folder for folder, files in others.items() if not files), None)
+        if lacking and wrong is None and len(found) - len(lacking) < least:
+            wrong = lacking[0]
+        if wrong is not None:
+            raise ScionError(f"data.root: no {self.files_are} in the folder {wrong}{hint}")
+        for folder in lacking:
+            endings = listed(dict.fromkeys(file.suffix.lower() or file.name for file in others[folder]), 3)
+            note = f"the folder {folder} is left out: it holds {endings} and no {self.files_are}"
+            self.notes.append(note)
+            warnings.warn(f"data.root: {note}", stacklevel=2)
+        return {folder: files for folder, files in found.items() if files}
+
     def subfolders(self, folder: Path) -> list[Path]:
         """The folders in ``folder``, without hidden ones and what a Mac's zip leaves behind. A link back to a folder
         that it lies in is left out and named: its files would be counted twice."""
@@ -392,7 +414,8 @@ def folder_with(root: Path, marker: str, inside: Sequence[str], title: str) -> P
     for folder in (root, *(root / name for name in inside)):
         if os.path.exists(folder / marker):
             return folder
-    raise ScionError(f"data.root: no {marker} in {root} (wanted: {title}'s layout, see the domain's README.md)")
+    raise ScionError(f"data.root: no {marker} in {root} (wanted: {title}'s layout, see the domain's README.md; "
+                     "files of your own: folder.yaml)")
 
 
 END = "the end of the table"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from core.anatomy import Site
-from core.errors import ScionError
+from core.errors import ScionError, listed
 from core.graft import Carrier, Graft
 
 if TYPE_CHECKING:
@@ -34,6 +34,16 @@ _MERGES: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[PEFTMethod]]] = w
 def overlap(one: Site, other: Site) -> bool:
     """Whether two sites of one module share outputs: all do but disjoint parts of a fused projection."""
     return one.rows is None or other.rows is None or not set(one.rows.indices()).isdisjoint(other.rows.indices())
+
+
+def tied(root: nn.Module, name: str) -> str:
+    """Why a weight that is the same tensor as another one cannot take a change, and what to do."""
+    weight = root.get_parameter(name)
+    others = [other for other, p in root.named_parameters(remove_duplicate=False) if p is weight and other != name]
+    return (f"{name} is tied to {listed(others, 2)}, which merging would change too. Keep the method beside the "
+            f"weights (save), or untie them before it is attached or loaded: model.{name} = "
+            f"torch.nn.Parameter(model.{name}.detach().clone()), and model.config.tie_word_embeddings = False where "
+            "there is one")
 
 
 def check_order(method: PEFTMethod, graft: Graft) -> None:

@@ -313,8 +313,8 @@ class PEFTMethod(Recorded, Callback, ABC):
         if home is not None and not isinstance(home, Home):
             raise ScionError(f"{self.name}: {type(model).__name__} has an attribute `peft` of its own")
         if home is not None and self.name in home.methods:
-            raise ScionError(f"{self.name}: a method of that name is attached already; give this one a name of its own "
-                             "(name=...)")
+            raise ScionError(f"{self.name}: a method of that name is attached already; to start anew, take it off "
+                             "first (.remove()); to have both, one on the other, name this one (name=...)")
         if any(isinstance(child, Home) and child is not home for child in model.modules()):
             raise ScionError(f"{self.name}: a module inside {type(model).__name__} has methods attached already; "
                              "attach to the same module")
@@ -647,7 +647,7 @@ class PEFTMethod(Recorded, Callback, ABC):
             merging.check_order(self, graft)
             if name in shared or (not graft.site.tied and any(  # tied modules that all have the graft change as one
                     root.get_parameter(other) is parameters[name] for other in shared)):
-                raise ScionError(f"{self.name}: {name} is tied to another tensor, which merging would change too")
+                raise ScionError(f"{self.name}: {merging.tied(root, name)}")
         merged = merging.merged_values(self, parameters)
         with torch.no_grad():
             self._made = [name for name in merged if name not in parameters]
@@ -1198,7 +1198,8 @@ def sample_name(trainer: L.Trainer, index: int, dataset: Any = None) -> str:
     name_of = getattr(trainer.datamodule, "name_of", None)  # type: ignore[attr-defined]
     if name_of is None:
         return f"sample {index}"
-    return name_of(trainer.train_dataloader.dataset if dataset is None else dataset, index)
+    loader: Any = trainer.train_dataloader
+    return name_of(loader.dataset if dataset is None else dataset, index)
 
 
 def _resumes_exactly(pl_module: Any) -> bool:

@@ -589,6 +589,8 @@ def load_run(folder: str, device: str = "cpu") -> FineTuner:
         ScionError: a damaged adapter, or a backbone that only its own program can build.
     """
     path = Path(folder) / "adapter"
+    if not path.is_dir():
+        raise ScionError(f"{folder}: no adapter.json in a folder adapter here; give the folder of a run")
     saved = open_adapter(path)
     model = saved.record.get("model") or {}
     if not model.get("backbone") or not model.get("task"):
@@ -630,7 +632,7 @@ def _rehearse(saved: Saved, where: str) -> None:
         return
     with rehearsing(len(saved.tensors) + USUAL), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what there is to say is said in earnest
-        backbone = _hollow_backbone(model["backbone"], model["seed"])
+        backbone = hollow_backbone(model["backbone"], model["seed"])
         tuner = _around_backbone(model, backbone)
         tensors = hollow({name: tensor for name, tensor in saved.tensors.items() if not name.startswith(OUTSIDE)})
         attach(saved.record["methods"], backbone, done := [])
@@ -645,7 +647,7 @@ MARGIN = 4
 """How many times as many numbers a backbone may have with its recorded arguments as with its name alone."""
 
 
-def _hollow_backbone(recorded: dict[str, Any], seed: int) -> Backbone:
+def hollow_backbone(recorded: dict[str, Any], seed: int) -> Backbone:
     """The recorded backbone on the meta device, where it is about as large as its name says."""
     cls = published(recorded, Backbone)
     untrained = {"pretrained": False} if "pretrained" in signature(cls).parameters else {}
@@ -660,6 +662,13 @@ def _hollow_backbone(recorded: dict[str, Any], seed: int) -> Backbone:
 
 
 # ------------------------------------------------------------------------------------------------- specs
+
+
+def model_record(tuner: FineTuner) -> dict[str, Any]:
+    """How to build the backbone and the task of ``tuner``, as adapters and patches record it."""
+    return {"backbone": spec(tuner.backbone), "task": spec(tuner.task),
+            "classes": list(getattr(tuner.task, "classes", [])), "multilabel": tuner.hparams["multilabel"],
+            "seed": tuner.hparams["seed"]}
 
 
 def spec(part: nn.Module) -> dict[str, Any] | None:

@@ -26,7 +26,7 @@ def settings(modules: Mapping[str, nn.Module], path: str) -> list[Setting]:
     for place in _places(path):
         module = modules[place]
         if is_attention(module):
-            found.append((module, "forward", functools.partial(attention_forward, module)))
+            found.append((module, "forward", functools.partial(attention_forward, module)))  # type: ignore[arg-type]
         elif isinstance(module, nn.TransformerEncoderLayer):
             found.append((module, "activation_relu_or_gelu", 0))
         elif isinstance(module, nn.TransformerEncoder):

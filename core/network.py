@@ -128,7 +128,7 @@ def _fetch(archive: Archive, title: str, file: Path) -> str:
     with urllib.request.urlopen(archive.url, timeout=30) as answer, file.open("wb") as out:
         length = answer.headers.get("Content-Length") or ""
         total = int(length) if length.isdecimal() else None
-        with tqdm(total=total, unit="B", unit_scale=True, desc=title) as bar:
+        with tqdm(total=total, unit="B", unit_scale=True, desc=title, disable=None) as bar:
             while block := answer.read(1 << 20):
                 out.write(block)
                 digest.update(block)

@@ -6,6 +6,9 @@
     applied.remove()                               # and bit for bit out again
     (0.5 * patch + other).apply(newer)
 
+A head that was trained with the methods travels along, also one beside the backbone: take the patch from the
+`FineTuner` and apply it to one. A patch knows the architecture that it belongs to, and is refused on any other.
+
 A change is dense, or low-rank where the method says so. It is frozen to numbers on the base that it was trained on: of
 a method whose formula reads the weight (DoRA), the numbers are carried, not the formula. Source: Khan et al. 2024
 (PortLLM), arXiv:2410.10870, where it was made for LoRA.
@@ -13,23 +16,25 @@ a method whose formula reads the weight (DoRA), the numbers are carried, not the
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import Annotated, Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from core.anatomy import dissect
-from core.artifact import fingerprint
+from core.artifact import OUTSIDE, ModelRecord, fingerprint
 from core.errors import ScionError, listed, one_line
 from core.files import read_json, write_json
-from core.method import methods_on, uncompiled
-from core.schema import Digest, Shapes, check, shown
-from core.tensors import check_values, checksum, kind_of, read_tensors, write_tensors
+from core.fingerprint import Fingerprint
+from core.method import home_in, methods_on, uncompiled
+from core.schema import Digest, Rule, Shapes, check, shown
+from core.tensors import check_fit, check_values, checksum, kind_of, read_tensors, write_tensors
 
 FORMAT = 1
 TENSORS, RECORD = "patch.safetensors", "patch.json"
@@ -72,12 +77,20 @@ class Change:
 
 @dataclass(frozen=True)
 class Patch:
-    """Changes by parameter name, and the fingerprint of the base that they were trained on."""
+    """Changes by parameter name, and the base that they were trained on."""
 
     changes: dict[str, Change]
     base: str = ""
+    """Fingerprint of that base; empty where there were several."""
     head: dict[str, Tensor] = field(default_factory=dict)
     """Tensors of a task head inside the model, as they were trained: they travel along, and replace."""
+    architecture: str = ""
+    """Of the base (`architecture_of`); empty in patches of earlier versions."""
+    beside: dict[str, Tensor] = field(default_factory=dict)
+    """Tensors that were trained beside the backbone, by their names in the module around it, in the form in which an
+    adapter holds them. They replace as well."""
+    model: dict[str, Any] = field(default_factory=dict)
+    """How to build the backbone and the task of a `FineTuner`, as adapters record it."""
 
     # --------------------------------------------------------------------------------- making one
 
@@ -86,31 +99,39 @@ class Patch:
         """What the methods attached to ``model`` change; the model stays as it is.
 
         Args:
-            model: with mergeable methods attached.
+            model: a backbone with mergeable methods attached, or the LightningModule around one: the head of that is
+                taken along.
             rank: keep this rank of each matrix's change; None keeps all.
 
         Raises:
-            ScionError: no method, or one that cannot be merged.
+            ScionError: no method, or one that cannot be merged, or not without new parameters.
         """
-        model = uncompiled(model)
-        methods = methods_on(model)
+        if rank is not None and rank < 1:
+            raise ScionError(f"Patch.take: rank {rank} must be at least 1")
+        around = uncompiled(model)
+        methods = methods_on(around)
         if not methods:
             raise ScionError("Patch.take: no method is attached to this model, so there is nothing to take")
-        home = model.get_submodule("peft")
+        _, root = home_in(around)  # type: ignore[misc]
+        if any(method.root is not root for method in methods):
+            raise ScionError("Patch.take: methods are attached to several modules in this model; give one of them")
+        home = root.get_submodule("peft")
         base, heads = str(home.fingerprint), list(home.heads)  # type: ignore[arg-type]
-        parameters = dict(model.named_parameters())
+        parameters = dict(root.named_parameters())
         head = {name: parameters[name].detach().cpu().clone() for name in heads if parameters[name].requires_grad}
+        architecture = architecture_of(root)
         changes: dict[str, Change] = {}
         before = {name: p.detach().clone() for name, p in parameters.items() if not name.startswith("peft.")}
         before.update({name: start.to(parameters[name]) for m in methods for name, start in m.start.items()})
-        low = _factors(model)
+        low = _factors(root)
         merged = []
         try:
             for method in methods:
                 method.merge()
                 merged.append(method)
+            _check_nothing_new(root, before)
             for name, start in before.items():
-                now = model.get_parameter(name).detach()
+                now = root.get_parameter(name).detach()
                 if name not in heads and not torch.equal(now, start):
                     change = low.get(name) or Change((now.double() - start.double()).float().cpu(), None,
                                                      tuple(start.shape))
@@ -118,12 +139,13 @@ class Patch:
         finally:
             for method in reversed(merged):
                 method.unmerge()
-        return cls(changes, base, head)
+        patch = cls(changes, base, head, architecture)
+        return patch if around is root else replace(patch, **_surroundings(around, root))
 
     # --------------------------------------------------------------------------------- arithmetic
 
     def __mul__(self, factor: float) -> Patch:
-        return Patch({name: change.scaled(factor) for name, change in self.changes.items()}, self.base, self.head)
+        return replace(self, changes={name: change.scaled(factor) for name, change in self.changes.items()})
 
     __rmul__ = __mul__
 
@@ -132,27 +154,37 @@ class Patch:
 
     def __add__(self, other: Patch) -> Patch:
         """The sum of both; a task head in both refuses, for heads do not add up."""
-        both = self.head.keys() & other.head.keys()
+        both = [*(self.head.keys() & other.head.keys()), *(self.beside.keys() & other.beside.keys())]
         if both:
-            raise ScionError(f"two patches bring the task head {listed(sorted(both), 2)}: take one of them without")
+            raise ScionError(f"two patches bring the task head {listed(sorted(both), 2)}, and heads do not add up: "
+                             "take one of them without its head (without_head(); on the command line --head)")
+        if self.architecture and other.architecture and self.architecture != other.architecture:
+            raise ScionError(f"the patches belong to two architectures, {self.architecture} and {other.architecture}")
         changes = dict(self.changes)
         for name, change in other.changes.items():
             if name in changes and changes[name].shape != change.shape:
                 raise ScionError(f"the patches do not fit: {name} is {list(changes[name].shape)} and "
                                  f"{list(change.shape)}")
             changes[name] = changes[name].plus(change) if name in changes else change
-        return Patch(changes, self.base if self.base == other.base else "", {**self.head, **other.head})
+        return Patch(changes, self.base if Fingerprint(self.base) == Fingerprint(other.base) else "",
+                     {**self.head, **other.head}, self.architecture or other.architecture,
+                     {**self.beside, **other.beside}, (self if self.beside or not other.beside else other).model)
 
     def __sub__(self, other: Patch) -> Patch:
-        return self + Patch((-other).changes, other.base)
+        return self + (-other).without_head()
+
+    def without_head(self) -> Patch:
+        """The changes of the backbone alone."""
+        return replace(self, head={}, beside={})
 
     # --------------------------------------------------------------------------------- applying
 
     def check(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """The parameters of ``model`` that the patch means; every one of its entries must have its place.
+        """The parameters of the backbone ``model`` that the patch means; every one of its entries must have its place.
 
         Raises:
-            ScionError: a name that is missing, a shape that differs, values that are not finite.
+            ScionError: a name that is missing, a shape that differs, another architecture though all names fit, values
+                that are not finite.
         """
         parameters = dict(model.named_parameters())
         wanted = {**{name: change.shape for name, change in self.changes.items()},
@@ -164,21 +196,32 @@ class Patch:
             if tuple(parameters[name].shape) != shape:
                 raise ScionError(f"the patch belongs to another architecture: {name} is {list(shape)} in the patch, "
                                  f"{list(parameters[name].shape)} here")
+        here = architecture_of(model)
+        if self.architecture and here != self.architecture:
+            raise ScionError(f"the patch belongs to another architecture: {self.architecture}, and this is {here}; "
+                             "class, names and shapes of all parameters must be the same")
         for name, change in self.changes.items():
             if not all(bool(torch.isfinite(part).all()) for part in (change.up, change.down) if part is not None):
                 raise ScionError(f"the patch holds values that are not finite, at {name}")
         anatomy = dissect(model)
-        here = fingerprint(model, without=anatomy.head_names())
-        if self.base and here != self.base:
-            warnings.warn(f"the patch is carried from base {self.base} to {here}", stacklevel=3)
+        base = fingerprint(model, without=anatomy.head_names())
+        if self.base and base != self.base:
+            warnings.warn(f"the patch is carried from base {self.base} to {base}", stacklevel=3)
         return {name: parameters[name] for name in wanted}
+
+    def warn_of_head(self) -> None:
+        """Say that what belongs beside the backbone is not applied."""
+        if self.beside:
+            warnings.warn(f"the patch's head ({listed(sorted(self.beside), 2)}) is not applied: it belongs beside the "
+                          "backbone; apply the patch to the FineTuner, or module, around it", stacklevel=3)
 
     @torch.no_grad()
     def apply(self, model: nn.Module, scale: float = 1.0, keep: bool = True) -> Applied:
         """Add ``scale`` times the patch to the weights of ``model``, one parameter at a time; all or nothing.
 
         Args:
-            model: plain, of the patch's architecture.
+            model: plain, of the patch's architecture; or the LightningModule around such a backbone, whose head is
+                replaced by that of the patch.
             scale: factor of the patch.
             keep: keep the weights as they were, to take the patch out again; False needs no more memory than the
                 largest change.
@@ -189,40 +232,114 @@ class Patch:
         model = uncompiled(model)
         if methods_on(model):
             raise ScionError("the model has methods attached: apply the patch before them")
-        places = self.check(model)
+        prefix, root = self._backbone_in(model)
+        places = {f"{prefix}{name}": parameter for name, parameter in self.check(root).items()}
+        around: dict[str, nn.Parameter] = {}
+        if model is root:
+            self.warn_of_head()
+        else:
+            around = self._places_beside(model)
         before: dict[str, Tensor] = {}
+        if keep:
+            before = {name: parameter.detach().clone() for name, parameter in around.items()}
         try:
             for name, parameter in places.items():
                 if keep:
                     before[name] = parameter.detach().clone()
-                if name in self.head:
-                    parameter.copy_(self.head[name])
+                own = name.removeprefix(prefix)
+                if own in self.head:
+                    parameter.copy_(self.head[own])
                 else:
                     wide = torch.promote_types(parameter.dtype, torch.float32)
-                    change = scale * self.changes[name].dense().to(parameter.device, wide)
+                    change = scale * self.changes[own].dense().to(parameter.device, wide)
                     parameter.copy_(parameter.to(wide) + change)
+            places |= around
+            self._write_beside(model, around)
         except BaseException:
             for name, kept in before.items():
                 places[name].copy_(kept)
             raise
         return Applied(model, before, {name: places[name].detach().clone() for name in before}, keep)
 
+    def _backbone_in(self, model: nn.Module) -> tuple[str, nn.Module]:
+        """What stands before the names of the backbone's parameters in ``model``, and the backbone: ``model`` itself,
+        or its ``.backbone`` or ``.model`` where it has a head beside that."""
+        names = {name for name, _ in model.named_parameters()}
+        wanted = [*self.changes, *self.head]
+        for name in ("backbone", "model"):
+            inner = getattr(model, name, None)
+            if isinstance(inner, nn.Module) and not names.issuperset(wanted):
+                inner = uncompiled(inner)
+                [path] = [path for path, module in model.named_modules() if module is inner]
+                return f"{path}.", inner
+        return "", model
+
+    def _places_beside(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The parameters beside the backbone that the patch replaces; whatever is wrong with them is told here.
+
+        Raises:
+            ScionError: the head of ``model`` is for other classes, or of another shape.
+        """
+        from core.module import FineTuner, load_outside
+
+        if not self.beside:
+            return {}
+        where = "the patch's head"
+        parameters = dict(model.named_parameters())
+        try:
+            if isinstance(model, FineTuner):
+                told, here = self.model.get("classes", []), list(getattr(model.task, "classes", []))
+                if told and here and told != here:
+                    raise ScionError(f"{where}: it is for the classes {listed(told, 4)}, the model's for "
+                                     f"{listed(here, 4)}")
+                load_outside(model, self._named_beside(), where, write=False)
+                for name, tensor in self.beside.items():
+                    check_values(tensor, tensor, name, where)
+                left = {id(p) for p in [*model.backbone.parameters(), *model.beside_inference()]}
+                return {name: p for name, p in parameters.items() if id(p) not in left}
+            for name, tensor in self.beside.items():
+                if name not in parameters:
+                    raise ScionError(f"{where}: {name} is not in {type(model).__name__}")
+                check_fit(tensor, parameters[name], name, where)
+                check_values(tensor, parameters[name], name, where)
+        except ScionError as error:
+            raise ScionError(f"{error}; give the backbone alone to apply the patch without its head") from None
+        return {name: parameters[name] for name in self.beside}
+
+    def _write_beside(self, model: nn.Module, places: dict[str, nn.Parameter]) -> None:
+        from core.module import FineTuner, load_outside
+
+        if isinstance(model, FineTuner) and places:
+            load_outside(model, self._named_beside(), "the patch's head")
+            return
+        for name, parameter in places.items():
+            parameter.copy_(self.beside[name])
+
+    def _named_beside(self) -> dict[str, Tensor]:
+        return {f"{OUTSIDE}{name}": tensor for name, tensor in self.beside.items()}
+
     # --------------------------------------------------------------------------------- files
 
     def save(self, folder: str | Path) -> Path:
-        """Write ``patch.safetensors`` and ``patch.json`` into ``folder``."""
+        """Write ``patch.safetensors`` and ``patch.json`` into ``folder``. The record names every tensor."""
         tensors = {f"head:{name}": tensor for name, tensor in self.head.items()}
+        tensors |= {f"beside:{name}": tensor for name, tensor in self.beside.items()}
         shapes = {}
         for name, change in self.changes.items():
             shapes[name] = list(change.shape)
             tensors[f"up:{name}" if change.down is not None else f"dense:{name}"] = change.up
             if change.down is not None:
                 tensors[f"down:{name}"] = change.down
+        held = {name: list(tensor.shape) for name, tensor in sorted(tensors.items())}
+        record = {"format": FORMAT, "base": str(self.base), "architecture": self.architecture, "shapes": shapes,
+                  "tensors": held}
+        if self.model:
+            record["model"] = self.model
         target = Path(folder)
         try:
             target.mkdir(parents=True, exist_ok=True)
-            digest = write_tensors(target / TENSORS, tensors)
-            write_json(target / RECORD, {"format": FORMAT, "base": self.base, "shapes": shapes, "sha256": digest})
+            record["sha256"] = write_tensors(target / TENSORS, tensors)
+            write_json(target / RECORD, record)
         except OSError as error:
             raise ScionError(f"{folder} cannot be written ({error.strerror or error})") from None
         return target
@@ -232,7 +349,7 @@ class Patch:
         """The patch in ``folder``.
 
         Raises:
-            ScionError: no patch, or a damaged one.
+            ScionError: no patch, or a damaged one: also one whose record and tensors do not name each other in full.
         """
         path = Path(folder)
         if not os.path.isfile(path / RECORD):
@@ -242,17 +359,30 @@ class Patch:
             raise ScionError(f"{path / RECORD}: format {shown(record.get('format'))} is unknown; this version reads "
                              f"{FORMAT}")
         check(record, PatchRecord, f"{path / RECORD}")
+        lost = [name for name in LATER if name not in record]
+        if lost and any(name in record for name in ("architecture", "tensors", "model")):
+            raise ScionError(f"{path / RECORD}: damaged, its {listed(lost)} is gone; copy the patch again")
         tensors = read_tensors(path / TENSORS)
+        if not lost:
+            _check_held({name: list(tensor.shape) for name, tensor in tensors.items()}, record["tensors"], str(path))
         changes = {name: _change(name, shape, tensors, str(path)) for name, shape in record["shapes"].items()}
-        head = {name.removeprefix("head:"): tensors.pop(name) for name in list(tensors) if name.startswith("head:")}
+        head, beside = ({name.removeprefix(kind): tensors.pop(name) for name in list(tensors) if name.startswith(kind)}
+                        for kind in ("head:", "beside:"))
         if tensors:
             raise ScionError(f"{path}: holds {listed(map(one_line, tensors), 3)}, which the record does not name")
         for name, tensor in head.items():
             _check_numbers(tensor, name, str(path))
+        for name, tensor in beside.items():
+            check_values(tensor, tensor, one_line(name), str(path))
         if "sha256" in record and checksum(path / TENSORS) != record["sha256"]:
             raise ScionError(f"{path / TENSORS}: not the tensors that {RECORD} was written with, for their checksums "
                              "differ; copy both files again")
-        return cls(changes, record["base"], head)
+        return cls(changes, record["base"], head, record.get("architecture", ""), beside, record.get("model", {}))
+
+
+LATER = ("architecture", "tensors", "sha256")
+"""Keys that records have had since a patch knows its architecture: all of them, or none."""
+Signature = Annotated[str, Rule(lambda text: text.isprintable() and len(text) <= 300, "the name of an architecture")]
 
 
 class PatchRecord(TypedDict):
@@ -261,7 +391,57 @@ class PatchRecord(TypedDict):
     format: int
     base: Digest
     shapes: Shapes
+    architecture: NotRequired[Signature]
+    tensors: NotRequired[Shapes]
+    """Names of all tensors in the file, with their shapes."""
+    model: NotRequired[ModelRecord]
     sha256: NotRequired[Digest]
+
+
+def architecture_of(model: nn.Module) -> str:
+    """The class that a backbone is described as, and a digest of the names and shapes of all its parameters: equal for
+    two models of one architecture, whatever their values. A task head and what methods have added do not count."""
+    anatomy = dissect(model)
+    heads = anatomy.head_names()
+    parts = sorted(f"{name}{list(p.shape)}" for name, p in model.named_parameters()
+                   if name not in heads and not name.startswith("peft."))
+    digest = hashlib.sha256("\n".join([anatomy.family, *parts]).encode()).hexdigest()
+    return f"{anatomy.family} {digest[:16]}"
+
+
+def _surroundings(around: nn.Module, root: nn.Module) -> dict[str, Any]:
+    """What a patch holds of the module around the backbone: what is trained beside it, and how both are built."""
+    from core.module import FineTuner, model_record, outside
+
+    if isinstance(around, FineTuner):
+        beside = {name.removeprefix(OUTSIDE): tensor for name, tensor in outside(around).items()}
+        found: dict[str, Any] = {"model": model_record(around)}
+    else:
+        inside = {id(p) for p in root.parameters()}
+        beside = {name: p for name, p in around.named_parameters() if id(p) not in inside and p.requires_grad}
+        found = {}
+    return {**found, "beside": {name: tensor.detach().cpu().clone() for name, tensor in beside.items()}}
+
+
+def _check_nothing_new(root: nn.Module, before: dict[str, Tensor]) -> None:
+    """Refuse methods whose merging has made parameters that the base does not have."""
+    made = [name for name, _ in root.named_parameters() if name not in before and not name.startswith("peft.")]
+    if made:
+        raise ScionError(f"Patch.take: merging makes {listed(made, 2)}, which the base does not have, and a patch adds "
+                         "to what is there alone; save the merged model instead")
+
+
+def _check_held(held: dict[str, list[int]], named: dict[str, list[int]], where: str) -> None:
+    """Refuse a file and a record that do not name the same tensors."""
+    missing, extra = (sorted(one.keys() - other.keys()) for one, other in ((named, held), (held, named)))
+    if missing:
+        raise ScionError(f"{where}: {listed(map(one_line, missing), 3)} is missing, which the record names; copy the "
+                         "patch again")
+    if extra:
+        raise ScionError(f"{where}: holds {listed(map(one_line, extra), 3)}, which the record does not name")
+    for name, shape in named.items():
+        if held[name] != shape:
+            raise ScionError(f"{where}: {one_line(name)} is {held[name]}, and {shape} in the record")
 
 
 def _change(name: str, shape: list[int], tensors: dict[str, Tensor], where: str) -> Change:

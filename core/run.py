@@ -29,7 +29,7 @@ from core.data import DataModule, bounded
 from core.errors import Interrupted, ScionError, listed
 from core.files import write_json
 from core.method import Home, PEFTMethod, methods_on
-from core.module import OUTSIDE, FineTuner, OptimizerSettings, ScheduleSettings, load_outside, outside, spec
+from core.module import OUTSIDE, FineTuner, OptimizerSettings, ScheduleSettings, load_outside, model_record, outside
 from core.run_folder import FORMAT, RunFolder, copy_adapter, read_done
 from core.run_log import RunLog
 from core.spec import signature
@@ -382,7 +382,8 @@ def _train(trainer: L.Trainer, assembly: Assembly, checkpoints: RunCheckpoints, 
 def _undisturbed(trainer: L.Trainer, work: Callable[[], Any]) -> Any:
     """What ``work`` with a Trainer returns. Lightning makes an exit of the process of a signal, and of its complaints
     exceptions of its own."""
-    from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     try:
         return work()
@@ -479,9 +480,7 @@ def count(tuner: FineTuner) -> dict[str, int]:
 
 def save_run_adapter(tuner: FineTuner, folder: Path) -> None:
     """The adapter of a run: its methods, the task head, and what rebuilds backbone and task."""
-    model = {"backbone": spec(tuner.backbone), "task": spec(tuner.task), "classes": tuner.task.classes,  # type: ignore[attr-defined]
-             "multilabel": tuner.hparams["multilabel"], "seed": tuner.hparams["seed"]}
-    save_adapter(methods_on(tuner), folder, outside(tuner), model)
+    save_adapter(methods_on(tuner), folder, outside(tuner), model_record(tuner))
 
 
 def _finish(point: Point, folder: RunFolder, stages: list[Stage], results: list[StageResult], outcome: Outcome

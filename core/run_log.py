@@ -63,7 +63,7 @@ class RunLog:
 
     def _warning(self, message: Any, category: type[Warning], *_: Any) -> str:
         text = f"{category.__name__}: {message}"
-        logging.getLogger("py.warnings").info(text)
+        logging.getLogger("py.warnings").warning(text)
         return f"{text}\n"
 
     def __exit__(self, *error: Any) -> None:

@@ -232,7 +232,7 @@ def wanted(kind: Any) -> str:
     if origin is Annotated:
         return parts[1].wanted
     if origin is Literal:
-        return f"one of {', '.join(map(repr, parts))}" if len(parts) > 1 else repr(parts[0])
+        return f"{'one of ' * (len(parts) > 1)}{', '.join(map(repr, parts))}"
     if origin in (Union, types.UnionType):
         return " or ".join(wanted(part) for part in parts)
     if is_typeddict(kind) or kind in (dict, Mapping) or origin in (dict, Mapping):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.config.schema import Optimizer, Schedule, check, check_trainer_shape, cut, short
-from core.errors import ScionError, listed, nearest, one_line
+from core.errors import ScionError, called, listed, nearest, one_line
 from core.schema import shown, wanted
 from core.spec import is_finite, signature, types_of
 
@@ -28,8 +28,12 @@ if TYPE_CHECKING:
 
 OUR_ARGUMENTS = ("checkpoint_every_n_steps",)
 """Arguments under ``trainer`` that Lightning does not know: a checkpoint within the epoch."""
-SET_BY_RUN = ("callbacks", "logger", "plugins", "default_root_dir", "barebones", "model_registry")
-"""Arguments of the Trainer that a run sets itself, or cannot do with."""
+SET_BY_RUN = {
+    "callbacks": "the methods are those of the key peft; other callbacks go with a Trainer of your own",
+    "logger": "it writes history.json, log.txt, curves.png and a folder for TensorBoard",
+    "plugins": "its checkpoints have one of their own", "default_root_dir": "its folder is --run_dir",
+    "barebones": "it could not write its checkpoints", "model_registry": "it writes into its folder alone"}
+"""Arguments of the Trainer that a run sets itself, or cannot do with, and why."""
 
 
 # ------------------------------------------------------------------------------------------------- without building
@@ -72,6 +76,7 @@ def _check_stages(stages: dict[str, Any]) -> None:
 
 def _check_stage(config: dict[str, Any]) -> None:
     """Refuse what one fit cannot have; its shape is known to be right."""
+    _check_names(_methods(config))
     rate = config["optimizer"].get("lr", "auto")
     for method in _methods(config):
         _check_method(method)
@@ -105,6 +110,15 @@ def _methods(config: dict[str, Any]) -> list[dict[str, Any]]:
     return config["peft"] if isinstance(config["peft"], list) else [config["peft"]]
 
 
+def _check_names(methods: list[dict[str, Any]]) -> None:
+    """Refuse a stack in which two methods have one name."""
+    names = [method["init_args"].get("name") or method["class_path"].rpartition(".")[2] for method in methods]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ScionError(f"peft: two methods are called {shown(twice)}; give one of them another name, as in {{class: "
+                         f"{cut(str(twice))}, name: second}}")
+
+
 def _check_method(method: dict[str, Any]) -> None:
     from core.peft import options
 
@@ -114,7 +128,7 @@ def _check_method(method: dict[str, Any]) -> None:
         for option in arguments:
             if option not in known:
                 raise ScionError(f"peft.{cut(option)}: {name} has no option {short(option)}"
-                                 f"{nearest(option, known)}; it has {listed(known, 40)}")
+                                 f"{called(option, known)}; it has {listed(known, 40)}")
     if arguments.get("on") not in (None, "backbone"):
         raise ScionError(f"peft.on: a run attaches its methods to the backbone, and not to {shown(arguments['on'])}; "
                          "leave it out")
@@ -249,7 +263,7 @@ def typed(cls: Any, arguments: dict[str, Any], key: str) -> dict[str, Any]:
     for name in arguments:
         if name not in known:
             raise ScionError(f"{key}.{cut(name)}: {cls.__name__} has no option {short(name)}"
-                             f"{nearest(name, known)}; it has {listed(known, 40)}")
+                             f"{called(name, known)}; it has {listed(known, 40)}")
     missing = [name for name, p in known.items() if p.default is p.empty and name not in arguments
                and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     if missing:
@@ -270,7 +284,9 @@ def _untyped(cls: Any, arguments: dict[str, Any], key: str, error: BaseException
     name = bad.group(1).partition(".")[0] if bad else ""
     if name not in arguments:
         return ScionError(f"{key}: {cls.__name__} cannot take these arguments ({_said(error)})")
-    return ScionError(f"{key}.{name}: must be {wanted(types_of(cls)[name])}, not {shown(arguments[name])}")
+    asked, value = wanted(types_of(cls)[name]), arguments[name]
+    one = f"; write [{value}]" if asked.startswith("a list") and isinstance(value, str) and value.isprintable() else ""
+    return ScionError(f"{key}.{name}: must be {asked}, not {shown(value)}{one if len(one) < 80 else ''}")
 
 
 @functools.cache  # jsonargparse reads the sources of all of a class's bases; a table of runs asks again and again
@@ -313,9 +329,9 @@ def _trainer_problem(arguments_as_json: str, construct: bool) -> str:
     known = [name for name in signature(L.Trainer).parameters if name not in SET_BY_RUN]
     for name in arguments:
         if name in SET_BY_RUN:
-            return f"trainer.{name}: a run sets this itself; leave it out"
+            return f"trainer.{name}: a run sets this itself ({SET_BY_RUN[name]}); leave it out"
         if name not in (*known, *OUR_ARGUMENTS):
-            return f"trainer.{cut(name)}: Lightning's Trainer has no such argument{nearest(name, known)}"
+            return f"trainer.{cut(name)}: Lightning's Trainer has no such argument{called(name, known)}"
     own = {name: value for name, value in arguments.items() if name not in OUR_ARGUMENTS}
     try:
         if re.match("ddp_(spawn|fork|notebook)", str(arguments.get("strategy", "")), re.IGNORECASE):
@@ -335,7 +351,10 @@ def _make_trainer(arguments: dict[str, Any]) -> None:
     if problem:
         alone = [name for name, value in arguments.items() if _refusal({name: value})]
         named = sorted((name for name in arguments if re.search(rf"\b{name}\b", problem)), key=problem.find)
-        raise ScionError(f"{'.'.join(['trainer', *(alone or named)[:1]])}: {problem}")
+        blamed = (alone or named)[:1]
+        hint = f" ({shown(arguments['accelerator'])} asked for; auto takes what this machine has)" if (
+            blamed == ["accelerator"]) else ""
+        raise ScionError(f"{'.'.join(['trainer', *blamed])}: {problem}{hint}")
 
 
 def _refusal(arguments: dict[str, Any]) -> str:

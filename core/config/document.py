@@ -226,10 +226,16 @@ def _find(config: str) -> Path:
         for candidate in (home / inside, home / inside.with_suffix(".yaml")):
             if candidate.suffix in (".yaml", ".yml") and candidate.is_file():
                 return candidate
+    if (path / "config.yaml").is_file():
+        raise ScionError(f"{_short(config)}: a folder, where a file is wanted; its configuration is "
+                         f"{path / 'config.yaml'}")
     if path.exists():
         check_regular(path)  # says what it is
-    known = [f"domains/{file.relative_to(home)}" for home in homes for file in sorted(home.glob("*/*.yaml"))]
-    raise ScionError(f"{_short(config)}: no such configuration{nearest(config, known)}; there are {listed(known, 20)}")
+    known = list(dict.fromkeys(f"domains/{file.relative_to(home)}" for home in homes
+                               for file in sorted(home.glob("*/*.yaml"))))
+    same = [name for name in known if Path(name).stem == path.stem]
+    hint = f" (did you mean {' or '.join(map(repr, same))}?)" if same else nearest(config, known)
+    raise ScionError(f"{_short(config)}: no such configuration{hint}; there are {listed(known, 20)}")
 
 
 # ------------------------------------------------------------------------------------------------- the command line

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from core.config.document import parse
-from core.config.schema import COMPONENTS, KEYS, STAGE_KEYS, component, normal_stage, normal_value, short
+from core.config.schema import COMPONENTS, KEYS, STAGE_KEYS, component, normal_stage, normal_value, place_of, short
 from core.errors import ScionError, listed, nearest
 from core.schema import shown
 
@@ -184,7 +184,7 @@ def assign(config: dict[str, Any], key: str, value: Any, append: bool = False) -
     """
     parts = key.split(".")
     if parts[0] not in SETTABLE:
-        raise ScionError(f"--{key}: unknown key {short(parts[0])}{nearest(parts[0], SETTABLE)}; the keys are "
+        raise ScionError(f"--{key}: unknown key {short(parts[0])}{place_of(parts[0], SETTABLE)}; the keys are "
                          f"{listed(SETTABLE, 20)}")
     if not all(parts):
         raise ScionError(f"--{key}: a word is missing between two dots")

@@ -132,6 +132,26 @@ class Configuration(TypedDict):
     per: NotRequired[Per | None]
 
 
+ELSEWHERE = {
+    "lr": "optimizer.lr", "learning_rate": "optimizer.lr", "weight_decay": "optimizer.weight_decay",
+    "epochs": "trainer.max_epochs", "num_epochs": "trainer.max_epochs", "max_epochs": "trainer.max_epochs",
+    "max_steps": "trainer.max_steps", "devices": "trainer.devices", "gpus": "trainer.devices",
+    "accelerator": "trainer.accelerator", "precision": "trainer.precision", "batch_size": "data.batch_size",
+    "num_workers": "data.num_workers", "root": "data.root", "data_dir": "data.root", "dataset": "data",
+    "seed": "seed_everything", "backbone": "model.backbone", "task": "model.task", "method": "peft",
+    "rank": "peft.rank", "targets": "peft.targets", "output_dir": "run_dir", "out": "run_dir", "save_dir": "run_dir",
+    "scheduler": "lr_scheduler"}
+"""Keys that people look for at the top, and where they are."""
+RESUMING = ("resume", "ckpt_path", "checkpoint", "resume_from_checkpoint")
+
+
+def place_of(word: str, known: tuple[str, ...]) -> str:
+    """A hint for an unknown key at the top of a configuration: where what is meant is set, or the nearest names."""
+    if word in RESUMING:
+        return " (the same command with the same --run_dir goes on from its last checkpoint)"
+    return f" (did you mean {ELSEWHERE[word]!r}?)" if word in ELSEWHERE else nearest(word, known)
+
+
 KEYS = tuple(fields_of(Configuration))
 STAGE_KEYS = tuple(fields_of(Stage))
 COMPONENTS = ("model.backbone", "model.task", "data", "peft")
@@ -157,8 +177,9 @@ def check(value: Any, kind: Any, place: str) -> None:
         return
     at = f"{place}{found.place}".lstrip(".")
     if isinstance(found, UnknownKey):
-        raise ScionError(f"{at}{'.' if at else ''}{cut(found.key)}: unknown key{nearest(found.key, found.known)}; the "
-                         f"keys are {listed(found.known, 20)}")
+        own = f" (an optimizer's own arguments: {at}.options.{cut(found.key)})" if at.endswith("optimizer") else ""
+        raise ScionError(f"{at}{'.' if at else ''}{cut(found.key)}: unknown key{nearest(found.key, found.known) or own}"
+                         f"; the keys are {listed(found.known, 20)}")
     raise ScionError(f"{at}: must be {found.wanted}, not {shown(found.value)}")
 
 
@@ -213,7 +234,9 @@ def component(value: Any, key: str) -> Any:
     if isinstance(value, str):
         value = {"class_path": value}
     if not isinstance(value, dict) or not value.keys() & {"class_path", "class"}:
-        raise ScionError(f"{key}: {shown(value)} names no class; write a name, or class_path and init_args")
+        instead = ("write a method's name: LinearProbe trains the head alone, FullFineTuning everything"
+                   if key == "peft" and value is None else "write a name, or class_path and init_args")
+        raise ScionError(f"{key}: {shown(value)} names no class; {instead}")
     name = value.get("class_path", value.get("class"))
     rest = {argument: one for argument, one in value.items() if argument not in ("class_path", "class", "init_args")}
     if "class_path" in value and "class" in value:
@@ -224,6 +247,10 @@ def component(value: Any, key: str) -> Any:
         raise ScionError(f"{key}: {listed(rest, 4)} beside class_path; write {{class_path: {name}, init_args: "
                          f"{{...}}}}, or {{class: {name}, {next(iter(rest))}: ...}}")
     arguments = value.get("init_args") if "class_path" in value else rest
+    if key == "peft" and isinstance(name, str) and "," in name:
+        names = ", ".join(part.strip() for part in name.split(","))
+        raise ScionError(f"{key}: {short(name)} must be the name of a class; a stack of methods is written "
+                         f"[{cut(names)}]")
     found = {"class_path": name, "init_args": {} if arguments is None else arguments}
     check(found, Component, key)
     return {"class_path": name, "init_args": dict(found["init_args"])}
@@ -281,7 +308,7 @@ def normal(raw: dict[str, Any], where: str) -> dict[str, Any]:
     """
     for key in raw:
         if key not in KEYS:
-            raise ScionError(f"{where}: unknown key {short(key)}{nearest(key, KEYS)}; the keys are {listed(KEYS, 20)}")
+            raise ScionError(f"{where}: unknown key {short(key)}{place_of(key, KEYS)}; the keys are {listed(KEYS, 20)}")
     try:
         config = {**copy.deepcopy(DEFAULTS), **{key: normal_value(key, value) for key, value in raw.items()}}
         if config.get("stages", "") is None:

@@ -439,7 +439,7 @@ def _make(store: Path, clips: Sequence[Clip], frames: int, skip_bad: bool, bad: 
         header = io.BytesIO()
         np.lib.format.write_array_header_1_0(header, {"descr": "<f2", "fortran_order": False, "shape": shape})
         yield header.getvalue()
-        for row in tqdm(range(len(clips)), "filterbanks", unit="clip", leave=False):
+        for row in tqdm(range(len(clips)), "filterbanks", unit="clip", leave=False, disable=None):
             bank = np.zeros(shape[1:])
             if row not in bad:
                 with noted(bad, row, skip_bad):

@@ -30,6 +30,10 @@ class AudioFolder(FolderData, AudioData):
     length = None
     obtain = "give the folder of your sounds as data.root"
     kind = Clip
+    benchmarks = {"meta/esc50.csv": "domains/audio/esc50.yaml",
+                  "testing_list.txt": "domains/audio/speech_commands.yaml",
+                  "metadata/UrbanSound8K.csv": "domains/audio/urbansound8k.yaml",
+                  "data/train_data.csv": "domains/audio/fluent_speech_commands.yaml"}
 
     def __init__(self, root: str | None = None, start_column: str | None = None, **common: Any) -> None:
         super().__init__(root, **common)

@@ -189,7 +189,7 @@ def make(frames: int, count: int, *seed: object) -> tuple[Tensor, Tensor]:
     """``count`` normalised filterbanks (half precision, to save memory) and their targets."""
     targets = torch.arange(count) % len(CLASSES)
     banks = torch.empty(count, frames, BINS, dtype=torch.float16)
-    for index, target in enumerate(tqdm(targets.tolist(), f"clips of {frames} frames", mininterval=5)):
+    for index, target in enumerate(tqdm(targets.tolist(), f"clips of {frames} frames", mininterval=5, disable=None)):
         banks[index] = normalise(filterbank(torch.from_numpy(clip(target, frames, *seed, index)), frames=frames))
     return banks, targets
 
@@ -223,7 +223,7 @@ def train(seed: int = 0, steps: int = STEPS) -> tuple[Pretraining, dict[str, flo
     optimizer = torch.optim.AdamW(network.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
         (step + 1) / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * step / steps)))
-    progress, seen = tqdm(range(steps), "pretraining", mininterval=5), []
+    progress, seen = tqdm(range(steps), "pretraining", mininterval=5, disable=None), []
     for step in progress:
         frames = max(LENGTHS) if step % LONG_EVERY == 0 else min(LENGTHS)
         banks, targets = data[frames]

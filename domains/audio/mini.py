@@ -111,7 +111,8 @@ def split(which: str, draw: int) -> tuple[Tensor, Tensor]:
 
     names = list(CLASSES)
     targets = torch.arange(SIZES[which]) % len(names)
+    bar = tqdm(targets.tolist(), f"mini {which}", leave=False, disable=None)  # on a terminal alone
     with one_thread():
         banks = torch.stack([filterbank(torch.from_numpy(clip(names[target], which, draw, index)), frames=FRAMES)
-                             for index, target in enumerate(tqdm(targets.tolist(), f"mini {which}", leave=False))])
+                             for index, target in enumerate(bar)])
     return banks, targets

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from core.anatomy import dissect
 from core.backbone import Backbone
 from core.errors import ScionError, listed, nearest
 from core.network import reachable
@@ -57,7 +58,8 @@ SHAPES: dict[str, tuple[tuple[str, ...], int]] = {
     **{f"convnext_{size}": (_CONVNEXT, 18 if size == "tiny" else 36) for size in ("tiny", "base")},
     "nano": (_VIT, 4), "nano_swin": (_SWIN, 6),
 }
-"""Roles and number of blocks of the usual architectures, by name. Any other of timm's can be built as well."""
+"""Roles and number of blocks of the usual architectures, by name. Any other of timm's can be built as well; methods
+stand on those whose classes `core.families` or the user's own description knows."""
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """Files of weights in a folder or a hub's repository, the preferred one first."""
@@ -369,7 +371,11 @@ def _build(source: _Source, size: int | None, drop_path: float) -> tuple[Model, 
         arguments["img_size"] = size
     if source.kind == "random":
         return _create(source, **arguments), size
-    file = source.file or _weights_of(source.name, config)
+    try:
+        file = source.file or _weights_of(source.name, config)
+    except ScionError:
+        dissect(outline)  # what no method can stand on is not worth fetching
+        raise
     if source.form == "npz":
         return _load_npz(source, file, arguments), size
     tensors = _read(source, file)

@@ -27,6 +27,12 @@ class ImageFolder(FolderData, ImageData):
     title = "ImageFolder"
     obtain = "give the folder of your pictures as data.root"
     mini_name = "mini textures (8 rendered surfaces) in the place of a folder"
+    benchmarks = {
+        "images.txt": "domains/vision/metric.yaml --data.dataset cub",
+        "cars_annos.mat": "domains/vision/metric.yaml --data.dataset cars",
+        "Ebay_train.txt": "domains/vision/metric.yaml --data.dataset sop",
+        "list_eval_partition.txt": "domains/vision/metric.yaml --data.dataset inshop",
+        "train.json": "domains/vision/fgvc.yaml", "train800val200.txt": "domains/vision/vtab1k.yaml"}
     mini_is = "eight rendered surfaces"
 
     def mini_classes(self) -> list[str]:

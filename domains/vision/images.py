@@ -487,7 +487,7 @@ def _judge(store: Path, files: list[Path], bad: dict[int, str], skip_bad: bool) 
 
     bad = dict(bad)
     left = [index for index in range(len(files)) if index not in bad]
-    bar = tqdm(total=len(left), desc="looking at pictures", unit="picture", leave=False, delay=1)
+    bar = tqdm(total=len(left), desc="looking at pictures", unit="picture", leave=False, delay=1, disable=None)
     with _unwarned(), ThreadPoolExecutor(os.cpu_count()) as pool, bar:
         for start in range(0, len(left), 256):
             chunk = left[start:start + 256]

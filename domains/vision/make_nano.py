@@ -300,7 +300,7 @@ def train(name: str, seed: int = 0, steps: int | None = None) -> tuple[Pretraini
     optimizer = torch.optim.AdamW(network.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
         (step + 1) / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * step / steps)))
-    progress, seen = tqdm(range(steps), f"pretraining {name}", mininterval=5), []
+    progress, seen = tqdm(range(steps), f"pretraining {name}", mininterval=5, disable=None), []
     for step in progress:
         pictures, wanted, drawn = batch(seed, "train", step)
         logits, sketches = network(pictures)

@@ -187,14 +187,12 @@ class MetricLearning(ImageData):
         tops = self.subfolders(root)
         sets = {top: SETS.get(top.name.lower()) for top in tops}
         inside = {top: self.subfolders(top) for top in tops} if tops and all(sets.values()) else {root: tops}
-        classes = [as_text(folder.name) for folders in inside.values() for folder in folders]
+        held = {top: self.with_files(folders, 1) for top, folders in inside.items()}
+        classes = [as_text(folder.name) for folders in held.values() for folder in folders]
         given = {"train", "test"} <= set(sets.values()) and len(set(classes)) == len(classes)
         samples = []
-        for top, folders in inside.items():
-            for folder in folders:
-                files = self.files(folder)
-                if not files:
-                    raise ScionError(f"data.root: no picture in the folder {folder}")
+        for top, folders in held.items():
+            for folder, files in folders.items():
                 samples += [Sample(file, file.relative_to(root).as_posix(), (as_text(folder.name),),
                                    sets[top] if given else None) for file in files]
         if not samples:

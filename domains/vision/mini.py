@@ -95,7 +95,7 @@ def _make(painter: Callable[..., Array], classes: int, n: int, *seed: object) ->
     order = rng.permutation(n)
     targets, turns = order % classes, order // classes  # a picture's class, and its number within the class
     pictures = np.empty((n, 3, SIZE, SIZE), dtype=np.uint8)
-    for start in tqdm(range(0, n, _CHUNK), f"mini {seed[0]}, {seed[1]}", leave=False, delay=1):
+    for start in tqdm(range(0, n, _CHUNK), f"mini {seed[0]}, {seed[1]}", leave=False, delay=1, disable=None):
         part = slice(start, start + _CHUNK)
         pictures[part] = draw.photograph(rng, painter(rng, targets[part], turns[part], *seed[1:]))
     return torch.from_numpy(pictures), torch.from_numpy(targets.astype(np.int64))

@@ -101,14 +101,15 @@ def _postnorm(dtype: torch.dtype = torch.float32) -> nn.TransformerEncoder:
 
 def _as_separate(encoder: nn.TransformerEncoder) -> Separate:
     other: Any = Separate().double().eval()
-    for mine, theirs in zip(encoder.layers, other.layers, strict=True):
+    stack: Any = encoder
+    for mine, theirs in zip(stack.layers, other.layers, strict=True):
         for i, part in enumerate((theirs.q, theirs.k, theirs.v)):
             part.weight.data = mine.self_attn.in_proj_weight.detach()[i * DIM:(i + 1) * DIM].clone()
             part.bias.data = mine.self_attn.in_proj_bias.detach()[i * DIM:(i + 1) * DIM].clone()
         for own, part in ((mine.self_attn.out_proj, theirs.o), (mine.linear1, theirs.up), (mine.linear2, theirs.down),
                           (mine.norm1, theirs.norm1), (mine.norm2, theirs.norm2)):
             part.load_state_dict(own.state_dict())
-    other.norm.load_state_dict(encoder.norm.state_dict())
+    other.norm.load_state_dict(stack.norm.state_dict())
     return other
 
 

@@ -136,4 +136,4 @@ class ConformerAdapter(PEFTMethod):
         if site.around is None:
             return WholeSequences(site, self.name)
         kind = ConformerBefore if self.parallel == "before" else ConformerGraft
-        return kind(site, self.width(site.width), self.kernel, self.parallel, self.layer_norm)
+        return kind(site, self.width(site.width), self.kernel, self.parallel is True, self.layer_norm)

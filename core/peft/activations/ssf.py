@@ -106,7 +106,7 @@ class SSF(PEFTMethod):
         """Whether there is a beta at a site."""
         if self.shift == "possible":
             return site.takes_bias
-        return site.bias is not None if self.shift is None else self.shift
+        return site.bias is not None if self.shift is None else bool(self.shift)
 
     def build(self, site: Site) -> Graft:
         return SSFGraft(site, self.shifts(site), 0.02 if self.init == "normal" else 0.0)

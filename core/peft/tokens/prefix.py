@@ -156,7 +156,9 @@ class PrefixTuning(PEFTMethod):
         hidden = 512 if reparametrize is True else int(reparametrize)
         name = type(self).__name__
         if tokens < 1 or hidden < 0:
-            raise ScionError(f"{name}: tokens {tokens} must be at least 1, reparametrize {reparametrize} not negative")
+            wrong = (f"tokens {tokens} must be at least 1" if tokens < 1 else
+                     f"reparametrize {reparametrize} must not be negative")
+            raise ScionError(f"{name}: {wrong}")
         if not 0 <= dropout < 1:
             raise ScionError(f"{name}: dropout {dropout} must be at least 0 and below 1")
         self.tokens, self.hidden, self.dropout, self.targets = tokens, hidden, dropout, tuple(targets)

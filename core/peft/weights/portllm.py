@@ -63,6 +63,7 @@ class PortLLM(PEFTMethod):
 
     def check(self, anatomy: Anatomy) -> None:
         self.taken.check(anatomy.root)
+        self.taken.warn_of_head()
         if self.taken.head:
             raise ScionError(f"{self.name}: {self.patch} brings a task head of its own; apply it with Patch.apply")
 

@@ -318,6 +318,39 @@ def test_mistakes_in_folders_give_one_line(tmp_path: Path, fails: Callable[..., 
           validation_share=0.0)
 
 
+def test_a_folder_of_other_files_does_not_stop_a_run(tmp_path: Path, fails: Callable[..., None]) -> None:
+    root = _sounds(tmp_path / "pond", 4)
+    (root / "notes").mkdir()
+    (root / "notes" / "monday.txt").write_text("rain")
+    with pytest.warns(UserWarning, match=r"folder .*notes is left out: it holds .txt and no sound file"):
+        data = _ready(root)
+    assert "notes" not in data.classes and "notes is left out" in data.origin["note"]
+    one = _sounds(tmp_path / "one", 2, ("bird",))
+    (one / "notes").mkdir()
+    (one / "notes" / "monday.txt").write_text("rain")
+    fails("no sound file in the folder .*notes", one)
+
+
+def test_a_table_whose_files_lie_elsewhere(tmp_path: Path, fails: Callable[..., None]) -> None:
+    """It says how many are gone, where it looked, and where they are; a benchmark is named."""
+    root = tmp_path / "esc10"
+    for index in range(4):
+        write_sound(root / "audio" / f"{index}.wav", seed=index)
+    (root / "meta").mkdir()
+    (root / "meta" / "labels.csv").write_text("file,label\n0.wav,a\n1.wav,b\n2.wav,a\n3.wav,b\n")
+    fails(r"none of the 4 files in .*labels.csv exists; they were looked for in .*esc10, .*esc10/meta, the first is "
+          r"0.wav; 0.wav is in .*esc10/audio: --data.root .*esc10/audio --data.table ../meta/labels.csv", root,
+          table="meta/labels.csv")
+    assert len(_ready(root / "audio", table="../meta/labels.csv").classes) == 2
+    (root / "meta" / "labels.csv").rename(root / "meta" / "esc50.csv")
+    wanted = "lightning run domains/audio/esc50.yaml --data.root .*esc10$"
+    fails(f"none of the 4 files.*{wanted}", root, table="meta/esc50.csv")
+    fails(f"no sound file in the folder .*meta.*{wanted}", root)
+    (root / "meta" / "esc50.csv").write_text("file,label\nx.wav,a\ny.wav,b\n")
+    (root / "meta" / "esc50.csv").rename(root / "table.csv")
+    fails("none of the 2 files .*, the first is x.wav$", root, table="table.csv")
+
+
 def test_mistakes_in_tables_give_one_line(tmp_path: Path, fails: Callable[..., None]) -> None:
     root = tmp_path / "calls"
     for index in range(4):

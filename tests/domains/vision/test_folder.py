@@ -194,6 +194,17 @@ def test_bad_folders_give_one_line(tmp_path: Path, fails: Callable[..., None]) -
     fails("data.test_share", root, test_share=1.0)
 
 
+def test_folders_of_other_files_and_tables_of_absent_ones(tmp_path: Path, fails: Callable[..., None]) -> None:
+    root = tmp_path / "pond"
+    _pictures(root, 4, ("bird", "frog"))
+    (root / "notes").mkdir()
+    (root / "notes" / "monday.txt").write_text("rain")
+    with pytest.warns(UserWarning, match="notes is left out: it holds .txt and no picture"):
+        assert _ready(root).classes == ["bird", "frog"]
+    (root / "images.txt").write_text("file,label\n1.jpg,a\n2.jpg,b\n")
+    fails("none of the 2 files in .*metric.yaml --data.dataset cub --data.root", root, table="images.txt")
+
+
 def test_without_a_folder_the_mini_stands_in_loudly(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="no folder of pictures, so this is the built-in mini.*give the folder"):
         data = ImageFolder(separator="|")
