@@ -155,7 +155,8 @@ class RunCheckpoints(Checkpoint):
         loop = trainer.fit_loop.epoch_loop
         if trainer.is_last_batch or loop._is_training_done or trainer.should_stop:
             return True
-        return loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
+        fetcher: Any = trainer.fit_loop._data_fetcher
+        return loop._should_check_val_fx(fetcher)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking:

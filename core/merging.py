@@ -9,7 +9,7 @@ the weight that it finds must find the one that it acts on. Where there is no su
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -97,7 +97,8 @@ def _depends_on_base(graft: Graft) -> bool:
 
 def _name_of(graft: Graft, beside: PEFTMethod) -> str:
     """The name of the method that a graft belongs to."""
-    methods = beside._need_root().peft.methods.values()  # type: ignore[union-attr]
+    home: Any = beside._need_root().peft
+    methods = home.methods.values()
     return next((method.name for method in methods if method.place == graft.place), "that one")
 
 
@@ -173,7 +174,7 @@ def take_out(method: PEFTMethod, merged: Merged, parameters: dict[str, nn.Parame
     later = _merged_after(method)
     ends = dict(merged)
     for other in later:
-        ends |= {name: other._merged[name] for name in other._merged or {} if name in merged}
+        ends |= {name: values for name, values in (other._merged or {}).items() if name in merged}
     touching = [other for other in later if merged.keys() & (other._merged or {}).keys()]
     for name, (_, after) in ends.items():
         if not torch.equal(parameters[name].detach(), after) or any(not _commute(method, other) for other in touching):

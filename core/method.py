@@ -275,8 +275,8 @@ class PEFTMethod(Recorded, Callback, ABC):
 
     @property
     def settled(self) -> bool:
-        """Whether the method is what it is to be in the end: a schedule may reach its sparsity or its budget in the last
-        steps alone. The best epoch of a run is chosen among those behind that."""
+        """Whether the method is what it is to be in the end: a schedule may reach its sparsity or its budget in the
+        last steps alone. The best epoch of a run is chosen among those behind that."""
         return True
 
     # --------------------------------------------------------------------------------- attaching

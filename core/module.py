@@ -375,7 +375,8 @@ class FineTuner(L.LightningModule):
 
     def _stop_unless_finite(self, losses: Losses, batch: Any, index: int) -> None:
         """Stop at the first loss that is not finite, before it moves a weight; all processes stop together."""
-        trainer, finite = self._trainer, torch.isfinite(losses.total.detach())
+        trainer: L.Trainer = self._trainer  # type: ignore[assignment]
+        finite = torch.isfinite(losses.total.detach())
         together = trainer is not None and trainer.world_size > 1
         if together:
             everywhere = finite.float()

@@ -44,7 +44,7 @@ class PromptGraft(Graft):
     """Puts prompts into the sequence; the one that holds them has a ``prompt`` [tokens, dim]. All layers read them."""
 
     edits_call = True
-    layer = None
+    layer = None  # type: ignore[assignment]
 
     def __init__(self, site: Site, tokens: int, prompt: Tensor | None, values: Values | None = None) -> None:
         super().__init__(site)
@@ -103,7 +103,7 @@ class TextPrompt(PromptGraft):
 class Leave(Graft):
     """Takes the prompts out behind the last block."""
 
-    layer = None
+    layer = None  # type: ignore[assignment]
 
     def __init__(self, site: Site, tokens: int, run: Run) -> None:
         super().__init__(site)

@@ -310,7 +310,8 @@ def _run_stages(point: Point, folder: RunFolder, stages: list[Stage], results: l
     for stage in stages[len(results):]:
         is_last = stage is stages[-1]
         outcome = _fit(point, stage, folder, assembly if outcome is None else assemble(point, stage.config), is_last)
-        result = StageResult(outcome.rows, outcome.parameters, outcome.metrics, outcome.seconds)
+        metrics: dict[str, Any] = outcome.metrics
+        result = StageResult(outcome.rows, outcome.parameters, metrics, outcome.seconds)
         if not is_last and folder.is_main:
             write_json(_stage_home(folder, stage) / "done.json", {"config_hash": point.hash, **vars(result)})
         results.append(result)
@@ -374,7 +375,7 @@ def _train(trainer: L.Trainer, assembly: Assembly, checkpoints: RunCheckpoints, 
         read_checkpoint(last, stamp)
     _undisturbed(trainer, lambda: trainer.fit(assembly.tuner, datamodule=assembly.data, ckpt_path=last,
                                               weights_only=True))
-    if not trainer.fast_dev_run and not trainer.global_step:
+    if not trainer.fast_dev_run and not trainer.global_step:  # type: ignore[attr-defined]
         raise ScionError("trainer: not one step was made; check max_epochs, max_steps, max_time, limit_train_batches "
                          "and the size of the data")
 

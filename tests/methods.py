@@ -901,7 +901,7 @@ METHODS: dict[str, Row] = {
         bad=(({"init": "zero"}, "'zero'"), ({"shift": "some"}, "'some'"),
              ({"targets": ("block",)}, "no weight of its own"), ({"targets": ("nrom1",)}, "'norm1'")),
         random=True, commutes=None, operators=3, saved=1.4, absent=("test_no_graph_below_the_first_graft",), size=0.01,
-        artifact={"targets": ("o",), "shift": None},
+        artifact={"targets": ("o",)},
     ),
     "LayerNormTuning": Row(
         {"all": Variant(learns={"lr": 1e-2}), "few": Variant({"targets": ("norm",)}, learns={"lr": 2e-2})},

@@ -98,7 +98,7 @@ def test_sums_of_an_epoch_survive(tmp_path: Path) -> None:
 @pytest.mark.parametrize("at", ["batch", "epoch"])
 def test_a_users_own_module_under_max_steps(at: str, tmp_path: Path) -> None:
     """Checkpoints of Lightning's own callback, at epochs' ends or behind each step."""
-    where = {"every_n_train_steps": 3} if at == "batch" else {"save_on_train_epoch_end": True}
+    where: dict[str, Any] = {"every_n_train_steps": 3} if at == "batch" else {"save_on_train_epoch_end": True}
 
     def run(checkpoint: Path | None) -> Plain:
         module = Plain(make("timm_vit"))

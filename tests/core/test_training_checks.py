@@ -10,7 +10,6 @@ from typing import Any
 import lightning.pytorch as L
 import pytest
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from torch import Tensor, nn
 
@@ -19,19 +18,23 @@ from core.anatomy import BlockDescription, Description, family
 from core.compose import Route
 from core.errors import ScionError
 from core.peft import (  # type: ignore[attr-defined]
+    LTSFT,
     BitFit,
     FullFineTuning,
     HalfFineTuning,
     Houlsby,
     LinearProbe,
     LoRA,
-    LTSFT,
 )
 from core.training_checks import check_model
 from tests.models import batch, make
 from tests.toolkit import Plain, distance, loader, outputs, same, seeded, snapshot, trainer
 
 FAMILY = "timm_vit"
+
+
+def vit() -> Any:
+    return make(FAMILY)
 
 
 def fitted(folder: Path, method: Any, module: Plain | None = None, **options: Any) -> tuple[Plain, L.Trainer]:
@@ -254,8 +257,8 @@ class Small(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         with seeded(0):
-            self.layers = nn.ModuleList(nn.ModuleDict({"conv": nn.Conv2d(3, 3, 3, padding=1), "norm": nn.BatchNorm2d(3)})
-                                        for _ in range(2))
+            self.layers = nn.ModuleList(
+                nn.ModuleDict({"conv": nn.Conv2d(3, 3, 3, padding=1), "norm": nn.BatchNorm2d(3)}) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
@@ -265,8 +268,8 @@ class Small(nn.Module):
 
 @family(f"{__name__}:Small")
 def small(model: Any) -> Description:
-    return Description([BlockDescription(f"layers.{i}", 3, None, {"conv": "conv", "norm": "norm"}) for i in range(2)], {},
-                       final="")
+    roles: dict[str, Any] = {"conv": "conv", "norm": "norm"}
+    return Description([BlockDescription(f"layers.{i}", 3, None, roles) for i in range(2)], {}, final="")
 
 
 def stirred(method: Any) -> tuple[Small, Tensor]:
@@ -350,7 +353,8 @@ class Unfreezes(Plain):
     """Trains the backbone's last norm too."""
 
     def configure_optimizers(self) -> Any:
-        self.backbone.model.norm.requires_grad_(True)
+        backbone: Any = self.backbone
+        backbone.model.norm.requires_grad_(True)
         return super().configure_optimizers()
 
 
@@ -360,7 +364,8 @@ def test_what_is_unfrozen_later_is_kept(tmp_path: Path) -> None:
     fit.save_checkpoint(tmp_path / "run.ckpt")
     fresh = Plain(make(FAMILY))
     trainer(tmp_path, LoRA(rank=2)).test(fresh, loader(FAMILY), ckpt_path=tmp_path / "run.ckpt", verbose=False)
-    assert distance(fresh.backbone.model.norm.weight, make(FAMILY).model.norm.weight) > 0
+    there: Any = fresh.backbone
+    assert distance(there.model.norm.weight, vit().model.norm.weight) > 0
     assert same(dict(module.named_parameters()), dict(fresh.named_parameters()))
     method.save(tmp_path / "adapter", module)
     for source in ("run.ckpt", "adapter"):
@@ -379,7 +384,8 @@ def test_an_adapter_says_what_of_the_base_it_brings(tmp_path: Path) -> None:
     record = (tmp_path / "adapter.json").read_text()
     assert "unfrozen" not in record
     tensors = load_file(tmp_path / "adapter.safetensors")
-    save_file({**tensors, "model.norm.weight": make(FAMILY).model.norm.weight.detach()}, tmp_path / "adapter.safetensors")
+    tensors["model.norm.weight"] = vit().model.norm.weight.detach()
+    save_file(tensors, tmp_path / "adapter.safetensors")
     with pytest.raises(ScionError, match="tensors that no method here has: model.norm.weight"):
         load_adapter(tmp_path, make(FAMILY))
 
@@ -399,7 +405,7 @@ def test_an_average_behind_the_method_is_tested_and_resumed(tmp_path: Path) -> N
     module, method, average = Plain(make(FAMILY)), LoRA(rank=2), EMAWeightAveraging(decay=0.5)
     fit = trainer(tmp_path, method, average, keep, max_epochs=2, enable_checkpointing=True)
     fit.fit(module, loader(FAMILY))
-    averaged = dict(average._average_model.module.named_parameters())  # type: ignore[union-attr]
+    averaged: dict[str, Any] = dict(average._average_model.module.named_parameters())  # type: ignore[union-attr]
     assert same(dict(module.named_parameters()), averaged)
     assert any(bool(graft.B.any()) for graft in method.grafts)
     fit.test(module, loader(FAMILY), ckpt_path="best", verbose=False)
@@ -434,9 +440,9 @@ def test_a_model_that_was_resized_after_attach_is_refused(tmp_path: Path) -> Non
 
 
 def test_a_block_that_was_exchanged_or_a_base_tensor_that_was_resized_is_refused(tmp_path: Path) -> None:
-    model, method = make(FAMILY), LoRA(rank=2)
+    model, method = vit(), LoRA(rank=2)
     method.attach(model)
-    model.model.blocks[0].attn = copy.deepcopy(make(FAMILY).model.blocks[0].attn)
+    model.model.blocks[0].attn = vit().model.blocks[0].attn
     with pytest.raises(ScionError, match=r"model.blocks.0.attn.* is another module now"):
         method.save(tmp_path)
     full, whole = FullFineTuning(), causal()
@@ -447,7 +453,7 @@ def test_a_block_that_was_exchanged_or_a_base_tensor_that_was_resized_is_refused
 
 
 def test_a_compiled_block_is_still_the_models() -> None:
-    model, method = make(FAMILY), LoRA(rank=2)
+    model, method = vit(), LoRA(rank=2)
     method.attach(model)
     model.model.blocks[0] = torch.compile(model.model.blocks[0], backend="eager")
     check_model(method)

@@ -21,8 +21,9 @@ LONG = bool(os.environ.get("SCION_ALL"))
 def tries(short: int, long: int) -> settings:
     """So many inputs in the quick tier, so many in the long one; the same ones each time."""
     number = int(os.environ.get("SCION_FUZZ") or 0) or (long if LONG else short)
+    checks: list[HealthCheck] = list(HealthCheck)  # type: ignore[arg-type]
     return settings(max_examples=number, derandomize=not os.environ.get("SCION_FUZZ_RANDOM"), deadline=None,
-                    database=None, suppress_health_check=[*HealthCheck], print_blob=False)
+                    database=None, suppress_health_check=checks, print_blob=False)
 
 
 class Hang(BaseException):

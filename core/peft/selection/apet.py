@@ -155,6 +155,7 @@ class TensorAPET(PEFTMethod):
 
     moves_base = True
     recommended = {"lr": 1e-4, "weight_decay": 0.0, "head_lr": 1e-3}
+    structure_types = {"shapes": Shapes}
     inference_cost = "LoRA and bottlenecks at the places drawn"
 
     def __init__(self, density: float | None = None, count: int | None = None,

@@ -85,6 +85,7 @@ class LoKr(PEFTMethod):
     """
 
     mergeable = True
+    structure_types = {"scales_whole": bool}
     recommended = {"lr": 1e-3, "weight_decay": 0.0}
     peft = LoKrForm("LOKR", {"rank": "r", "alpha": "alpha", "factor": "decompose_factor"},
                     {"lokr_w1": "C", "lokr_w2_a": "B", "lokr_w2_b": "A", "lokr_w2": "A"},
