@@ -515,3 +515,26 @@ def test_load_from_checkpoint_of_a_module_without_methods_says_what_to_call(tmp_
     other = Own()
     load_adapter(tmp_path / "own.ckpt", other)
     assert same(snapshot(module.eval()), snapshot(other.eval()))
+
+
+# ------------------------------------------------------------------------------------------------- other processes
+
+
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork", "ddp_notebook"])
+def test_what_is_trained_elsewhere_is_attached_here_first(strategy: str, tmp_path: Path) -> None:
+    """Seen by the strategy's launcher, before a process is started."""
+    fit = L.Trainer(accelerator="cpu", devices=1, strategy=strategy, logger=False, default_root_dir=tmp_path)
+    module, method = Plain(make(FAMILY)), LoRA(rank=2)
+    with pytest.raises(ScionError, match=r"does not come back: call LoRA.attach\(model\) on the backbone before"):
+        method.setup(fit, module, "fit")
+    assert not hasattr(module.backbone, "peft")
+    method.attach(module.backbone)
+    method.setup(fit, module, "fit")
+
+
+def test_a_fork_brings_the_trained_adapter_back(tmp_path: Path) -> None:
+    module, method = Plain(make(FAMILY)), LoRA(rank=2)
+    method.attach(module.backbone)
+    fit = trainer(tmp_path, method, max_steps=2, devices=1, strategy="ddp_fork")
+    fit.fit(module, loader(FAMILY))
+    assert all(bool(graft.B.any()) for graft in method.grafts)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from core import cli, dissect, load_adapter, load_run
+from core import cli, dissect, load_adapter, load_run, peft
 from core.config.build import check_trainer
 from core.config.grid import points
 from core.errors import ScionError
@@ -191,3 +191,23 @@ def test_the_way_out_of_a_tie(tmp_path: Path) -> None:
     loaded = load_adapter(tmp_path, free)
     loaded.merge()
     assert distance(free(inputs).logits, expected) < 1e-5
+
+
+def test_after_half_a_weight_is_still_made() -> None:
+    """There is no Fourier transform in half precision."""
+    model, method = make("timm_vit"), peft.make("FourierFT", {"frequencies": 20, "init": "normal"})
+    method.attach(model)
+    expected = model(batch("timm_vit"))
+    model.half()
+    assert distance(model(batch("timm_vit").half()).float(), expected) < 0.05
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_timms_own_checkpointing_does_not_go_with_a_ladder(before: bool) -> None:
+    model: Any = make("timm_vit")
+    if before:
+        model.model.set_grad_checkpointing(True)
+    peft.make("LadderSideTuning", {}).attach(model)
+    model.model.set_grad_checkpointing(True)
+    with pytest.raises(ScionError, match=r"grad_checkpointing runs blocks again.*checkpoint_activations\(model\)"):
+        model.train()(batch("timm_vit"))

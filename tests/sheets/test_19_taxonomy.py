@@ -47,7 +47,8 @@ def test_4_one_of_every_family_and_kind() -> None:
     ({"mergeable": True}, {"LoRA", "FullFineTuning"}, {"Houlsby", "PrefixTuning"}),
     ({"planned": True}, {"LoRA-FA", "QLoRA"}, {"LoRA", "Houlsby"}),
     ({"planned": True, "family": "unified"}, {"AdaMix"}, {"QLoRA"}),
-    ({"planned": True, "kind": "bits"}, {"QLoRA", "LoftQ"}, {"AdaMix"})], ids=str)
+    ({"planned": True, "kind": "bits"}, {"QLoRA", "LoftQ"}, {"AdaMix"})],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, dict) else "")
 def test_filters(filters: dict[str, Any], inside: set[str], outside: set[str]) -> None:
     """By family (the survey's, or a folder's), by what is modified, by whether it merges, and what is planned."""
     cards = report.methods_json(**filters)

@@ -73,7 +73,8 @@ class Parts:
     """Places of the trunk's block and of the thin one in a cache of keys and values."""
 
 
-SWITCHES = ("grad_checkpointing", "gradient_checkpointing")
+TIMM = "grad_checkpointing"
+SWITCHES = (TIMM, "gradient_checkpointing")
 """Attributes by which timm and transformers recompute blocks in backward."""
 
 
@@ -81,7 +82,7 @@ def check_recomputing(modules: Sequence[nn.Module]) -> None:
     """Refuse a library's own recomputing of blocks, which runs them again without the state of the side network."""
     for module in modules:
         on = [name for name in SWITCHES if getattr(module, name, False) is True]
-        if on and module.training:
+        if on and (module.training or on[0] == TIMM):  # transformers' layers heed theirs in train mode alone
             raise ScionError(f"LadderSideTuning: {type(module).__name__}.{on[0]} runs blocks again without the side "
                              "network's state: switch it off, and take core.graft.checkpoint_activations(model)")
 

@@ -41,8 +41,9 @@ class FourierGraft(Graft):
         self.scale = scale
 
     def weight(self, weight: Tensor) -> Tensor:
-        parts = self.scale * self.share * self.c
-        spectrum = self.c.new_zeros(self.shape[0] * self.shape[1]).index_add(0, self.places, parts).view(self.shape)
+        wide = torch.promote_types(self.c.dtype, torch.float32)  # there is no transform in half precision
+        parts = self.scale * self.share.to(wide) * self.c.to(wide)
+        spectrum = parts.new_zeros(self.shape[0] * self.shape[1]).index_add(0, self.places, parts).view(self.shape)
         # irfft takes the real part of the columns that are alone.
         change = torch.fft.irfft(torch.fft.ifft(spectrum).t(), n=weight.shape[1], dim=1)
         return change.to(weight.dtype).add_(weight)
