@@ -89,6 +89,8 @@ def making(file: Path, what: str) -> Iterator[None]:
                     lambda: _tell(f"cache: another process makes the {what}; waiting for it ({file})")):
             yield
     except OSError as error:
+        if not _concerns(error, folder):
+            raise
         if error.errno in FULL:
             room = "" if error.strerror == os.strerror(error.errno or 0) else f" ({error.strerror})"
             raise ScionError(f"cache: {folder}: disk full{room} where the {what} should go; free some, or {ELSEWHERE} "
@@ -96,6 +98,13 @@ def making(file: Path, what: str) -> Iterator[None]:
         place = error.filename2 or error.filename or folder
         raise ScionError(f"cache: {place} cannot be written ({error.strerror or error}); {ELSEWHERE} that can"
                          ) from None
+
+
+def _concerns(error: OSError, folder: Path) -> bool:
+    """Whether an error is about a file in ``folder``: what is read to make a file lies elsewhere."""
+    names = [name for name in (error.filename, error.filename2) if isinstance(name, (str, bytes, os.PathLike))]
+    paths, here = [Path(os.fsdecode(name)).absolute() for name in names], folder.absolute()
+    return not paths or any(path.is_relative_to(here) or here.is_relative_to(path) for path in paths)
 
 
 def _tell(line: str) -> None:

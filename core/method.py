@@ -915,6 +915,9 @@ class PEFTMethod(Recorded, Callback, ABC):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         resume = checkpoint.setdefault("resume", {"methods": {}})
+        if self.attached:
+            home: Home = self._need_root().peft  # type: ignore[assignment]
+            resume["unfrozen"] = {**resume.get("unfrozen", {}), self.name: sorted(home.unfrozen())}
         if self.is_scheduled:
             resume["methods"][self.name] = {"steps": self.steps, **self.training_state()}
         if "processes" not in resume and not _resumes_exactly(pl_module):
@@ -941,6 +944,9 @@ class PEFTMethod(Recorded, Callback, ABC):
         if resume is None:
             self._prepare(trainer, pl_module)
             return
+        parameters = dict(self._need_root().named_parameters())
+        for name in resume.get("unfrozen", {}).get(self.name, ()):  # a callback that did so will not do it again
+            parameters[name].requires_grad_(True)
         mine = dict(resume.get("methods", {}).get(self.name, {}))
         if mine:
             self.steps = mine.pop("steps")

@@ -158,3 +158,15 @@ def test_a_cache_that_is_whole_is_never_locked(tmp_path: Path, monkeypatch: pyte
     assert _kept(tmp_path / "x.json") == [1, 2, 3]
     monkeypatch.setattr(file_cache, "locked", lambda *_: pytest.fail("a folder that is read-only has no locks"))
     assert _kept(tmp_path / "x.json") == [1, 2, 3]
+
+
+def test_an_error_of_another_file_is_not_the_caches(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"sound\.wav"), file_cache.making(tmp_path / "cache" / "x.json", "x"):
+        (tmp_path / "sound.wav").read_bytes()
+    with pytest.raises(ScionError, match="cache: .*part cannot be written"):
+        with file_cache.making(tmp_path / "cache" / "x.json", "x"):
+            (tmp_path / "cache" / "none" / "part").write_bytes(b"")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ScionError, match="cache: .*file.* cannot be written"):
+        with file_cache.making(tmp_path / "file" / "cache" / "x.json", "x"):
+            pass

@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import BaseFinetuning, EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from torch import Tensor, nn
 
 from core import checkpoint_activations, load_adapter
@@ -373,6 +373,29 @@ def test_what_is_unfrozen_later_is_kept(tmp_path: Path) -> None:
         with pytest.warns(UserWarning, match="model.norm.weight.*trained beside the methods and is written into it"):
             load_adapter(tmp_path / source, other)
         assert same(snapshot(module.eval()), snapshot(other.eval()))
+
+
+class ThawsLate(BaseFinetuning):
+    def freeze_before_training(self, module: Any) -> None:
+        pass
+
+    def finetune_function(self, module: Any, epoch: int, optimizer: Any) -> None:
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(module.backbone.model.blocks[1].norm1, optimizer, lr=0.1)
+
+
+def test_what_a_callback_unfroze_goes_on_training_after_a_break(tmp_path: Path) -> None:
+    keep = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    with seeded(0):
+        whole = Plain(make(FAMILY))
+        trainer(tmp_path, LoRA(rank=2), ThawsLate(), keep, max_epochs=3, enable_checkpointing=True).fit(
+            whole, loader(FAMILY))
+    resumed = Plain(make(FAMILY))
+    fit = trainer(tmp_path, LoRA(rank=2), ThawsLate(), max_epochs=3)
+    fit.fit(resumed, loader(FAMILY), ckpt_path=tmp_path / "epoch=1.ckpt")
+    there: Any = whole.backbone
+    assert distance(there.model.blocks[1].norm1.weight, vit().model.blocks[1].norm1.weight) > 0
+    assert same(dict(whole.named_parameters()), dict(resumed.named_parameters()))
 
 
 def test_an_adapter_says_what_of_the_base_it_brings(tmp_path: Path) -> None:
