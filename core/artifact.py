@@ -513,7 +513,7 @@ def keep_only_owned(module: nn.Module) -> None:
     and pickle with the module; a second call changes nothing."""
     if _leave_out_base not in module._state_dict_hooks.values():
         module._register_state_dict_hook(_leave_out_base)
-        module.register_load_state_dict_pre_hook(_note_base)
+        module.register_load_state_dict_pre_hook(_note_prefix)
         module.register_load_state_dict_post_hook(_forgive_base)
 
 
@@ -540,21 +540,22 @@ def _leave_out_base(module: nn.Module, state: dict[str, Any], prefix: str, metad
         state.pop(prefix + name, None)
 
 
-def _note_base(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """What may be missing in a state dict in which the module's names begin with ``prefix``."""
-    unfrozen = {prefix + root + name for root, home in _homes(module) for name in home.unfrozen()}
-    buffers = {prefix + root + name for root, home in _homes(module) for method in home.methods.values()
-               for name in method.start_buffers}
-    base = {prefix + name for name in base_names(module)}
-    module.__dict__["_may_be_missing"] = base | buffers | unfrozen
-    kept = sorted(name for name in unfrozen if name not in state)
-    if kept:
-        warnings.warn(f"{listed(kept, 3)} of the base is trained now and was frozen when the checkpoint was written: "
-                      "it keeps its present values", stacklevel=2)
+def _note_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Keep what the module's names begin with in the state dict that is being loaded."""
+    module.__dict__["_prefix"] = prefix
 
 
 def _forgive_base(module: nn.Module, incompatible: Any) -> None:
-    forgiven = module.__dict__.pop("_may_be_missing", set())
+    """Called when all is loaded, methods' structures included."""
+    prefix = module.__dict__.pop("_prefix", "")
+    unfrozen = {prefix + root + name for root, home in _homes(module) for name in home.unfrozen()}
+    buffers = {prefix + root + name for root, home in _homes(module) for method in home.methods.values()
+               for name in method.start_buffers}  # files of earlier versions lack them
+    forgiven = {prefix + name for name in base_names(module)} | buffers | unfrozen
+    kept = sorted(unfrozen & set(incompatible.missing_keys))
+    if kept:
+        warnings.warn(f"{listed(kept, 3)} of the base is trained now and was frozen when the checkpoint was written: "
+                      "it keeps its present values", stacklevel=2)
     incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if name not in forgiven]
 
 

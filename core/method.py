@@ -139,7 +139,7 @@ class PEFTMethod(Recorded, Callback, ABC):
         self.start_buffers: dict[str, Tensor] = {}  # likewise of the base's buffers, where its parts are in train mode
         self.shapes_at_start: dict[str, list[int]] = {}  # of the sites' weights, by name
         self._module: weakref.ref[nn.Module] | None = None  # what a Trainer trains it in
-        self._watch: GradientWatch | None = None  # for gradients that never come
+        self._gradient_watch: GradientWatch | None = None  # for gradients that never come
         self._resume: dict[str, Any] | None = None
         self.prepared = False  # by `prepare`, or with values loaded
         self.steps, self.total = 0, 0  # of the optimizer, where the method has something to do after each
@@ -886,11 +886,11 @@ class PEFTMethod(Recorded, Callback, ABC):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not _resumes_exactly(pl_module):
             exact_resume.keep_open(trainer, self._resume)
-        self._watch = GradientWatch(self) if self.attached else None
+        self._gradient_watch = GradientWatch(self) if self.attached else None
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._watch is not None:
-            self._watch.look(trainer.optimizers, 1 / trainer.accumulate_grad_batches)
+        if self._gradient_watch is not None:
+            self._gradient_watch.look(trainer.optimizers, 1 / trainer.accumulate_grad_batches)
 
     def check_training(self, *optimizers: torch.optim.Optimizer) -> None:
         """Check a training loop of one's own, as a Trainer's callback does by itself.

@@ -146,7 +146,7 @@ class AdapterDrop(PEFTMethod):
                              "ddp_find_unused_parameters_true")
         super().on_fit_start(trainer, pl_module)
         for host in self.hosts():
-            host._watch = None  # what is dropped has no gradient
+            host._gradient_watch = None  # what is dropped has no gradient
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.switch(self.number_at(trainer.global_step))

@@ -179,7 +179,7 @@ class IST(PEFTMethod):
         self.importance = torch.zeros(len(dissect(self._need_root()).blocks))
         super().on_train_start(trainer, pl_module)
         for host in self._hosts():
-            host._watch = None  # idle layers have no gradient
+            host._gradient_watch = None  # idle layers have no gradient
         self.activate(self.layers_at(self.steps))
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:

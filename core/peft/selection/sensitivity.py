@@ -219,7 +219,7 @@ class SensitivityTuning(PEFTMethod):
             for optimizer in trainer.optimizers:
                 self.enter_optimizer(optimizer, fresh, beside=before)
                 self.leave_optimizer(optimizer, before)
-            self._watch = GradientWatch(self)
+            self._gradient_watch = GradientWatch(self)
 
     # --------------------------------------------------------------------------------- files
 
