@@ -71,7 +71,9 @@ def nested(draw: Draw, good: Any, most: int = 3) -> Any:
 
 
 NUMBERS = [b"\0\0\0\0", b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f", b"\0\0\0\x80"]
-LINKS = ["/dev/zero", "/dev/tty", "/etc/passwd", "nowhere", "/proc/self/mem"]
+OUTSIDE = "outside.txt"
+"""A file beside the folder that is changed; links point to it, and nothing may write to it."""
+LINKS = ["/dev/zero", "/dev/tty", OUTSIDE, OUTSIDE, "nowhere", "/proc/self/mem"]
 CHANGES = ["content", "content", "content", "remove", "folder", "pipe", "link", "loop", "closed"]
 
 
@@ -98,27 +100,36 @@ def changed_bytes(draw: Draw, good: bytes) -> bytes:
 
 
 def files_of(folder: Path) -> list[str]:
-    return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+    """Plain files: what a link points to belongs to somebody else, and is neither read nor written here."""
+    return sorted(str(file.relative_to(folder)) for file in folder.rglob("*")
+                  if file.is_file() and not file.is_symlink())
+
+
+def check_outside(folder: Path) -> None:
+    """What links in a changed folder point to is as it was."""
+    assert folder.with_name(OUTSIDE).read_text() == OUTSIDE
 
 
 def change_folder(data: Any, folder: Path) -> None:
     """Change one to three files of ``folder``, by draws from Hypothesis's ``data``."""
+    folder.with_name(OUTSIDE).write_text(OUTSIDE)
     for _ in range(data.draw(st.integers(1, 3))):
         names = files_of(folder)
         if not names:
             return
         file = folder / data.draw(st.sampled_from(names))
         change = data.draw(st.sampled_from(CHANGES))
-        if change == "content":
-            file.write_bytes(_other_content(data, file))
-            continue
+        content = _other_content(data, file) if change == "content" else b""
         file.unlink()
-        if change == "folder":
+        if change == "content":
+            file.write_bytes(content)
+        elif change == "folder":
             file.mkdir()
         elif change == "pipe":
             os.mkfifo(file)
         elif change == "link":
-            file.symlink_to(data.draw(st.sampled_from(LINKS)))
+            target = data.draw(st.sampled_from(LINKS))
+            file.symlink_to(folder.with_name(OUTSIDE) if target == OUTSIDE else target)
         elif change == "loop":
             file.symlink_to(file.name)
         elif change == "closed":

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core import load_adapter, peft
-from tests.fuzz.mutations import change_folder, copy_to
+from tests.fuzz.mutations import change_folder, check_outside, copy_to, files_of
 from tests.fuzz.watch import command, refused_or, snapshot, tries
 from tests.models import make
 from tests.toolkit import randomize
@@ -42,6 +42,7 @@ def test_adapters(adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFa
     names = list(model.state_dict())
     if refused_or(lambda: load_adapter(folder, model)) is not None:
         assert list(model.state_dict()) == names
+    check_outside(folder)
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,7 @@ def test_peft_folders(exported: Path, tmp_path_factory: pytest.TempPathFactory, 
     folder = copy_to(exported, tmp_path_factory.getbasetemp() / "peft")
     change_folder(data, folder)
     refused_or(lambda: load_adapter(folder, make("timm_vit")))
+    check_outside(folder)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +89,7 @@ def test_run_folders(tiny_config: Path, user: Path, runs: dict[str, Path], name:
     folder = copy_to(runs[name], user.parent / "changed")
     (folder / "mine.txt").write_text("mine")
     change_folder(data, folder)
-    mine = (folder / "mine.txt").read_bytes() if (folder / "mine.txt").is_file() else None
+    mine = (folder / "mine.txt").read_bytes() if "mine.txt" in files_of(folder) else None
     before = snapshot(user)
     words = data.draw(st.sampled_from([
         ["run", str(tiny_config), "--trainer.max_epochs", "1", "--run_dir", str(folder)],
@@ -99,4 +101,5 @@ def test_run_folders(tiny_config: Path, user: Path, runs: dict[str, Path], name:
     for made in ("merged", "exported"):
         shutil.rmtree(user.parent / made, ignore_errors=True)
     assert snapshot(user) == before
+    check_outside(folder)
     assert mine is None or (folder / "mine.txt").read_bytes() == mine
