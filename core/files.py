@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from core.errors import ScionError
 
@@ -94,6 +94,20 @@ def open_regular(path: str | Path) -> BinaryIO:
         os.scandir(path).close()  # says so where it may not be looked into
     kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
     raise ScionError(f"{path}: {kind}, where a file is wanted")
+
+
+def open_to_append(path: str | Path) -> IO[str]:
+    """A text file to write at the end of, made where it is missing. Nothing but a file of this very name is opened: a
+    link would lead to somebody else's, a pipe would wait for ever.
+
+    Raises:
+        ScionError: a link, a folder, a pipe or a device.
+        OSError: it cannot be written.
+    """
+    if not is_absent(path) and not stat.S_ISREG(os.lstat(path).st_mode):
+        raise ScionError(f"{path}: a link, a folder, a pipe or a device, where a file is wanted; remove it")
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    return open(os.open(path, flags, 0o666), "a", encoding="utf-8", errors="backslashreplace")
 
 
 def is_absent(path: str | Path) -> bool:

@@ -11,6 +11,7 @@ import fnmatch
 import logging
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -57,6 +58,7 @@ class RunFolder:
         Raises:
             ScionError: it holds another run, this one finished, or files of a run's names that no run has written.
         """
+        self._check_places()
         ours = our_files(self.path)
         if not ours:
             return "new"
@@ -74,6 +76,17 @@ class RunFolder:
             raise ScionError(f"run_dir: {self.path} holds this run, finished; choose another folder or pass "
                              "--overwrite")
         return "unfinished"
+
+    def _check_places(self) -> None:
+        """Refuse what stands where a run writes and is not its own: a link would lead out of the folder."""
+        folders = [self.path / STAGES, *(home / name for home in homes(self.path) for name in INSIDE)]
+        wrong = [place for place in folders if place.is_symlink() or (os.path.lexists(place) and not place.is_dir())]
+        log = self.path / "log.txt"
+        if os.path.lexists(log) and not stat.S_ISREG(os.lstat(log).st_mode):
+            wrong.append(log)
+        if wrong:
+            kind = "a link" if wrong[0].is_symlink() else "a pipe or a file of another kind"
+            raise ScionError(f"run_dir: {wrong[0]} is {kind}, and a run writes there; choose another folder")
 
     def _record(self) -> dict[str, Any]:
         """The content of metrics.json; empty where there is none.

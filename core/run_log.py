@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from core.files import open_to_append
 
 LOGGERS = ("scion", "lightning.pytorch", "py.warnings")
 QUIET = (".*does not have many workers.*", ".*LeafSpec.*", ".*isinstance.treespec.*", ".*is not a Tensor.*",
@@ -20,7 +22,7 @@ class _Held(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.kept: list[logging.LogRecord] = []
-        self.file: logging.FileHandler | None = None
+        self.file: logging.StreamHandler[IO[str]] | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
         if self.file is None:
@@ -51,9 +53,10 @@ class RunLog:
         """Write what was kept, and all that follows, to the end of ``file``.
 
         Raises:
+            ScionError: it is a link, or no file.
             OSError: it cannot be opened.
         """
-        handler = logging.FileHandler(file, encoding="utf-8", errors="backslashreplace")
+        handler = logging.StreamHandler(open_to_append(file))
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         handler.handleError = lambda record: None  # type: ignore[method-assign]
         self._handler.file = handler
@@ -73,4 +76,5 @@ class RunLog:
             logging.getLogger(name).removeHandler(self._handler)
         if self._handler.file is not None:
             self._handler.file.close()
+            self._handler.file.stream.close()
         self._chatter.setLevel(self._level)

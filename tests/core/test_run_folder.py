@@ -218,3 +218,23 @@ def test_records_are_json(point_of: PointOf, tmp_path: Path) -> None:
     for name in ("metrics.json", "history.json"):
         json.loads((tmp_path / "run" / name).read_text(), parse_constant=pytest.fail)
     assert _finite({"a": float("nan"), "b": 1.0}) == {"a": None, "b": 1.0}
+
+
+@pytest.mark.parametrize("name", ["log.txt", "adapter", "checkpoints", "tensorboard", "stages"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_links_that_lead_out_of_the_folder(point_of: PointOf, tmp_path: Path, name: str, overwrite: bool) -> None:
+    mine, folder = tmp_path / "mine", tmp_path / "run"
+    mine.mkdir()
+    folder.mkdir()
+    (mine / "log.txt").write_text("mine")
+    (folder / name).symlink_to(mine / name if name == "log.txt" else mine)
+    with pytest.raises(ScionError, match=rf"{name} is a link, and a run writes there"):
+        execute(point_of(*SHORT), folder, overwrite)
+    assert [file.name for file in mine.iterdir()] == ["log.txt"] and (mine / "log.txt").read_text() == "mine"
+
+
+def test_a_pipe_where_the_log_goes(point_of: PointOf, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    os.mkfifo(tmp_path / "run" / "log.txt")
+    with pytest.raises(ScionError, match=r"log\.txt is a pipe"):
+        execute(point_of(*SHORT), tmp_path / "run")
