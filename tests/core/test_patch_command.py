@@ -122,7 +122,7 @@ def test_another_architecture_is_refused_though_all_names_fit() -> None:
         assert same(values, snapshot(wrong))
     trained(shorter)
     with pytest.raises(ScionError, match="two architectures"):
-        patch + Patch.take(shorter)
+        patch.__add__(Patch.take(shorter))
 
 
 def test_what_merging_makes_anew_is_no_change() -> None:
