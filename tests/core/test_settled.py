@@ -30,3 +30,10 @@ def test_without_an_epoch_to_choose_from_the_reason_is_told(point_of: PointOf, t
                      "--peft.cooldown", "0")
     with pytest.raises(ScionError, match="no epoch was validated once PST had reached the end of its schedule"):
         execute(point, tmp_path / "run")
+
+
+@pytest.mark.parametrize(("key", "value"), [("limit_test_batches", "1"), ("limit_train_batches", "0.5"),
+                                            ("fast_dev_run", "true")])
+def test_a_run_on_a_part_of_the_data_says_so(point_of: PointOf, tmp_path: Path, key: str, value: str) -> None:
+    metrics = execute(point_of(f"--trainer.{key}", value, "--trainer.max_epochs", "1"), tmp_path / "run")
+    assert any(key in warning for warning in metrics["warnings"])
