@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from core.anatomy.families.transformers import _attention
 from core.data import seed_of
-from core.families.transformers import _attention
 
 WIDTH = 32
 """Width of every family's feature."""

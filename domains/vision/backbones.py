@@ -59,7 +59,7 @@ SHAPES: dict[str, tuple[tuple[str, ...], int]] = {
     "nano": (_VIT, 4), "nano_swin": (_SWIN, 6),
 }
 """Roles and number of blocks of the usual architectures, by name. Any other of timm's can be built as well; methods
-stand on those whose classes `core.families` or the user's own description knows."""
+stand on those whose classes `core.anatomy.families` or the user's own description knows."""
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """Files of weights in a folder or a hub's repository, the preferred one first."""

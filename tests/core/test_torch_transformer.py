@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from core import dissect, load_adapter, peft
 from core.anatomy import BlockDescription, Description, Rows, family
+from core.anatomy.torch_attention import attention_forward
 from core.errors import ScionError
-from core.native import attention_forward
 from tests.toolkit import differences, distance, outputs, randomize, same, snapshot, trace
 
 DIM, HEADS = 16, 4

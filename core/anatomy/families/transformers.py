@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core.anatomy import BlockDescription, Description, Grid, Rows, Where, family
+from core.anatomy.description import BlockDescription, Description, Where, family
+from core.anatomy.layout import Grid, Rows
 
 MODELS = "transformers.models"
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from core.anatomy import BlockDescription, Description, Grid, Rows, Where, family
+from core.anatomy.description import BlockDescription, Description, Where, family
+from core.anatomy.layout import Grid, Rows
 
 MODELS = "timm.models"
 

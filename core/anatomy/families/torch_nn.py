@@ -1,11 +1,12 @@
-"""Families of torch itself: its transformer's encoder and decoder (`core.native` says how they come to call their
-parts)."""
+"""Families of torch itself: its transformer's encoder and decoder (`core.anatomy.torch_attention` says how they come to
+call their parts)."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from core.anatomy import BlockDescription, Description, Rows, Where, family
+from core.anatomy.description import BlockDescription, Description, Where, family
+from core.anatomy.layout import Rows
 from core.errors import ScionError
 
 MODULE = "torch.nn.modules.transformer"

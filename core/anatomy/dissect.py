@@ -1,0 +1,247 @@
+"""From a model and the description of its family to its `Anatomy`, with all that can be checked of a description."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import nn
+
+from core.anatomy import families, torch_attention  # noqa: F401  (families enter the table)
+from core.anatomy.anatomy import Anatomy, Block, Site, Stack
+from core.anatomy.description import FAMILIES, BlockDescription, Describer, Description, class_names
+from core.anatomy.layout import NORMS, ROLES, Heads, Rows
+from core.errors import ScionError, listed, nearest
+
+
+def _describer(module: nn.Module) -> tuple[str, Describer] | None:
+    for name in class_names(module):
+        if name in FAMILIES:
+            return name.rpartition(":")[2], FAMILIES[name]
+    return None
+
+
+def _find(model: nn.Module) -> tuple[str, nn.Module]:
+    """The described module nearest to the root: the model itself, or the one inside a wrapper."""
+    level = [("", model)]
+    while level:
+        found = [(path, module) for path, module in level if _describer(module)]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise ScionError(f"{type(model).__name__} holds several backbones ({listed(path for path, _ in found)}): "
+                             "give attach one of them, or name it with on=...")
+        level = [(f"{path}.{name}".lstrip("."), child) for path, module in level
+                 for name, child in module.named_children() if name != "peft"]
+    known = sorted({name.rpartition(":")[2] for name in FAMILIES})
+    inner = _unwrapped(model)
+    around = "" if inner is model else f" (in {type(model).__name__})"
+    raise ScionError(f"the anatomy of {type(inner).__name__}{around} is unknown (known: {listed(known, 40)}); "
+                     f"describe it in a few lines with @core.anatomy.family({class_names(inner)[0]!r}), see "
+                     "docs/families.md")
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """What a wrapper of one module is around: a library's model in a domain's backbone, or in the user's own module."""
+    inner = model
+    while True:
+        children = [child for name, child in inner.named_children()
+                    if name != "peft" and any(True for _ in child.parameters())]
+        own = any(True for _ in inner.parameters(recurse=False))
+        if len(children) != 1 or own or type(children[0]).__module__.startswith("torch.nn."):
+            return inner
+        inner = children[0]
+
+
+_BESIDE = {"lm_head": "lm_head", "cls": "lm_head", "embed_out": "lm_head",
+           "text_projection": "projection", "visual_projection": "projection"}
+"""What stands beside a backbone in a library's own wrapper and comes pretrained with it: name -> role."""
+
+
+def _wrappers(model: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    """The wrappers around a backbone, with their paths, from the root inwards."""
+    parts = path.split(".") if path else []
+    for depth in range(len(parts)):
+        wrapper_path = ".".join(parts[:depth])
+        yield wrapper_path, model.get_submodule(wrapper_path)
+
+
+def _projection(around: Any, head: nn.Module) -> str:
+    """Path, in a language-model head, of its map to the vocabulary, where the head holds more and its model says it."""
+    output = around.get_output_embeddings() if hasattr(around, "get_output_embeddings") else None
+    return next((name for name, module in head.named_modules() if module is output), "")
+
+
+_INTERNAL = ("inputs", "entry")
+"""Roles of sites that no method asks for by name."""
+
+
+def _check(site: Site, family: str) -> None:
+    """Refuse what a description says of a site, where the model shows that it cannot be so."""
+    who = f"the description of {family} has"
+    if site.role not in ROLES and site.role not in _INTERNAL:
+        raise ScionError(f"{who} {site.name}, but there is no role {site.role!r}{nearest(site.role, ROLES)}; the roles "
+                         "are listed in docs/families.md")
+    if site.rows is not None:
+        rows = site.rows.stop if site.rows.index is None else 1 + max(site.rows.index)
+        whole = 0 if site.kind == "module" else site.full_weight.shape[site._out_axis]
+        if rows > whole:
+            raise ScionError(f"{who} {site.name} at row {rows - 1} of {site.path}, which has {whole} rows")
+    if site.heads is not None and site.kind != "module" and site.role.rpartition(".")[2] in ("q", "k", "v"):
+        heads = site.heads.query if site.role.endswith("q") else site.heads.key
+        if site.out_features != heads * site.heads.width:
+            raise ScionError(f"{who} {heads} heads of {site.heads.width} at {site.name}, but {site.path} gives "
+                             f"{site.out_features} numbers, not {heads * site.heads.width}")
+
+
+def dissect(model: nn.Module) -> Anatomy:
+    """The anatomy of ``model``: a described backbone, or a module that wraps exactly one.
+
+    Raises:
+        ScionError: no description fits the model or anything inside it.
+    """
+    return _Dissection(model).anatomy()
+
+
+class _Dissection:
+    """One model being taken apart."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.path, backbone = _find(model)
+        """Where the described backbone is in the model."""
+        found = _describer(backbone)
+        assert found is not None
+        self.family, describe = found
+        self.description: Description = describe(backbone)
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+
+    def anatomy(self) -> Anatomy:
+        stem = self.stem()
+        blocks = [self.block(index, block) for index, block in enumerate(self.description.blocks)]
+        return Anatomy(root=self.model, family=self.family, blocks=blocks, stacks=self.stacks(blocks), stem=stem,
+                       inputs=self.site("inputs", "inputs", self.path))
+
+    def site(self, name: str, role: str, *path: str, rows: Rows | None = None, **fields: Any) -> Site:
+        """The site of this name and role at a path that is given in parts, checked against the model."""
+        full = _joined(*path)
+        module = self.modules.get(full)
+        if module is None:
+            raise ScionError(f"the description of {self.family} has {name} at {full!r}, where there is no module"
+                             f"{nearest(full, self.modules)}")
+        is_input_map = role.rpartition(".")[2] in ("q", "k", "v", "qkv")
+        if is_input_map and isinstance(module, nn.MultiheadAttention):
+            if not torch_attention.is_attention(module):
+                raise ScionError(f"{full} ({type(module).__name__}) has maps of several widths, or keys of its own: "
+                                 f"{name} cannot be adapted there")
+            fields["parameter"], fields["by_weight"] = "in_proj_weight", True
+        own = fields.get("while_active", ())
+        fields["while_active"] = (*own, *torch_attention.settings(self.modules, full))
+        offset = self.description.norm_offset if role in NORMS else 0.0
+        site = Site(name=name, role=role, path=full, module=module, rows=rows, offset=offset, **fields)
+        _check(site, self.family)
+        return site
+
+    # --------------------------------------------------------------------------------- the stem
+
+    def stem(self) -> dict[str, list[Site]]:
+        """The sites outside the blocks, by role."""
+        stem: dict[str, list[Site]] = {}
+        for role, paths in self.description.stem.items():
+            paths = [paths] if isinstance(paths, str) else paths
+            for number, path in enumerate(paths):
+                name = role if len(paths) == 1 else f"{role}.{number}"
+                stem.setdefault(role, []).append(self.site(name, role, self.path, path))
+        for wrapper_path, wrapper in _wrappers(self.model, self.path):
+            self._add_heads(stem, wrapper_path, wrapper)
+        stem["feature"] = [Site(name="feature", role="feature", path="", module=self.model)]
+        return stem
+
+    def _add_heads(self, stem: dict[str, list[Site]], path: str, wrapper: nn.Module) -> None:
+        """What stands beside the backbone in a wrapper is its head."""
+        backbone = self.path[len(path):].lstrip(".").partition(".")[0]
+        for name, child in wrapper.named_children():
+            has_parameters = next(child.parameters(), None) is not None
+            if name in ("peft", backbone) or not has_parameters:
+                continue
+            role = _BESIDE.get(name, "head")
+            projection = _projection(wrapper, child) if role == "lm_head" else ""
+            stem.setdefault(role, []).append(self.site(name, role, path, name, projection))
+
+    # --------------------------------------------------------------------------------- blocks and stacks
+
+    def block(self, index: int, block: BlockDescription) -> Block:
+        heads = Heads(*block.heads) if block.heads is not None else None
+        sites = {"block": self.site(f"{index}.block", "block", self.path, block.path, block=index, width=block.dim)}
+        for role, where in block.roles.items():
+            path, part = where if isinstance(where, tuple) else (where, None)
+            fields: dict[str, Any] = {"block": index, "heads": heads, "width": block.dim,
+                                      "while_active": self._settings(block, role)}
+            if isinstance(part, str):
+                fields["parameter"] = part
+            else:
+                fields["rows"] = part
+            sites[role] = self.site(f"{index}.{role}", role, self.path, block.path, path, **fields)
+        sites["block"].per_token = block.per_token
+        entry = None
+        if block.entry:
+            entry = self.site(f"{index}.entry", "entry", self.path, block.entry, width=block.dim)
+        found = Block(index=index, path=_joined(self.path, block.path), module=sites["block"].module, dim=block.dim,
+                      stage=block.stage, pre_norm=block.pre_norm, sites=sites, described=block, entry=entry)
+        for site in sites.values():
+            site.around = found
+        return found
+
+    def _settings(self, block: BlockDescription, role: str) -> tuple[tuple[nn.Module, str, Any], ...]:
+        """What must be so while a graft is active at a role: (module, attribute, value)."""
+        settings: list[tuple[nn.Module, str, Any]] = []
+        for attribute, value in block.while_active.get(role, {}).items():
+            owner_path, _, name = attribute.rpartition(".")
+            owner = self.modules.get(_joined(self.path, block.path, owner_path))
+            if owner is None or not hasattr(owner, name):
+                raise ScionError(f"the description of {self.family} sets {_joined(self.path, block.path, attribute)!r} "
+                                 f"while {role!r} is active, and there is no such attribute")
+            settings.append((owner, name, value))
+        return tuple(settings)
+
+    def stacks(self, blocks: list[Block]) -> list[Stack]:
+        """The blocks by the stack that they belong to; a description without stages is one stack."""
+        finals = self.description.final
+        if isinstance(finals, str):
+            finals = {"": finals}
+        return [self._stack(name, final, [block for block in blocks if not name or block.stage == name])
+                for name, final in finals.items()]
+
+    def _stack(self, name: str, final_path: str, blocks: list[Block]) -> Stack:
+        final = text = None
+        if final_path:
+            final = self.site(_joined(name, "final"), "norm", self.path, final_path, width=blocks[-1].dim)
+        text_path = self.description.text
+        if isinstance(text_path, dict):
+            text_path = text_path.get(name)
+        if text_path is not None:
+            text = self.site(_joined(name, "inputs"), "inputs", self.path, text_path)
+        return Stack(name, blocks, final, text)
+
+
+def _joined(*parts: str) -> str:
+    """One path of several, of which some may be empty."""
+    return ".".join(part for part in parts if part)
+
+
+def parameter_sites(model: nn.Module, names: Iterable[str]) -> list[Site]:
+    """A site for each of these parameters, of whatever modules, for methods that treat all parameters alike."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    holders: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in dict.fromkeys(modules.values()):
+        for leaf, parameter in module._parameters.items():
+            holders.setdefault(id(parameter), []).append((module, leaf))
+    found = []
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        module = modules[path]
+        tied = tuple(other for other, its in holders[id(module.get_parameter(leaf))]
+                     if other is not module and its == leaf)
+        found.append(Site(name=name, role="parameter", path=path, module=module, parameter=leaf, tied=tied,
+                          while_active=tuple(torch_attention.settings(modules, path))))
+    return found
