@@ -17,12 +17,12 @@ def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     home = tmp_path_factory.mktemp("parts")
     (home / "killed_parts.py").write_text(PARTS)
     (home / "killed.yaml").write_text(CONFIG)
-    from core import report, run
+    from core import run
     from core.config import points
 
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(home)
-        patch.setattr(report, "_save", lambda *figure_and_path, **options: None)
+        patch.setattr("core.report.plots.save_figure", lambda *figure_and_path, **options: None)
         point = points(str(home / "killed.yaml"))[0]
         run.execute(point, tmp_path_factory.mktemp("warm"))  # imports what a child would import, and time with it
         yield home / "killed.yaml"

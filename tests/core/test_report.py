@@ -12,6 +12,7 @@ import pytest
 from core import report
 from core.errors import ScionError
 from core.peft import registry
+from core.report import plots
 
 
 def metrics(accuracy: float = 0.8, source: str = "real", kind: str = "hub", method: str = "LoRA") -> dict[str, Any]:
@@ -82,7 +83,7 @@ def test_curves_draw(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def test_stages_follow_one_another() -> None:
-    sections, unit = report._sections(history(3, "dense") + history(2, "sparse"))
+    sections, unit = plots._sections(history(3, "dense") + history(2, "sparse"))
     assert unit == "epoch"
     assert [(name, [x for x, _ in rows]) for name, rows in sections] == [("dense", [1, 2, 3]), ("sparse", [4, 5])]
 
@@ -90,7 +91,7 @@ def test_stages_follow_one_another() -> None:
 def test_panels_hold_what_compares() -> None:
     rows = [{"train/loss": 2.0, "train/accuracy": 0.5, "validation/f1": 0.4, "validation/perplexity": 30.0, "lr-0": 1.0,
              "lr-1": 1.0, "lr-2": 2.0, "test/loss": 1.0}] * 2
-    assert report._panels(rows) == {
+    assert plots._panels(rows) == {
         "loss": ["train/loss"], "metrics": ["train/accuracy", "validation/f1"], "perplexity": ["validation/perplexity"],
         "learning rate": ["lr-0", "lr-2"]}
 

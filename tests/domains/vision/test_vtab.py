@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from core import report, run
+from core import run
 from core.config import points
 from core.errors import ScionError
 from domains.vision import mini
@@ -262,7 +262,7 @@ def test_tuning_tests_nothing(vtab: Tree, tmp_path: Path) -> None:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without pictures of curves, which take longer than training here."""
-    monkeypatch.setattr(report, "_save", lambda *figure_and_path, **options: None)
+    monkeypatch.setattr("core.report.plots.save_figure", lambda *figure_and_path, **options: None)
 
 
 class Killed(BaseException):

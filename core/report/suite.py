@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from core.report import bytes_text, duration_text, is_repetition, methods_named, scalars, trained, value_text
+from core.report.text import bytes_text, duration_text, is_repetition, methods_named, scalars, trained, value_text
 
 UNKNOWN = "failed everywhere"
 """Stands for the group of tasks that no run finished: it might be any, so that no group's mean is known."""

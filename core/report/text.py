@@ -1,0 +1,77 @@
+"""Words and numbers as people read them; what all pages of a report share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def methods_named(peft: Any) -> str:
+    """``LoRA`` or ``LoRA + IST`` from whatever names methods: a name, a component, a recorded method, or a list."""
+    if isinstance(peft, (list, tuple)):
+        return " + ".join(map(methods_named, peft))
+    if isinstance(peft, dict):
+        return str(peft.get("class_path") or peft.get("class") or peft.get("name") or "?").rpartition(".")[2]
+    return "" if peft is None else str(peft)
+
+
+def scalars(values: Any) -> dict[str, float]:
+    """The plain numbers of a split's metrics, names without the split, a loss last."""
+    found = {str(name).rpartition("/")[2]: float(value) for name, value in (values or {}).items()
+             if isinstance(value, (int, float)) and not isinstance(value, bool)}
+    return dict(sorted(found.items(), key=lambda item: item[0] in ("loss", "penalty")))
+
+
+def bytes_text(count: float) -> str:
+    """``1.4 KiB``"""
+    for unit in ("bytes", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
+
+
+def duration_text(seconds: float) -> str:
+    """``2 min 5 s``"""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def value_text(value: Any) -> str:
+    """A value of an axis as a person reads it: a class by its name."""
+    return methods_named(value) if isinstance(value, dict) and {"class_path", "class"} & set(value) else \
+        " + ".join(map(value_text, value)) if isinstance(value, list) else str(value)
+
+
+def data_named(data: dict[str, Any]) -> str:
+    """The name of a run's data, and of the task in a suite."""
+    return f"{data.get('name', 'unnamed data')}{': ' + str(data['task']) if data.get('task') else ''}"
+
+
+def origin_of(metrics: dict[str, Any]) -> str:
+    """Data and backbone of a run (its metrics.json)."""
+    data, backbone = metrics.get("data") or {}, metrics.get("backbone") or {}
+    random = ", random weights" if backbone.get("pretrained") is False or backbone.get("kind") == "random" else ""
+    return f"{data_named(data)}; {backbone.get('name', '?')}{random}"
+
+
+def trained(metrics: dict[str, Any]) -> int:
+    """The parameters that a run (its metrics.json) trained, without the head."""
+    counts = metrics.get("parameters") or {}
+    return sum(counts.get(owner) or 0 for owner in ("method", "norms", "other"))
+
+
+def is_repetition(axis: str) -> bool:
+    """Whether an axis of ``over`` repeats an experiment (seeds, folds) instead of comparing several."""
+    return axis == "seed_everything" or axis.rpartition(".")[2].endswith(("seed", "fold"))
+
+
+def aligned(header: list[str], body: list[list[str]], left: int = 1) -> list[str]:
+    """The lines of a plain-text table; the first ``left`` columns are set left, the others right."""
+    widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
+    lines = ["  ".join(cell.ljust(width) if i < left else cell.rjust(width)
+                       for i, (cell, width) in enumerate(zip(line, widths, strict=True))).rstrip()
+             for line in [header, *body]]
+    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
