@@ -28,11 +28,14 @@ import torch
 from torch import Tensor, nn
 
 from core import graft as grafts
+from core import peft
 from core.anatomy import Anatomy, Site
 from core.config import component
 from core.errors import ScionError, listed, nearest
+from core.fingerprint import fingerprint
 from core.graft import Graft, route_rows
 from core.method import PEFTMethod, key_of, methods_on
+from core.reading import method_of, read_adapter, refusal, rehearse
 from core.schema import check
 from core.spec import plain
 from core.tensors import check_fit, check_values
@@ -84,8 +87,6 @@ class SideBySide(PEFTMethod):
         self.identity_at_start = not self.trained and all(method.identity_at_start for method in self.methods)
 
     def _method(self, entry: Any) -> PEFTMethod:
-        from core import peft
-
         if isinstance(entry, PEFTMethod):
             return entry
         kind = type(self).__name__
@@ -96,8 +97,6 @@ class SideBySide(PEFTMethod):
         return peft.make(part["class_path"], part["init_args"])
 
     def _from_folder(self, entry: dict[str, Any]) -> PEFTMethod:
-        from core.artifact import method_of, read_adapter
-
         kind, folder = type(self).__name__, str(entry["adapter"])
         if unknown := sorted(set(entry) - {"adapter", "name"}):
             raise ScionError(f"{kind}: {folder}: a trained method takes a name of its own, not {unknown[0]!r}")
@@ -137,8 +136,6 @@ class SideBySide(PEFTMethod):
         return found
 
     def _check_bases(self, anatomy: Anatomy) -> None:
-        from core.artifact import fingerprint
-
         if not self.trained or any(p.is_meta for p in anatomy.root.parameters()):
             return
         home: Any = getattr(anatomy.root, "peft", None)
@@ -175,8 +172,6 @@ class SideBySide(PEFTMethod):
 
     def _rehearse(self, name: str, anatomy: Anatomy) -> None:
         """Refuse a trained method that would be larger than its file (see `core.rehearsal`)."""
-        from core.artifact import refusal, rehearse
-
         trained = self.trained[name]
         spec: Any = {**trained.spec, "name": "rehearsed"}
         tensors = {f"peft.rehearsed.{key}": tensor for key, tensor in trained.tensors.items()}

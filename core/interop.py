@@ -22,12 +22,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from core import peft
 from core.anatomy import Anatomy, Site, dissect
+from core.compose import SideBySide
 from core.errors import ScionError, listed, one_line
 from core.files import read_json, write_json
 from core.graft import Carrier, Graft
 from core.method import PEFTMethod, key_of, methods_on, uncompiled
+from core.reading import load_tensors, open_adapter, refusal, restore
 from core.rehearsal import hollow, is_small, reach, rehearsing, twin
+from core.saving import RECORD
 from core.schema import check, shown
 from core.spec import types_of
 from core.tensors import kind_of, read_tensors, write_tensors
@@ -490,11 +494,8 @@ def to_peft(adapter: str | Path | PEFTMethod | Sequence[PEFTMethod], model: nn.M
     Raises:
         ScionError: peft cannot hold this; the message names the option or the place.
     """
-    from core.artifact import load_adapter
-
     if isinstance(adapter, (str, Path)):
-        loaded = load_adapter(adapter, model)
-        methods: list[PEFTMethod] = loaded if isinstance(loaded, list) else [loaded]
+        methods = _loaded(adapter, model)
         try:
             return to_peft(methods, model, folder)
         finally:
@@ -518,8 +519,6 @@ def to_peft(adapter: str | Path | PEFTMethod | Sequence[PEFTMethod], model: nn.M
 
 def _check_alone(method: PEFTMethod) -> None:
     """Refuse a method whose tensors do not say alone what it does."""
-    from core.compose import SideBySide
-
     if isinstance(method, SideBySide):
         raise ScionError(f"{method.name}: a peft adapter holds one method, and this is {len(method.methods)}; export "
                          "them one by one")
@@ -588,13 +587,20 @@ def write_folder(folder: str | Path, config: dict[str, Any], tensors: dict[str, 
         raise ScionError(f"{folder} cannot be written ({error.strerror or error})") from None
 
 
+def _loaded(source: str | Path, model: nn.Module) -> list[PEFTMethod]:
+    """The methods in a folder, attached to ``model``."""
+    if is_peft(source):
+        found = from_peft(source, model)
+        return found if isinstance(found, list) else [found]
+    saved = open_adapter(source)
+    return restore(saved.record, saved.tensors, model, where=str(source), check_whole=saved.check_whole)
+
+
 # ------------------------------------------------------------------------------------------------- theirs to ours
 
 
 def is_peft(source: str | Path) -> bool:
     """Whether ``source`` is a folder that peft wrote."""
-    from core.artifact import RECORD
-
     return os.path.isfile(Path(source) / CONFIG) and not os.path.isfile(Path(source) / RECORD)
 
 
@@ -619,8 +625,6 @@ def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def method_for(config: dict[str, Any], where: str) -> tuple[type[PEFTMethod], PeftForm]:
     """The method that a config means."""
-    from core import peft
-
     known: set[str] = set()
     for name in peft.registry():
         cls = peft.method_class(name)
@@ -648,8 +652,6 @@ def from_peft(folder: str | Path, model: nn.Module, name: str | None = None) -> 
     Raises:
         ScionError: an option, a tensor or a module that there is nothing here for; the model is untouched then.
     """
-    from core.artifact import load_tensors, refusal
-
     where = str(folder)
     config, given = read_folder(folder)
     cls, form = method_for(config, where)
@@ -698,8 +700,6 @@ def _build(form: PeftForm, cls: type[PEFTMethod], config: dict[str, Any], tensor
 def _rehearse(form: PeftForm, cls: type[PEFTMethod], config: dict[str, Any], tensors: dict[str, Tensor],
               root: nn.Module, where: str, name: str | None) -> None:
     """Refuse what would be larger than the tensors of the file, without building it: see `core.rehearsal`."""
-    from core.artifact import load_tensors
-
     sizes = {key: value for key, value in config.items() if key in form.sizes()}
     hollow_root = None if is_small(reach(sizes), root) else twin(root)
     if hollow_root is None:

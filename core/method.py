@@ -31,6 +31,9 @@ from torch import Tensor, nn
 from core import exact_resume, merging
 from core import graft as grafts
 from core.anatomy import NORMS, Anatomy, Site, check_layers, check_roles, dissect
+from core.attached import Home, keep_only_owned, key_of
+from core.attached import home_in as home_in
+from core.attached import methods_on as methods_on
 from core.base import check_base, check_quantized, check_sites
 from core.beside import OUTSIDE, path_of, tensors_beside
 from core.data import seed_of
@@ -38,9 +41,10 @@ from core.errors import ScionError, listed, nearest
 from core.files import parse_json
 from core.graft import Graft
 from core.random_state import random_states, restore_random_states, seeded
+from core.saving import save_adapter
 from core.schema import Digest, Name, check, check_fields
 from core.spec import Recorded, plain, signature
-from core.strangers import end_watch, watch_loading, watch_saving
+from core.strangers import watch_loading
 from core.training_checks import (
     GradientWatch,
     check_averages,
@@ -703,8 +707,6 @@ class PEFTMethod(Recorded, Callback, ABC):
             module: what stands around the model; what is trained there (a head) is written along, and comes back by
                 ``load_adapter(folder, module)``.
         """
-        from core.artifact import save_adapter
-
         root = self._need_root()
         if module is not None:
             return save_adapter([self], folder, tensors_beside(module, root), beside=path_of(root, module))
@@ -730,8 +732,6 @@ class PEFTMethod(Recorded, Callback, ABC):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Graft once, before weights are restored and before the optimizer is made."""
-        from core.artifact import keep_only_owned
-
         if self.root is None:
             check_launcher(self, trainer)
             root = self._find_root(pl_module)
@@ -1053,124 +1053,12 @@ def check_structure(cls: type[PEFTMethod], structure: Any, where: str) -> None:
         check_fields(structure, fields, where, f"{cls.__name__}.structure")
 
 
-class Home(nn.Module):
-    """The one subtree ``peft`` on the module given to ``attach``: every method's tensors, and the base's state."""
-
-    def __init__(self, root: nn.Module, anatomy: Anatomy, head: str) -> None:
-        super().__init__()
-        from core.artifact import fingerprint
-
-        self.methods: dict[str, PEFTMethod] = {}
-        self.attached = 0
-        """Methods attached so far."""
-        self.keep_float32 = False
-        """Whether ``.to(bfloat16)`` leaves the methods' tensors as they are: so within a Trainer, whose true
-        half-precision plugins convert the whole module, while small updates need float32."""
-        self._root = [root]  # in a list, so that the root is not registered as a child
-        heads = anatomy.head_names()
-        self.heads = sorted(heads)
-        self.fingerprint = fingerprint(root, without=heads)
-        self.without_values = any(p.is_meta for p in root.parameters())
-        self.head = head
-        self.flags = {name: p.requires_grad for name, p in root.named_parameters()}
-        self.odd = {name: module.training for name, module in root.named_modules() if module.training != root.training}
-        """Modules that are not in the root's mode, with theirs."""
-
-    def _replicate_for_data_parallel(self) -> Home:
-        raise ScionError("nn.DataParallel copies a module for each device, and the copies would read the first one's "
-                         "methods: train with one process a device (Trainer(strategy='ddp'), torchrun)")
-
-    def enter(self, root: nn.Module) -> None:
-        """Become ``root.peft`` and freeze the backbone."""
-        root.add_module("peft", self)
-        self._freeze(root)
-        watch_saving(root)
-
-    def _freeze(self, root: nn.Module) -> None:
-        for name, parameter in root.named_parameters():
-            if not name.startswith("peft."):
-                parameter.requires_grad_(name in self.heads and self.head == "train")
-
-    def add(self, method: PEFTMethod) -> None:
-        self.methods[method.name] = method
-        self.methods = dict(sorted(self.methods.items(), key=lambda item: item[1].place))
-        self.add_module(key_of(method.name), method.module)
-
-    def drop(self, method: PEFTMethod) -> None:
-        del self.methods[method.name]
-        delattr(self, key_of(method.name))
-
-    def leave(self, root: nn.Module) -> None:
-        """Remove the subtree and give the parameters their flags back."""
-        training = root.training
-        end_watch(root)
-        del root.peft
-        for name, parameter in root.named_parameters():
-            parameter.requires_grad_(self.flags.get(name, parameter.requires_grad))
-        root.train(training)
-        for name, mode in self.odd.items():
-            root.get_submodule(name).training = mode
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Home:
-        def keep(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            half = tensor.dtype == torch.float32 and moved.dtype in (torch.float16, torch.bfloat16)
-            return tensor.to(moved.device) if half else moved
-
-        return super()._apply(keep if self.keep_float32 else fn, recurse)
-
-    @property
-    def root(self) -> nn.Module:
-        """What the methods are attached to."""
-        return self._root[0]
-
-    def owned(self) -> set[str]:
-        """Names (in the root) of base tensors that a run must save: what methods move, and what else is trained now (a
-        head, parts that were unfrozen since)."""
-        trained = {name for name, p in self.root.named_parameters() if p.requires_grad}
-        moved = {name for method in self.methods.values() for name in (*method.start, *method.start_buffers)}
-        return moved | {name for name in trained if not name.startswith("peft.")}
-
-    def unfrozen(self) -> dict[str, Tensor]:
-        """The base's parameters that are trained now and belong neither to a method nor to a head."""
-        owned = {*self.heads, *(name for method in self.methods.values() for name in method.start)}
-        return {name: p.detach() for name, p in self.root.named_parameters()
-                if p.requires_grad and name not in owned and not name.startswith("peft.")}
-
-    def train(self, mode: bool = True) -> Home:
-        """The root calls this last of its children: put its frozen parts, methods too, back into eval mode."""
-        super().train(mode)
-        for method in self.methods.values():
-            if not method.is_trained:
-                method.module.eval()
-        if mode and all(method.backbone_mode == "eval" for method in self.methods.values()):
-            root = self._root[0]
-            heads = {name.rpartition(".")[0] for name in self.heads}
-            for name, child in root.named_modules():
-                if name and name.split(".")[0] != "peft" and name not in heads:
-                    child.training = False
-        return self
-
-
 # ------------------------------------------------------------------------------------------------- helpers
 
 
 def _copied(tensor: Tensor) -> Tensor:
     """A copy in the CPU's memory; the tensor itself where it has no values."""
     return tensor.detach() if tensor.is_meta else tensor.detach().to("cpu", copy=True)
-
-
-def methods_on(model: nn.Module) -> list[PEFTMethod]:
-    """The methods attached to ``model`` or to a module inside it, in order."""
-    return [method for module in model.modules() if isinstance(module, Home) for method in module.methods.values()]
-
-
-def home_in(model: nn.Module) -> tuple[str, nn.Module] | None:
-    """(path, module) of the module inside ``model`` that methods are attached to."""
-    for name, module in model.named_modules():
-        if isinstance(module._modules.get("peft"), Home):
-            return name, module
-    return None
 
 
 def home_of(tensor: Tensor) -> tuple[torch.device, torch.dtype]:
@@ -1183,12 +1071,6 @@ def uncompiled(model: nn.Module) -> nn.Module:
     """The module inside ``torch.compile``'s wrapper, whose names are those without it."""
     inner = getattr(model, "_orig_mod", model)
     return inner if isinstance(inner, nn.Module) else model
-
-
-def key_of(name: str) -> str:
-    """A name as a key of nn.Module children: no dots, no clash with the module's own attributes."""
-    key = name.replace(".", "-")
-    return f"{key}_" if hasattr(nn.Module, key) or key in ("training", "methods", "method", "heads", "flags") else key
 
 
 def training_batch(trainer: L.Trainer, indices: Iterable[int]) -> Any:

@@ -6,6 +6,7 @@ its seed, and the last checkpoint brings back weights, optimizer, schedule, rand
 
 from __future__ import annotations
 
+import importlib
 import logging
 import math
 import signal
@@ -553,8 +554,6 @@ def peak_memory() -> int:
 
 
 def __getattr__(name: str) -> Any:
-    if name == "run":  # which runs several; it stood here before
-        from core.many_runs import run
-
-        return run
+    if name == "run":  # which runs several; it stood here before, and what imports this module cannot be imported by it
+        return importlib.import_module("core.many_runs").run
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -208,6 +208,5 @@ def check_averages(method: PEFTMethod, trainer: Any, module: nn.Module) -> None:
 
 
 def _lacks(copy: nn.Module, method: PEFTMethod) -> bool:
-    from core.method import methods_on
-
-    return all(other.name != method.name for other in methods_on(copy))
+    homes = [module._modules["peft"] for module in copy.modules() if "peft" in module._modules]
+    return all(method.name not in getattr(home, "methods", {}) for home in homes)
