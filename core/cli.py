@@ -35,10 +35,12 @@ def parser() -> argparse.ArgumentParser:
                  "--peft+=BitFit; the last word on a key holds. --over AXIS=A,B repeats the run over values, --per "
                  "'{AXIS: {A: {KEY: VALUE}}}' sets keys for one of them.")
     sub = command("run", "train, test and save what a configuration describes")
-    sub.epilog = overrides
+    sub.formatter_class = argparse.RawDescriptionHelpFormatter
+    sub.epilog = _run_epilog(overrides)
     sub.add_argument("config", help="a YAML file, on disk or in an installed domain")
     sub.add_argument("--run_dir", help="folder of the run (default runs/<config>/<method>-seed<n>-<k>)")
     sub.add_argument("--overwrite", action="store_true", help="start anew where the folder holds a run")
+    sub.add_argument("--print_config", action="store_true", help="print the resolved configuration as YAML and stop")
     sub = command("describe", "count parameters, FLOPs and bytes before training")
     sub.epilog = overrides
     sub.add_argument("config", help="a YAML file, on disk or in an installed domain")
@@ -72,6 +74,16 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", action="store_true", help="print JSON")
     sub.add_argument("--trust", action="store_true", help="the run is your own: it may name any class by its full path")
     return main
+
+
+def _run_epilog(overrides: str) -> str:
+    """What ``lightning run --help`` ends with."""
+    import textwrap
+
+    from core.config.keys import keys_text
+
+    paragraphs = textwrap.fill(f"{overrides} `lightning run CONFIG --help` prints every field of a configuration.", 110)
+    return f"{paragraphs}\n\nkeys of a configuration:\n{keys_text()}"
 
 
 def _add_patch(main: argparse.ArgumentParser) -> None:
@@ -108,7 +120,8 @@ def _finite(text: str) -> float:
     return number
 
 
-OWN = {"--run_dir": True, "--overwrite": False, "--json": False, "--trust": False, "--help": False}
+OWN = {"--run_dir": True, "--overwrite": False, "--json": False, "--trust": False, "--print_config": False,
+       "--help": False}
 """Options of ``run`` and ``describe`` that are no keys of a configuration, or stand beside one (``--run_dir``), and
 whether a value follows."""
 
@@ -139,6 +152,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in words  # wherever it stands
     words = [word for word in words if word != "--debug"]
     own, keys = _apart(words) if words[:1] in (["run"], ["describe"]) else (words, [])
+    asks = [word for word in own if word in ("--help", "-h")]
+    if words[:1] == ["run"] and asks and len(own) > 1 + len(asks):
+        return _fields_of([word for word in own if word not in asks], keys)
     arguments, rest = main_parser.parse_known_args(own)
     rest += keys
     if arguments.version:
@@ -175,6 +191,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+def _fields_of(own: list[str], keys: list[str]) -> int:
+    """Print what can be set in the configuration of ``lightning run CONFIG --help``."""
+    from core.errors import ScionError, one_line
+
+    try:
+        _quick_imports()
+        from core.config import points
+        from core.config_page import fields_text
+
+        config = parser().parse_args(own).config
+        print(fields_text(points(config, keys)[0]))
+    except ScionError as error:
+        print(f"lightning run: {one_line(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
 @contextlib.contextmanager
 def _brief_warnings() -> Iterator[None]:
     """Show warnings as one line each, without the line of code that they come from."""
@@ -191,6 +224,11 @@ def _dispatch(arguments: argparse.Namespace, rest: list[str]) -> int:
         from core.config import points
 
         found = points(arguments.config, rest)  # tells most mistakes before anything heavy is imported
+        if arguments.print_config:
+            from core.config_page import resolved  # seldom needed
+
+            print(resolved(found), end="")
+            return 0
         _quick_imports()
         from core.config import rehearse
 

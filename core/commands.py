@@ -517,6 +517,10 @@ def save_library_model(model: Any, folder: Path) -> None:
     from safetensors.torch import save_model
 
     if hasattr(model, "save_pretrained"):
+        from transformers.utils import logging as messages  # loaded already, with the model
+
+        if not sys.stderr.isatty():
+            messages.disable_progress_bar()
         model.save_pretrained(folder)
     elif hasattr(model, "pretrained_cfg"):  # loads by timm.create_model("local-dir:FOLDER")
         from timm.models import save_for_hf

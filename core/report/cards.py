@@ -35,7 +35,7 @@ def arguments(cls: type) -> list[dict[str, Any]]:
     own = inspect.signature(cls.__init__).parameters
     found = []
     for name, parameter in signature(cls).parameters.items():
-        known = (_argument_help(base.__doc__ or "").get(name) for base in cls.__mro__)
+        known = (argument_help(base.__doc__ or "").get(name) for base in cls.__mro__)
         annotation = parameter.annotation
         required = parameter.default is inspect.Parameter.empty
         found.append({
@@ -53,7 +53,8 @@ def _inherits(cls: type, name: str) -> bool:
     return name not in inspect.signature(PEFTMethod.__init__).parameters
 
 
-def _argument_help(doc: str) -> dict[str, str]:
+def argument_help(doc: str) -> dict[str, str]:
+    """What a docstring's ``Args`` say, by the arguments' names."""
     lines = inspect.cleandoc(doc).splitlines()
     if "Args:" not in lines:
         return {}

@@ -1,0 +1,27 @@
+"""The keys of a configuration, with a line each."""
+
+from __future__ import annotations
+
+KEYS = {
+    "model.backbone": "the frozen network: a class of the domain, with arguments",
+    "model.task": "the head and its loss: a class, with arguments (default Classification)",
+    "model.checkpointing": "whether activations are recomputed in backward instead of kept",
+    "data": "the datamodule: a class of the domain, with arguments",
+    "peft": "the method, or a list of methods: a class of `lightning methods`, with arguments",
+    "optimizer": "the optimizer, by its name in torch.optim",
+    "lr_scheduler": "the learning rate over the run, step by step",
+    "trainer": "arguments of Lightning's Trainer, and checkpoint_every_n_steps",
+    "seed_everything": "the seed of everything that is drawn (default 0)",
+    "select": "the weights that are tested and kept: last, or best by validation (default last)",
+    "stages": "fits that follow each other: {NAME: {what this one has otherwise}}",
+    "over": "axes of a table: {KEY: [values]}",
+    "per": "settings that go with a value of another key: {KEY: {VALUE: {KEY: VALUE}}}",
+    "run_dir": "the folder of the run",
+    "domain": "where bare names of classes are looked up (default: the folder of the file)",
+}
+
+
+def keys_text() -> str:
+    """A line for each key."""
+    width = max(map(len, KEYS))
+    return "\n".join(f"  {key:{width}}  {text}" for key, text in KEYS.items())
