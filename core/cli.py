@@ -80,7 +80,7 @@ def _run_epilog(overrides: str) -> str:
     """What ``lightning run --help`` ends with."""
     import textwrap
 
-    from core.config.keys import keys_text
+    from core.config.keys import keys_text  # start-up time
 
     paragraphs = textwrap.fill(f"{overrides} `lightning run CONFIG --help` prints every field of a configuration.", 110)
     return f"{paragraphs}\n\nkeys of a configuration:\n{keys_text()}"
@@ -145,7 +145,7 @@ def _apart(words: list[str]) -> tuple[list[str], list[str]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code: 0, 2 for what went wrong, 130 or 143 when interrupted."""
-    from core.errors import Interrupted, ScionError, bad_input, interruptible, one_line
+    from core.errors import Interrupted, ScionError, bad_input, interruptible, one_line  # start-up time
 
     main_parser = parser()
     words = list(sys.argv[1:] if argv is None else argv)
@@ -158,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, rest = main_parser.parse_known_args(own)
     rest += keys
     if arguments.version:
-        from core import __version__
+        from core import __version__  # start-up time
 
         print(f"scion-peft {__version__}")
         return 0
@@ -193,12 +193,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _fields_of(own: list[str], keys: list[str]) -> int:
     """Print what can be set in the configuration of ``lightning run CONFIG --help``."""
-    from core.errors import ScionError, one_line
+    from core.errors import ScionError, one_line  # start-up time
 
     try:
         _quick_imports()
-        from core.config import points
-        from core.config_page import fields_text
+        from core.config import points  # start-up time
+        from core.config_page import fields_text  # start-up time
 
         config = parser().parse_args(own).config
         print(fields_text(points(config, keys)[0]))
@@ -221,7 +221,7 @@ def _brief_warnings() -> Iterator[None]:
 
 def _dispatch(arguments: argparse.Namespace, rest: list[str]) -> int:
     if arguments.command == "run":
-        from core.config import points
+        from core.config import points  # start-up time
 
         found = points(arguments.config, rest)  # tells most mistakes before anything heavy is imported
         if arguments.print_config:
@@ -230,16 +230,16 @@ def _dispatch(arguments: argparse.Namespace, rest: list[str]) -> int:
             print(resolved(found), end="")
             return 0
         _quick_imports()
-        from core.config import rehearse
+        from core.config import rehearse  # start-up time
 
         rehearse(found)  # tells nearly all others before anything is written
-        from core.many_runs import run
+        from core.many_runs import run  # start-up time
 
         return run(found, arguments.run_dir, arguments.overwrite)
     if arguments.command in ("merge", "predict") or getattr(arguments, "action", None) == "take":
         _glance(arguments.run)
     _quick_imports()
-    from core import commands
+    from core import commands  # start-up time
 
     if arguments.command == "describe":
         return commands.describe(arguments.config, rest, arguments.json, arguments.trust) or 0
@@ -255,7 +255,7 @@ def _dispatch(arguments: argparse.Namespace, rest: list[str]) -> int:
     if arguments.command == "import":
         return commands.import_(arguments.folder, arguments.out, arguments.model) or 0
     if arguments.command == "patch":
-        from core import patch_commands
+        from core import patch_commands  # start-up time
 
         if arguments.action == "take":
             return patch_commands.take(arguments.run, arguments.out, arguments.rank) or 0
@@ -270,8 +270,8 @@ def _glance(run: str) -> None:
     """Refuse what can be seen from a run folder's records alone, before anything heavy is imported."""
     from pathlib import Path
 
-    from core.errors import ScionError, one_line
-    from core.files import read_json
+    from core.errors import ScionError, one_line  # start-up time
+    from core.files import read_json  # start-up time
 
     try:
         adapter = one_line(read_json(Path(run) / "adapter" / "adapter.json")["base"]["fingerprint"])
@@ -284,7 +284,7 @@ def _glance(run: str) -> None:
 
 
 def _quick_imports() -> None:
-    from core.imports import quick_lightning
+    from core.imports import quick_lightning  # start-up time
 
     with quick_lightning():
         import lightning.pytorch  # noqa: F401

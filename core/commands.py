@@ -54,7 +54,7 @@ def says_what_failed(command: Callable[..., int]) -> Callable[..., int]:
 @says_what_failed
 def methods(name: str | None, as_json: bool, **filters: Any) -> int:
     """Print the table of all methods, or the card of one; ``filters`` are those of `core.report.methods_json`."""
-    from core import report
+    from core import report  # start-up time
 
     if as_json:
         print(json.dumps(report.card_json(name) if name else report.methods_json(**filters), indent=1))
@@ -71,7 +71,7 @@ def roles(model: str) -> int:
         model: a name that one domain's backbone knows, ``audio:AST:nano`` where several do, a timm name, a folder with
             config.json, or a transformers id in the cache.
     """
-    from core.anatomy import dissect
+    from core.anatomy import dissect  # start-up time
 
     anatomy = dissect(shapes_of(model))
     blocks = f"{len(anatomy.blocks)} blocks" if len(anatomy.blocks) != 1 else "1 block"
@@ -82,8 +82,8 @@ def roles(model: str) -> int:
 
 def role_table(anatomy: Anatomy) -> list[str]:
     """One line for each role: number of sites, first and last module, shape, what stands there."""
-    from core.anatomy import ROLES
-    from core.report import aligned
+    from core.anatomy import ROLES  # start-up time
+    from core.report import aligned  # start-up time
 
     places: dict[str, list[Site]] = {}
     for site in anatomy.all_sites():
@@ -149,7 +149,7 @@ def _domain_backbones() -> dict[str, Any]:
     import importlib
     import pkgutil
 
-    from core.backbone import Backbone
+    from core.backbone import Backbone  # start-up time
 
     try:
         import domains
@@ -195,7 +195,7 @@ def _from_timm(name: str, weights: bool) -> nn.Module | None:
 
 
 def _meta(make: Any) -> nn.Module:
-    from core.rehearsal import rehearsing
+    from core.rehearsal import rehearsing  # start-up time
 
     with rehearsing(calls=MOST_CALLS):
         return make()
@@ -210,7 +210,7 @@ OF_TIMM = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint
 
 
 def _from_folder(folder: Path, weights: bool) -> nn.Module:
-    from core.schema import check
+    from core.schema import check  # start-up time
 
     file = folder / "config.json"
     if not os.path.lexists(file):
@@ -311,10 +311,10 @@ def describe(config: str, overrides: list[str], as_json: bool, trust: bool = Fal
         as_json: print JSON.
         trust: whether a run's configuration may name any class too.
     """
-    from core import cost
-    from core.config import points
-    from core.report import value_text
-    from core.run import assemble
+    from core import cost  # start-up time
+    from core.config import points  # start-up time
+    from core.report import value_text  # start-up time
+    from core.run import assemble  # start-up time
 
     if not trust:
         _check_published(config)
@@ -345,7 +345,7 @@ def describe(config: str, overrides: list[str], as_json: bool, trust: bool = Fal
 
 def _check_published(config: str) -> None:
     """Refuse the configuration in a run's folder where it names a class by its full path."""
-    from core.config import read
+    from core.config import read  # start-up time
 
     file = Path(config)
     if not (file.name == "config.yaml" and os.path.lexists(file.parent / "metrics.json") and file.is_file()):
@@ -381,7 +381,7 @@ def merge(run: str, out: str) -> int:
 
     The folder holds the backbone as its own library saves it, ``head.safetensors`` and ``labels.json``.
     """
-    from core.module import load_run
+    from core.module import load_run  # start-up time
 
     target = check_free(out)
     tuner = load_run(run)
@@ -538,9 +538,9 @@ def save_library_model(model: Any, folder: Path) -> None:
 @says_what_failed
 def export(adapter: str, out: str, model: str | None) -> int:
     """Write a run's or an adapter's methods into a new folder ``out``, as Hugging Face peft writes them."""
-    from core.artifact import load_adapter, open_adapter
-    from core.interop import CONFIG, to_peft
-    from core.module import load_run
+    from core.artifact import load_adapter, open_adapter  # start-up time
+    from core.interop import CONFIG, to_peft  # start-up time
+    from core.module import load_run  # start-up time
 
     target = check_free(out)
     if model is not None:
@@ -563,8 +563,8 @@ def export(adapter: str, out: str, model: str | None) -> int:
 @says_what_failed
 def import_(folder: str, out: str, model: str) -> int:
     """Read an adapter folder of Hugging Face peft for ``model``, and save it as an adapter in a new folder ``out``."""
-    from core.artifact import save_adapter
-    from core.interop import from_peft
+    from core.artifact import save_adapter  # start-up time
+    from core.interop import from_peft  # start-up time
 
     target = check_free(out)
     loaded = from_peft(folder, model_of(model))
@@ -592,9 +592,9 @@ def predict(run: str, files: list[str], as_json: bool, trust: bool = False) -> i
     import torch
     from tqdm import tqdm
 
-    from core.module import load_run
-    from core.pictures import caption
-    from core.report import MOST
+    from core.module import load_run  # start-up time
+    from core.pictures import caption  # start-up time
+    from core.report import MOST  # start-up time
 
     if not files:
         raise ScionError("no files given")
@@ -646,7 +646,7 @@ def predict(run: str, files: list[str], as_json: bool, trust: bool = False) -> i
 
 def _check_agreement(run: str, tuner: FineTuner, data: DataModule) -> None:
     """Refuse data of other sizes than the backbone's, which takes them from the data where it is not told them."""
-    from core.spec import signature
+    from core.spec import signature  # start-up time
 
     if not os.path.lexists(Path(run) / "data_state.json"):
         return
@@ -689,7 +689,7 @@ def _failure(file: str, reason: object) -> str:
 
 def _show(run: str, data: DataModule, shown: list[tuple[Tensor, str]], columns: int = 8) -> None:
     """The picture of the first files, in the run's folder."""
-    from core.pictures import of_files
+    from core.pictures import of_files  # start-up time
 
     file = Path(run) / "predictions.png"
     texts = ["\n".join(map(printable, text.split("\n"))) for _, text in shown]
@@ -705,7 +705,7 @@ def _compare(run: str, tuner: FineTuner, data: DataModule, files: list[str], as_
     import torch
     from tqdm import tqdm
 
-    from core.tasks.embedding import SHOWN, neighbours
+    from core.tasks.embedding import SHOWN, neighbours  # start-up time
 
     inputs, readable, vectors, results = [], [], [], []
     for file in tqdm(files, unit="file", disable=len(files) <= 8 or not sys.stderr.isatty(), file=sys.stderr):
@@ -765,9 +765,9 @@ def data_of(run: str, trust: bool = False) -> DataModule:
     Raises:
         ScionError: no such folder, something in it is damaged, or a class is none that an installed domain publishes.
     """
-    from core.config import make, read
-    from core.data import DataModule
-    from core.schema import check
+    from core.config import make, read  # start-up time
+    from core.data import DataModule  # start-up time
+    from core.schema import check  # start-up time
 
     file = Path(run) / "config.yaml"
     if not os.path.isfile(file):

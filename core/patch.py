@@ -280,7 +280,7 @@ class Patch:
         Raises:
             ScionError: the head of ``model`` is for other classes, or of another shape.
         """
-        from core.module import FineTuner, load_outside
+        from core.module import FineTuner, load_outside  # only for a run's own module
 
         if not self.beside:
             return {}
@@ -307,7 +307,7 @@ class Patch:
         return {name: parameters[name] for name in self.beside}
 
     def _write_beside(self, model: nn.Module, places: dict[str, nn.Parameter]) -> None:
-        from core.module import FineTuner, load_outside
+        from core.module import FineTuner, load_outside  # only for a run's own module
 
         if isinstance(model, FineTuner) and places:
             load_outside(model, self._named_beside(), "the patch's head")
@@ -411,7 +411,7 @@ def architecture_of(model: nn.Module) -> str:
 
 def _surroundings(around: nn.Module, root: nn.Module) -> dict[str, Any]:
     """What a patch holds of the module around the backbone: what is trained beside it, and how both are built."""
-    from core.module import FineTuner, model_record, outside
+    from core.module import FineTuner, model_record, outside  # only for a run's own module
 
     if isinstance(around, FineTuner):
         beside = {name.removeprefix(OUTSIDE): tensor for name, tensor in outside(around).items()}

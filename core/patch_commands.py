@@ -35,8 +35,8 @@ def take(run: str, out: str, rank: int | None = None) -> int:
         out: a folder to make.
         rank: keep this rank of each matrix's change; None keeps all.
     """
-    from core.module import load_run
-    from core.patch import Patch
+    from core.module import load_run  # start-up time
+    from core.patch import Patch  # start-up time
 
     target = check_free(out)
     patch = Patch.take(load_run(run), rank)
@@ -56,7 +56,7 @@ def apply(patch: str, base: str, out: str, scale: float = 1.0) -> int:
         out: a folder to make; it gets what `core.commands.merge` writes.
         scale: factor of the patch.
     """
-    from core.patch import Patch
+    from core.patch import Patch  # start-up time
 
     target, loaded = check_free(out), Patch.load(patch)
     try:
@@ -86,7 +86,7 @@ def add(one: str, other: str, out: str, scales: tuple[float, float] = (1.0, 1.0)
         scales: factors of the two.
         head: where both have a head: the ``first``, the ``second``, or ``none`` of them stays.
     """
-    from core.patch import Patch
+    from core.patch import Patch  # start-up time
 
     target = check_free(out)
     first, second = Patch.load(one), Patch.load(other)
@@ -110,8 +110,8 @@ def _contents(patch: Patch) -> str:
 def _base(patch: Patch, base: str) -> tuple[nn.Module, FineTuner | None]:
     """The plain backbone that is to be changed, and what stands around it: with the patch's head where it brings one,
     otherwise with the head of the run."""
-    from core.backbone import Backbone
-    from core.module import load_run
+    from core.backbone import Backbone  # start-up time
+    from core.module import load_run  # start-up time
 
     tuner: FineTuner | None = None
     if os.path.isdir(Path(base) / "adapter"):
@@ -131,9 +131,9 @@ def _base(patch: Patch, base: str) -> tuple[nn.Module, FineTuner | None]:
 
 def _recorded_backbone(patch: Patch, name: str) -> Backbone:
     """The backbone that the patch was trained with, with the weights of this folder or name."""
-    from core.backbone import Backbone
-    from core.module import USUAL, build, hollow_backbone
-    from core.rehearsal import largest, rehearsing
+    from core.backbone import Backbone  # start-up time
+    from core.module import USUAL, build, hollow_backbone  # start-up time
+    from core.rehearsal import largest, rehearsing  # start-up time
 
     record = patch.model
     if largest(record["backbone"]) > USUAL:  # a stranger's record may ask for any size
@@ -146,8 +146,8 @@ def _recorded_backbone(patch: Patch, name: str) -> Backbone:
 
 
 def _around(patch: Patch, backbone: Backbone) -> FineTuner:
-    from core.module import FineTuner, build
-    from core.tasks.base import Task
+    from core.module import FineTuner, build  # start-up time
+    from core.tasks.base import Task  # start-up time
 
     record = patch.model
     task = build(record["task"], record["seed"], Task)

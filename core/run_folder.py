@@ -104,7 +104,7 @@ class RunFolder:
 
     def _hashes(self, ours: list[Path]) -> list[str]:
         """The configurations that the files of ours name, the record's first."""
-        from core.checkpoints import stamp_of
+        from core.checkpoints import stamp_of  # start-up time
 
         record = self._record()
         found = [record["config_hash"]] if record else []

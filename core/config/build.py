@@ -120,7 +120,7 @@ def _check_names(methods: list[dict[str, Any]]) -> None:
 
 
 def _check_method(method: dict[str, Any]) -> None:
-    from core.peft import options
+    from core.peft import options  # start-up time
 
     name, arguments = method["class_path"], method["init_args"]
     if "." not in name:
@@ -173,7 +173,7 @@ def find_class(name: str, key: str, domain: str) -> type:
     if "." in name:
         return _imported(name, key)
     if key == "peft":
-        from core.peft import method_class
+        from core.peft import method_class  # start-up time
 
         return method_class(name)
     if key == "model.task":
@@ -482,10 +482,10 @@ def rehearse(points: Iterable[Point]) -> None:
     Raises:
         ScionError: the first mistake.
     """
-    from core.backbone import Backbone
-    from core.data import DataModule
-    from core.method import PEFTMethod
-    from core.tasks import Task
+    from core.backbone import Backbone  # start-up time
+    from core.data import DataModule  # start-up time
+    from core.method import PEFTMethod  # start-up time
+    from core.tasks import Task  # start-up time
 
     done: set[str] = set()
 

@@ -60,7 +60,7 @@ def options(name: str) -> list[str]:
         ScionError: no method has that name; the message gives the nearest ones.
     """
     if name not in _sources() or name not in registry():
-        from core.spec import signature
+        from core.spec import signature  # start-up time
 
         return [*signature(method_class(name)).parameters]
     found: list[str] = []
@@ -105,7 +105,7 @@ def make(name: str, config: dict[str, Any]) -> PEFTMethod:
     Raises:
         ScionError: no such method, an argument that it does not have, or a value of another type.
     """
-    from core.spec import check_arguments
+    from core.spec import check_arguments  # start-up time
 
     cls = method_class(name)
     config = present_options(cls, config)
@@ -123,7 +123,7 @@ def __getattr__(name: str) -> Any:
     if name == "__all__":
         return [*registry(), "PEFTMethod"]
     if name == "PEFTMethod":
-        from core.method import PEFTMethod
+        from core.method import PEFTMethod  # start-up time
 
         return PEFTMethod
     if name in registry():

@@ -30,7 +30,7 @@ def sections(doc: str) -> dict[str, str]:
 
 def arguments(cls: type) -> list[dict[str, Any]]:
     """The constructor's arguments: ``{"name", "type", "default", "help", "common"}``; common ones are the base's."""
-    from core.spec import plain, signature
+    from core.spec import plain, signature  # start-up time
 
     own = inspect.signature(cls.__init__).parameters
     found = []
@@ -48,7 +48,7 @@ def arguments(cls: type) -> list[dict[str, Any]]:
 
 def _inherits(cls: type, name: str) -> bool:
     """Whether ``name`` comes from a parent method (DoRA's rank from LoRA), not from what all methods share."""
-    from core.method import PEFTMethod
+    from core.method import PEFTMethod  # start-up time
 
     return name not in inspect.signature(PEFTMethod.__init__).parameters
 
@@ -78,9 +78,9 @@ def card_json(name: str) -> dict[str, Any]:
     Raises:
         ScionError: no method has that name; the message gives the nearest ones.
     """
-    from core.peft import method_class, registry
-    from core.spec import plain
-    from core.taxonomy import tags_of
+    from core.peft import method_class, registry  # start-up time
+    from core.spec import plain  # start-up time
+    from core.taxonomy import tags_of  # start-up time
 
     cls = method_class(name)
     taxon, kinds = tags_of(name, cls)
@@ -104,8 +104,8 @@ def methods_json(family: str | None = None, kind: str | None = None, mergeable: 
     Raises:
         ScionError: no such family or kind.
     """
-    from core import taxonomy
-    from core.peft import registry
+    from core import taxonomy  # start-up time
+    from core.peft import registry  # start-up time
 
     folders = {home.removeprefix("core.peft.").partition(".")[0] for home in registry().values()
                if home.startswith("core.peft.")}

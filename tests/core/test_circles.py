@@ -75,3 +75,20 @@ def test_a_circle_is_found() -> None:
     trees["core.errors"].body += ast.parse("def late():\n    from core.method import PEFTMethod").body
     found = circle(graph_of(trees))
     assert {"core.errors", "core.method"} <= set(found)
+
+
+def late_imports(source: str) -> Iterator[str]:
+    """The lines inside functions that import from the core."""
+    lines = source.splitlines()
+    for function in ast.walk(ast.parse(source)):
+        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            for node in ast.walk(function):
+                if isinstance(node, ast.ImportFrom) and str(node.module).partition(".")[0] == "core":
+                    yield lines[node.lineno - 1]
+
+
+def test_an_import_inside_a_function_says_why() -> None:
+    found = [(str(file), line) for file in sorted((ROOT / "core").rglob("*.py"))
+             for line in late_imports(file.read_text(encoding="utf-8"))]
+    assert len(found) > 20
+    assert [place for place in found if "  # " not in place[1]] == []

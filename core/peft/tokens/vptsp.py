@@ -146,7 +146,7 @@ class VPTSP(PEFTMethod):
     # --------------------------------------------------------------------------------- training
 
     def beside(self, pl_module: Any) -> nn.Module | None:
-        from core.tasks.embedding import Embedding
+        from core.tasks.embedding import Embedding  # only where it is trained beside such a task
 
         task = pl_module.task
         if not isinstance(task, Embedding) or self.beta == 1:
@@ -222,7 +222,7 @@ class SemanticPath(nn.Module):
 
     def __init__(self, sizes: list[tuple[int, int]], classes: int, tokens: int, features: int, dim: int, norm: bool,
                  kind: str, dropout: float, bank: bool) -> None:
-        from core.tasks.embedding import projection
+        from core.tasks.embedding import projection  # only where it is trained beside such a task
 
         super().__init__()
         self.sizes = sizes
