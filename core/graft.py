@@ -512,6 +512,10 @@ class Carrier:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.grafts: list[Graft] = []
+        self.acting: dict[str, list[Graft]] = {verb: [] for verb in VERBS}
+        """The grafts that have a verb, whether or not they take part at present."""
+        self.noticing: list[Graft] = []
+        """Those that look at the module's arguments."""
         self.readers: list[Graft] = []
         """Grafts of other sites that read this one."""
         self.open: list[_Rewrite] = []
@@ -537,16 +541,23 @@ class Carrier:
         self.grafts.append(graft)
         # One that returns by unmerge returns to its place.
         self.grafts.sort(key=lambda graft: (graft.folds, graft.place))
+        self._sort_out()
         self.refresh()
 
     def drop(self, graft: Graft) -> None:
         """Forget a graft that stands here, or that reads here; the last one takes the hooks along."""
         self.grafts = [other for other in self.grafts if other is not graft]
         self.readers = [other for other in self.readers if other is not graft]
+        self._sort_out()
         self.refresh()
         if not self.grafts and not self.readers:
             for handle in self.handles:
                 handle.remove()
+
+    def _sort_out(self) -> None:
+        """Find out once, and not in each forward, what the grafts here do."""
+        self.acting = {verb: [graft for graft in self.grafts if verb in _acts_by(graft)] for verb in VERBS}
+        self.noticing = [graft for graft in self.grafts if type(graft).notice is not Graft.notice]
 
     def refresh(self) -> None:
         """Give modules the attributes that active grafts need here (and their own back when there are none)."""
@@ -562,7 +573,11 @@ class Carrier:
         self.own = [(module, name) for module, name, _ in wanted.values()]
 
     def _live(self, verb: str) -> list[Graft]:
-        found = [graft for graft in self.grafts if graft.live and verb in _acts_by(graft)]
+        """The grafts that have a verb and take part. It runs in each forward, so the loop asks no property."""
+        found = []
+        for graft in self.acting[verb]:
+            if graft.active and not graft.dropped:
+                found.append(graft)
         if verb == "weight" and any(graft.site.by_weight for graft in found):
             found.sort(key=_turn)
         return found
@@ -570,24 +585,31 @@ class Carrier:
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         if self.open:
             self._purge()
-        for graft in self.grafts:
-            if graft.live and type(graft).notice is not Graft.notice:
+        for graft in self.noticing:
+            if graft.active and not graft.dropped:
                 graft.notice(args, kwargs)
         if self.readers:
             self._tell("input", hidden_in(args, kwargs))
+        if self.acting["before"]:
+            args, kwargs = self._before(args, kwargs)
+        if self.acting["weight"] or self.acting["attend"]:
+            mode = self._rewrite(self._live("weight"), self._live("attend"), args, kwargs)
+            if mode is not None:
+                mode.__enter__()
+                self.open.append(mode)
+        return args, kwargs
+
+    def _before(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """The module's arguments as grafts change them."""
         for together in _side_by_side([graft for graft in self._live("before") if graft.edits_call]):
             args, kwargs = (), self._edited(together, {**dict(zip(self.names, args, strict=False)), **kwargs})
         before = [graft for graft in self._live("before") if not graft.edits_call]
-        if before:
-            x = hidden_in(args, kwargs)
-            for graft in before:
-                x = self._before_on_rows(graft, x) if graft.by_rows else _weighed(graft, x, graft(x, verb="before"))
-            args, kwargs = _with_hidden_in(args, kwargs, x)
-        mode = self._rewrite(self._live("weight"), self._live("attend"), args, kwargs)
-        if mode is not None:
-            mode.__enter__()
-            self.open.append(mode)
-        return args, kwargs
+        if not before:
+            return args, kwargs
+        x = hidden_in(args, kwargs)
+        for graft in before:
+            x = self._before_on_rows(graft, x) if graft.by_rows else _weighed(graft, x, graft(x, verb="before"))
+        return _with_hidden_in(args, kwargs, x)
 
     def _rewrite(self, weights: list[Graft], attend: list[Graft], args: tuple, kwargs: dict[str, Any]
                  ) -> _Rewrite | None:
@@ -655,7 +677,7 @@ class Carrier:
                 raise ScionError(f"{sites}: {type(module).__name__}.forward made no call that a graft could rewrite")
 
     def _after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        after = self._live("after")
+        after = self._live("after") if self.acting["after"] else []
         changed = self._run_after(after, args, kwargs, output) if after else None
         if self.readers:
             self._tell("output", hidden_out(output if changed is None else changed))
@@ -670,10 +692,12 @@ class Carrier:
     def _run_after(self, after: list[Graft], args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         x, y = hidden_in(args, kwargs), hidden_out(output)
         call = None
-        if any(graft.reads_call for graft in after):
-            arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
-            call = Call(arguments, next(iter(arguments)) if args else hidden_name(kwargs), y)
-        for together in _side_by_side(after):
+        for graft in after:
+            if graft.reads_call and call is None:
+                arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
+                call = Call(arguments, next(iter(arguments)) if args else hidden_name(kwargs), y)
+        groups = [after] if len(after) == 1 else _side_by_side(after)
+        for together in groups:
             first = together[0]
             y = self._on_parts(together, x, y, call) if first.by_rows else _weighed(
                 first, y, _run_after(first, x, y, call))
