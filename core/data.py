@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from core.errors import ScionError
+from core.random_state import seed_of as seed_of
 from core.spec import Recorded
 
 Source = Literal["auto", "real", "mini"]
@@ -244,15 +245,6 @@ class EpochLoader(DataLoader):
         if order is None:
             return []
         return order.own()[batch * order.batch_size:(batch + 1) * order.batch_size]
-
-
-def seed_of(*parts: object) -> int:
-    """A 63-bit seed from any names and numbers, the same on every machine and in every process."""
-    import hashlib
-
-    text = "\0".join(map(str, parts))
-    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()  # names of files need not be text
-    return int.from_bytes(digest[:8], "little") >> 1
 
 
 def bounded(lines: list[str], most: int) -> list[str]:

@@ -13,9 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from core.data import seed_of
 from core.errors import ScionError, listed, nearest, one_line
 from core.labelled import PARTS, LabelledData, Parts, Sample, as_text, at_least_two, ordered, read_csv
+from core.random_state import seed_of
 
 SETS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
         "dev": "validation", "test": "test", "testing": "test"}

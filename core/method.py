@@ -36,11 +36,10 @@ from core.attached import home_in as home_in
 from core.attached import methods_on as methods_on
 from core.base import check_base, check_quantized, check_sites
 from core.beside import OUTSIDE, path_of, tensors_beside
-from core.data import seed_of
 from core.errors import ScionError, listed, nearest
 from core.files import parse_json
 from core.graft import Graft
-from core.random_state import random_states, restore_random_states, seeded
+from core.random_state import random_states, restore_random_states, seed_of, seeded
 from core.saving import save_adapter
 from core.schema import Digest, Name, check, check_fields
 from core.spec import Recorded, plain, signature

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from core.anatomy.families.transformers import _attention
-from core.data import seed_of
+from core.random_state import seed_of
 
 WIDTH = 32
 """Width of every family's feature."""

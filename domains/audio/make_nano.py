@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import tqdm
 
-from core.data import seed_of
+from core.random_state import seed_of
 from domains.audio import synth
 from domains.audio.backbones import NANO, _random, grid_of, resize_positions
 from domains.audio.features import BINS, RATE, filterbank, normalise, samples, specaugment

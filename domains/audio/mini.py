@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from core.data import seed_of
+from core.random_state import seed_of
 from domains.audio import synth
 from domains.audio.features import RATE, filterbank, one_thread, samples
 from domains.audio.synth import Random, Wave, loguniform, seconds

@@ -26,7 +26,7 @@ _V, _U = np.mgrid[-REACH:REACH:FINE * 1j, -REACH:REACH:FINE * 1j]
 
 def generator(*seed: object) -> Random:
     """A generator that is a function of ``seed`` alone."""
-    from core.data import seed_of
+    from core.random_state import seed_of
 
     return np.random.Generator(np.random.PCG64(seed_of(*seed)))
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from core.anatomy import Anatomy
-from core.data import seed_of
 from core.errors import ScionError, listed
 from core.graft import Graft, refresh
 from core.method import Home, PEFTMethod
+from core.random_state import seed_of
 
 
 class AdapterDrop(PEFTMethod):

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from core.anatomy import dissect
-from core.data import seed_of
 from core.errors import ScionError, listed
 from core.graft import Graft
 from core.method import Home, PEFTMethod, sample_name, training_batch
+from core.random_state import seed_of
 
 
 class IST(PEFTMethod):

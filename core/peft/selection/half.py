@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from core.anatomy import Anatomy, Block, Site, dissect
-from core.data import seed_of
 from core.errors import ScionError
 from core.method import NORMS, Home, PEFTMethod
+from core.random_state import seed_of
 from core.schema import Count
 
 CATEGORIES = (("q", "k", "v", "o"), ("cross.q", "cross.k", "cross.v", "cross.o"), ("mlp.up", "mlp.gate", "mlp.down"),

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from core.data import seed_of
+from core.random_state import seed_of
 
 DATA = Path(os.environ.get("SCION_DATA", "../shared/data"))
 """Where the archives lie."""
