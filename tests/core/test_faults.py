@@ -93,7 +93,8 @@ def test_a_checkpoint_that_cannot_be_written(tiny_config: Path, point_of: PointO
     assert resumed and results(folder)["weights"] == results(tmp_path / "alone")["weights"]
 
 
-@pytest.mark.parametrize(("error", "text"), [ERRORS[0], ERRORS[-1]], ids=[IDS[0], IDS[-1]])
+@pytest.mark.parametrize(("error", "text"), [
+    pytest.param(*ERRORS[0], id=IDS[0]), pytest.param(*ERRORS[-1], id=IDS[-1], marks=pytest.mark.slow)])
 def test_a_table(tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
                  error: Exception, text: str) -> None:
     """The points behind a failed one are run, the table names the failure, and a second call makes up for it."""

@@ -39,7 +39,8 @@ def test_a_run(tiny_config: Path, point_of: PointOf, tmp_path: Path, sign: int, 
     assert results(folder) == results(tmp_path / "alone")
 
 
-@pytest.mark.parametrize(("sign", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("sign", "code"), [
+    (signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)])
 def test_a_table(tiny_config: Path, tmp_path: Path, sign: int, code: int) -> None:
     """The points behind the one that was interrupted are not begun, and the second call does what is left."""
     from core.config import points

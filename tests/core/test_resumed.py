@@ -29,7 +29,12 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+QUICK = ("default", "best, every step", "max_steps, every two")
+"""The settings of the quick tier: each way of stopping once; the long tier has them all, and their combinations."""
+
+
+@pytest.mark.parametrize("setting", [
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in SETTINGS])
 def test_stopped_behind_each_checkpoint(point_of: PointOf, tmp_path: Path, setting: str) -> None:
     options, count = SETTINGS[setting]
     point = point_of(*options)

@@ -145,8 +145,9 @@ def stopped(point_of: PointOf, folder: Path, *overrides: str, behind: int = 1) -
     assert exit_code(child(point_of(*overrides), folder, stop_after=behind)) == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("other", [("--seed_everything", "1"), ("--optimizer.lr", "0.02"),
-                                   ("--model.task.dropout", "0.2")])
+@pytest.mark.parametrize("other", [
+    ("--seed_everything", "1"), pytest.param(("--optimizer.lr", "0.02"), marks=pytest.mark.slow),
+    pytest.param(("--model.task.dropout", "0.2"), marks=pytest.mark.slow)])
 def test_a_checkpoint_belongs_to_its_configuration(point_of: PointOf, tmp_path: Path, other: tuple[str, ...]) -> None:
     """Also where the run's record is gone."""
     folder = tmp_path / "run"
