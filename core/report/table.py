@@ -63,8 +63,8 @@ def table(points: Sequence[dict[str, Any]], folder: str | Path | None = None) ->
         marked = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in [header, *body]]
         marked.insert(1, f"|{'|'.join('---' if i < len(axes) else '--:' for i in range(len(header)))}|")
         folder = Path(folder)
-        text = json.dumps(record, indent=1, default=str) + "\n"
-        write_whole(folder / "table.json", lambda path: path.write_text(text))
+        as_json = json.dumps(record, indent=1, default=str) + "\n"
+        write_whole(folder / "table.json", lambda path: path.write_text(as_json))
         write_whole(folder / "table.md", lambda path: path.write_text(
             "\n".join([*marked, "", *(f"{note}  " for note in notes)]).rstrip() + "\n", encoding="utf-8"))
         _dots(suite.rows_of(tasks, overall=True) if tasks else rows, notes, folder / "table.png")
