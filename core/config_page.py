@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import textwrap
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from typing import Any
 
 from core.config import Point, dump, find_class
@@ -80,7 +80,6 @@ def _of_component(component: dict[str, Any], key: str, domain: str) -> Iterator[
 
 
 def _of_settings(cls: Any, key: str, given: dict[str, Any]) -> Iterator[Field]:
-    assert is_dataclass(cls)
     meanings = argument_help(cls.__doc__ or "")
     defaults = cls()
     for field in fields(cls):
