@@ -706,8 +706,7 @@ def _rehearse(form: PeftForm, cls: type[PEFTMethod], config: dict[str, Any], ten
         return
     count = len(tensors) + sum(1 for _ in root.parameters())
     done: list[PEFTMethod] = []
-    with rehearsing(count), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what there is to say is said in earnest
+    with rehearsing(count):
         found = _build(form, cls, config, hollow(tensors), hollow_root, where, name, done)
         load_tensors(done, found, where, write=False)
 

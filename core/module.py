@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -631,8 +630,7 @@ def _rehearse(saved: Saved, where: str) -> None:
              *(reach(spec["config"]) for spec in saved.record["methods"])]
     if max(sizes) <= USUAL:
         return
-    with rehearsing(len(saved.tensors) + USUAL), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what there is to say is said in earnest
+    with rehearsing(len(saved.tensors) + USUAL):
         backbone = hollow_backbone(model["backbone"], model["seed"])
         tuner = _around_backbone(model, backbone)
         tensors = hollow({name: tensor for name, tensor in saved.tensors.items() if not name.startswith(OUTSIDE)})

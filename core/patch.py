@@ -30,11 +30,11 @@ from torch import Tensor, nn
 from core.anatomy import dissect
 from core.artifact import OUTSIDE, ModelRecord, fingerprint
 from core.errors import ScionError, listed, one_line
-from core.files import read_json, write_json
+from core.files import read_json
 from core.fingerprint import Fingerprint
 from core.method import home_in, methods_on, uncompiled
 from core.schema import Digest, Rule, Shapes, check, shown
-from core.tensors import check_fit, check_values, checksum, kind_of, read_tensors, write_tensors
+from core.tensors import check_fit, check_values, checksum, kind_of, read_tensors, write_with_record
 
 FORMAT = 1
 TENSORS, RECORD = "patch.safetensors", "patch.json"
@@ -336,12 +336,7 @@ class Patch:
         if self.model:
             record["model"] = self.model
         target = Path(folder)
-        try:
-            target.mkdir(parents=True, exist_ok=True)
-            record["sha256"] = write_tensors(target / TENSORS, tensors)
-            write_json(target / RECORD, record)
-        except OSError as error:
-            raise ScionError(f"{folder} cannot be written ({error.strerror or error})") from None
+        write_with_record(target / TENSORS, tensors, target / RECORD, record)
         return target
 
     @classmethod

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,8 +136,7 @@ def _recorded_backbone(patch: Patch, name: str) -> Backbone:
 
     record = patch.model
     if largest(record["backbone"]) > USUAL:  # a stranger's record may ask for any size
-        with rehearsing(USUAL), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what there is to say is said in earnest
+        with rehearsing(USUAL):
             hollow_backbone(record["backbone"], record["seed"])
     name = str(Path(name).absolute()) if os.path.isdir(name) else name
     recorded: dict[str, Any] = {**record["backbone"], "name": name}

@@ -292,8 +292,7 @@ def rehearse(specs: list[Spec], tensors: dict[str, Tensor], model: nn.Module, wh
         return
     count = len(tensors) + sum(1 for _ in model.parameters())
     done: list[PEFTMethod] = []
-    with rehearsing(count), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what there is to say is said in earnest
+    with rehearsing(count):
         attach(specs, hollow_model, done)
         own = {name: tensor for name, tensor in tensors.items() if not name.startswith(OUTSIDE)}
         load_tensors(done, hollow(own), where, write=False, unfrozen=unfrozen)

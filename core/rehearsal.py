@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -81,7 +82,7 @@ def twin(model: nn.Module) -> nn.Module | None:
 
 @contextlib.contextmanager
 def rehearsing(tensors: int = 0, calls: int = CALLS) -> Iterator[None]:
-    """Within this context tensors are made on the meta device, and not without end.
+    """Within this context tensors are made on the meta device, without warnings, and not without end.
 
     Args:
         tensors: how many there are already, in the model and in the file; each allows for more calls.
@@ -90,7 +91,9 @@ def rehearsing(tensors: int = 0, calls: int = CALLS) -> Iterator[None]:
     Raises:
         ScionError: torch is called more often.
     """
-    with torch.random.fork_rng(devices=[]), torch.device("meta"), _Bounded(calls + CALLS_A_TENSOR * tensors):
+    bound = _Bounded(calls + CALLS_A_TENSOR * tensors)
+    with torch.random.fork_rng(devices=[]), torch.device("meta"), bound, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what there is to say is said in earnest
         yield
 
 

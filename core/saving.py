@@ -12,8 +12,7 @@ from torch import Tensor
 from core.anatomy import dissect
 from core.attached import Home
 from core.errors import ScionError, listed
-from core.files import write_json
-from core.tensors import write_tensors
+from core.tensors import write_with_record
 from core.training_checks import check_model
 
 if TYPE_CHECKING:
@@ -59,11 +58,9 @@ def save_adapter(methods: list[PEFTMethod], folder: str | Path, extra: dict[str,
     }
     target = Path(folder)
     try:
-        target.mkdir(parents=True, exist_ok=True)
-        record["sha256"] = write_tensors(target / TENSORS, tensors)
-        write_json(target / RECORD, record)
-    except OSError as error:
-        raise ScionError(f"{folder} cannot be written ({error.strerror or error})") from None
+        write_with_record(target / TENSORS, tensors, target / RECORD, record)
+    except ScionError:  # which is a ValueError too
+        raise
     except ValueError:
         raise ScionError(f"{folder}: an argument of {listed(method.name for method in methods)} is no finite number, "
                          "which an adapter cannot record") from None

@@ -86,12 +86,12 @@ def _load_state_dict(self: L.LightningModule, state_dict: Mapping[str, Any], str
 
 def _methods_lost(module: nn.Module, state: Mapping[str, Any]) -> list[str]:
     """Names of the methods in ``state`` whose places in ``module`` are empty."""
-    found = []
+    found, modules = [], dict(module.named_modules())
     for name in state:
         path, home, method = name.removesuffix("._extra_state").rpartition("peft.")
         if not (home and name.endswith("._extra_state")) or "." in method:
             continue
-        root = dict(module.named_modules()).get(path.removesuffix("."))
+        root = modules.get(path.removesuffix("."))
         if root is None or "peft" not in root._modules:
             found.append(f"{method} at {path.removesuffix('.') or 'its root'}")
     return found

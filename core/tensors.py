@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from core.errors import ScionError, one_line
-from core.files import check_regular, write_atomically
+from core.files import check_regular, write_atomically, write_json
 
 LARGEST_HEADER = 32 * 2**20
 """Bytes of a safetensors header beyond which a file is not opened: some hundred thousand tensors."""
@@ -47,6 +47,22 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
 
     write_atomically(path, write)
     return sums[0]
+
+
+def write_with_record(file: Path, tensors: Mapping[str, Tensor], record_file: Path, record: dict[str, Any]) -> None:
+    """Write tensors, and then the record that holds their checksum as ``sha256``: a pair of which only one was written
+    is never taken for whole.
+
+    Raises:
+        ScionError: the folder cannot be written.
+        ValueError: the record holds a number that JSON does not have.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        record["sha256"] = write_tensors(file, tensors)
+        write_json(record_file, record)
+    except OSError as error:
+        raise ScionError(f"{file.parent} cannot be written ({error.strerror or error})") from None
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

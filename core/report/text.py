@@ -16,9 +16,14 @@ def methods_named(peft: Any) -> str:
 
 def scalars(values: Any) -> dict[str, float]:
     """The plain numbers of a split's metrics, names without the split, a loss last."""
-    found = {str(name).rpartition("/")[2]: float(value) for name, value in (values or {}).items()
-             if isinstance(value, (int, float)) and not isinstance(value, bool)}
-    return dict(sorted(found.items(), key=lambda item: item[0] in ("loss", "penalty")))
+    found, losses = {}, {}
+    for key, value in (values or {}).items():
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            continue
+        name = str(key).rpartition("/")[2]
+        part = losses if name in ("loss", "penalty") else found
+        part[name] = float(value)
+    return {**found, **losses}
 
 
 def bytes_text(count: float) -> str:
@@ -41,13 +46,17 @@ def duration_text(seconds: float) -> str:
 
 def value_text(value: Any) -> str:
     """A value of an axis as a person reads it: a class by its name."""
-    return methods_named(value) if isinstance(value, dict) and {"class_path", "class"} & set(value) else \
-        " + ".join(map(value_text, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, list):
+        return " + ".join(map(value_text, value))
+    if isinstance(value, dict) and ("class_path" in value or "class" in value):
+        return methods_named(value)
+    return str(value)
 
 
 def data_named(data: dict[str, Any]) -> str:
     """The name of a run's data, and of the task in a suite."""
-    return f"{data.get('name', 'unnamed data')}{': ' + str(data['task']) if data.get('task') else ''}"
+    name, task = data.get("name", "unnamed data"), data.get("task")
+    return f"{name}: {task}" if task else str(name)
 
 
 def origin_of(metrics: dict[str, Any]) -> str:
@@ -71,7 +80,11 @@ def is_repetition(axis: str) -> bool:
 def aligned(header: list[str], body: list[list[str]], left: int = 1) -> list[str]:
     """The lines of a plain-text table; the first ``left`` columns are set left, the others right."""
     widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
-    lines = ["  ".join(cell.ljust(width) if i < left else cell.rjust(width)
-                       for i, (cell, width) in enumerate(zip(line, widths, strict=True))).rstrip()
-             for line in [header, *body]]
-    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
+    lines = []
+    for cells in [header, *body]:
+        padded = []
+        for number, (cell, width) in enumerate(zip(cells, widths, strict=True)):
+            padded.append(cell.ljust(width) if number < left else cell.rjust(width))
+        lines.append("  ".join(padded).rstrip())
+    rule = "  ".join("-" * width for width in widths)
+    return [lines[0], rule, *lines[1:]]
