@@ -5,23 +5,39 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from core.former_names import install
+
 if TYPE_CHECKING:
+    from core.adapters.huggingface.convert import to_peft
+    from core.adapters.load import load_adapter
+    from core.adapters.weight_delta import Patch
     from core.anatomy import dissect
-    from core.artifact import load_adapter
     from core.cost import describe
     from core.errors import ScionError
     from core.graft import checkpoint_activations
-    from core.module import FineTuner, load_run
+    from core.training.finetuner import FineTuner, load_run
 
 __version__ = "0.1.0"
-__all__ = ["FineTuner", "ScionError", "checkpoint_activations", "describe", "dissect", "load_adapter", "load_run"]
+__all__ = ["FineTuner", "Patch", "ScionError", "checkpoint_activations", "describe", "dissect", "load_adapter",
+           "load_run", "to_peft"]
 
-_HOMES = {"FineTuner": "core.module", "ScionError": "core.errors", "checkpoint_activations": "core.graft",
-          "describe": "core.cost", "dissect": "core.anatomy", "load_adapter": "core.artifact",
-          "load_run": "core.module"}
+_HOMES = {
+    "FineTuner": "core.training.finetuner",
+    "Patch": "core.adapters.weight_delta",
+    "ScionError": "core.errors",
+    "checkpoint_activations": "core.graft",
+    "describe": "core.cost",
+    "dissect": "core.anatomy",
+    "load_adapter": "core.adapters.load",
+    "load_run": "core.training.finetuner",
+    "to_peft": "core.adapters.huggingface.convert",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+install()

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from core.spec import Recorded
+from core.record import Recorded
 
 
 class Backbone(nn.Module, Recorded, ABC):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from core import peft as methods
-from core.interop import from_peft, to_peft
+from core.adapters.huggingface.convert import from_peft, to_peft
 from core.method import PEFTMethod
 from tests import models
 
@@ -169,7 +169,7 @@ Made by `python -m tests.interop_table` from the rows that `tests/core/test_inte
 models, random values in all trained tensors, and the largest difference of their features (of values near 1) between
 the two libraries, over all models of a row, in float32. All must stay below {LIMIT:g}.
 
-    lightning export RUN FOLDER --format peft                  # or core.interop.to_peft(method, model, folder)
+    lightning export RUN FOLDER --format peft                  # or core.to_peft(method, model, folder)
     lightning import FOLDER OUT --model NAME                   # or core.load_adapter(folder, model)
 
 A peft adapter names modules of the library's own model (`run.backbone.model`), and is opened on that. Of its files only

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from core.config.schema import Optimizer, Schedule, check, check_trainer_shape, cut, short
 from core.errors import ScionError, called, listed, nearest, one_line
-from core.schema import shown, wanted
-from core.spec import is_finite, signature, types_of
+from core.json_types import shown, wanted
+from core.record import is_finite, signature, types_of
 
 if TYPE_CHECKING:
     from core.config.grid import Point

@@ -20,7 +20,7 @@ from core.config.document import find, parse, read
 from core.config.overrides import Change, CommandLine, assign, command_line, in_order, path_of, whole_first
 from core.config.schema import COMPONENTS, Over, Per, check, check_whole, component, normal, normal_value, short
 from core.errors import ScionError, listed, nearest
-from core.schema import shown
+from core.json_types import shown
 
 LONGEST = 240
 """Bytes of a point's folder name; a file system takes 255, and locks and numbers are added."""

@@ -12,7 +12,7 @@ from typing import Any
 from core.config.document import parse
 from core.config.schema import COMPONENTS, KEYS, STAGE_KEYS, component, normal_stage, normal_value, place_of, short
 from core.errors import ScionError, listed, nearest
-from core.schema import shown
+from core.json_types import shown
 
 SETTABLE = tuple(key for key in KEYS if key not in ("over", "per"))
 LONGEST_KEY = 200

@@ -1,4 +1,4 @@
-"""The shape of a configuration in its normal form, as types that `core.schema` checks; and the way into that form.
+"""The shape of a configuration in its normal form, as types that `core.json_types` checks; and the way into that form.
 
 Every class is ``{class_path, init_args}`` there, every optimizer and schedule a mapping.
 """
@@ -8,7 +8,7 @@ import re
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 from core.errors import ScionError, listed, nearest
-from core.schema import Rule, UnknownKey, fields_of, mismatch, shown
+from core.json_types import Rule, UnknownKey, fields_of, mismatch, shown
 
 LONGEST_NAME = 64
 

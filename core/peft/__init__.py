@@ -60,7 +60,7 @@ def options(name: str) -> list[str]:
         ScionError: no method has that name; the message gives the nearest ones.
     """
     if name not in _sources() or name not in registry():
-        from core.spec import signature  # start-up time
+        from core.record import signature  # start-up time
 
         return [*signature(method_class(name)).parameters]
     found: list[str] = []
@@ -77,7 +77,7 @@ def options(name: str) -> list[str]:
 
 @functools.cache
 def _common() -> list[str]:
-    source = Path(__file__).parent.parent / "method.py"
+    source = Path(__file__).parent.parent / "method" / "base.py"
     base = next(node for node in ast.parse(source.read_text(encoding="utf-8")).body
                 if isinstance(node, ast.ClassDef) and node.name == "PEFTMethod")
     init = next(n for n in base.body if isinstance(n, ast.FunctionDef) and n.name == "__init__")
@@ -105,7 +105,7 @@ def make(name: str, config: dict[str, Any]) -> PEFTMethod:
     Raises:
         ScionError: no such method, an argument that it does not have, or a value of another type.
     """
-    from core.spec import check_arguments  # start-up time
+    from core.record import check_arguments  # start-up time
 
     cls = method_class(name)
     config = present_options(cls, config)

@@ -30,7 +30,7 @@ def sections(doc: str) -> dict[str, str]:
 
 def arguments(cls: type) -> list[dict[str, Any]]:
     """The constructor's arguments: ``{"name", "type", "default", "help", "common"}``; common ones are the base's."""
-    from core.spec import plain, signature  # start-up time
+    from core.record import plain, signature  # start-up time
 
     own = inspect.signature(cls.__init__).parameters
     found = []
@@ -79,8 +79,8 @@ def card_json(name: str) -> dict[str, Any]:
         ScionError: no method has that name; the message gives the nearest ones.
     """
     from core.peft import method_class, registry  # start-up time
-    from core.spec import plain  # start-up time
-    from core.taxonomy import tags_of  # start-up time
+    from core.record import plain  # start-up time
+    from core.report.taxonomy import tags_of  # start-up time
 
     cls = method_class(name)
     taxon, kinds = tags_of(name, cls)
@@ -96,16 +96,16 @@ def methods_json(family: str | None = None, kind: str | None = None, mergeable: 
     """The cards of all methods; an installed method that cannot be imported has ``error`` instead.
 
     Args:
-        family: keeps those of a family (`core.taxonomy.FAMILIES`), or of a folder of `core.peft`.
-        kind: keeps those that modify such things (`core.taxonomy.KINDS`).
+        family: keeps those of a family (`core.report.taxonomy.FAMILIES`), or of a folder of `core.peft`.
+        kind: keeps those that modify such things (`core.report.taxonomy.KINDS`).
         mergeable: keeps those that can be written into the weights.
         planned: gives what is known and not here instead.
 
     Raises:
         ScionError: no such family or kind.
     """
-    from core import taxonomy  # start-up time
     from core.peft import registry  # start-up time
+    from core.report import taxonomy  # start-up time
 
     folders = {home.removeprefix("core.peft.").partition(".")[0] for home in registry().values()
                if home.startswith("core.peft.")}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
-from core.spec import Recorded
+from core.record import Recorded
 
 if TYPE_CHECKING:
     from core.graft import Graft

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from core.backbone import Backbone
+from core.data.download import reachable
 from core.errors import ScionError, listed, nearest
-from core.network import reachable
 
 Model = Any
 """transformers' ``ASTModel``. Even an import for type checkers alone is run by the command's parser of annotations:

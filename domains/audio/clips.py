@@ -1,8 +1,8 @@
 """What the audio datamodules share: a list of clips becomes filterbanks on disk, and these become three sets.
 
 A benchmark says where its clips lie, what they are and which set they belong to; what it has in common with other
-labelled files is in ``core.labelled``. Here are the reading of sounds, the cache of their filterbanks, normalisation,
-SpecAugment and mixup (https://arxiv.org/abs/1710.09412).
+labelled files is in ``core.data.labelled``. Here are the reading of sounds, the cache of their filterbanks,
+normalisation, SpecAugment and mixup (https://arxiv.org/abs/1710.09412).
 """
 
 from __future__ import annotations
@@ -23,12 +23,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from core import file_cache
-from core.data import Source, seed_of
+from core.data import Source, file_cache, seed_of
+from core.data.labelled import LabelledData, Parts, Sample, few, naming, noted, plainly, readable
 from core.errors import ScionError
 from core.files import is_absent, open_regular
-from core.labelled import LabelledData, Parts, Sample, few, naming, noted, plainly, readable
-from core.schema import Rule, check
+from core.json_types import Rule, check
 from domains.audio import features
 
 
@@ -402,7 +401,7 @@ def _notes(store: Path) -> Path:
 
 
 def _read(store: Path, clips: Sequence[Clip], frames: int) -> tuple[np.ndarray, dict[int, str]]:
-    """The banks in a file of the cache and the unreadable files, checked; raises what `core.file_cache.kept` asks
+    """The banks in a file of the cache and the unreadable files, checked; raises what `core.data.file_cache.kept` asks
     for."""
     if not os.path.lexists(store):
         raise FileNotFoundError(store)

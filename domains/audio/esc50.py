@@ -15,9 +15,9 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
+from core.data.download import Archive
+from core.data.labelled import Numbered, Parts, by_folds, check_folds, folder_with, read_csv
 from core.errors import ScionError, listed
-from core.labelled import Numbered, Parts, by_folds, check_folds, folder_with, read_csv
-from core.network import Archive
 from domains.audio.clips import AudioData, Clip
 
 COLUMNS = ("filename", "fold", "target", "category")

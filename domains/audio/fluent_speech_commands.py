@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from core.data.labelled import Parts, at_least_two, folder_with, read_csv
 from core.errors import ScionError, listed
-from core.labelled import Parts, at_least_two, folder_with, read_csv
 from domains.audio.clips import AudioData, Clip
 
 TABLES = {"train": "data/train_data.csv", "validation": "data/valid_data.csv", "test": "data/test_data.csv"}

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from core.data.own_files import FolderData
 from core.errors import ScionError
-from core.folder import FolderData
 from domains.audio.clips import AudioData, Clip
 
 

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from core.data.download import Archive
+from core.data.labelled import Parts, as_text, at_least_two, folder_with
 from core.errors import ScionError
 from core.files import read_text
-from core.labelled import Parts, as_text, at_least_two, folder_with
-from core.network import Archive
 from domains.audio.clips import AudioData, Clip
 
 LISTS = {"validation": "validation_list.txt", "test": "testing_list.txt"}

@@ -27,8 +27,8 @@ from torch.overrides import TorchFunctionMode
 
 from core.anatomy import dissect
 from core.backbone import Backbone
+from core.data.download import reachable
 from core.errors import ScionError, listed, nearest
-from core.network import reachable
 
 Model = Any
 """Any model of timm. It is imported where it is needed: a wrong word in a configuration is told seconds earlier."""

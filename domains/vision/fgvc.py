@@ -21,9 +21,9 @@ from typing import Any
 from torch import Tensor
 
 from core.data import Source
+from core.data.labelled import Parts, Sample, as_text, at_least_two, folder_with
 from core.errors import ScionError, listed, nearest
 from core.files import read_text
-from core.labelled import Parts, Sample, as_text, at_least_two, folder_with
 from domains.vision.images import Augment, ImageData, Normalise, Resize
 
 LISTS = {"train": "train.json", "validation": "val.json", "test": "test.json"}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from core.folder import FolderData
+from core.data.own_files import FolderData
 from domains.vision.images import ImageData
 
 

@@ -1,7 +1,7 @@
 """What the vision datamodules share: reading pictures, making them one size, augmenting, normalising.
 
 A benchmark says where its pictures lie, what they are and which set they belong to; what it has in common with other
-labelled files is in ``core.labelled``. Resizing is Pillow's, which smooths before it shrinks, and so equals
+labelled files is in ``core.data.labelled``. Resizing is Pillow's, which smooths before it shrinks, and so equals
 torchvision's on Pillow's pictures to the last bit.
 """
 
@@ -26,12 +26,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from core import file_cache
-from core.data import Source, seed_of
+from core.data import Source, file_cache, seed_of
+from core.data.labelled import LabelledData, Parts, Sample, few, naming, noted, plainly, readable
 from core.errors import ScionError, listed, nearest
 from core.files import is_absent, open_regular
-from core.labelled import LabelledData, Parts, Sample, few, naming, noted, plainly, readable
-from core.schema import Rule, check
+from core.json_types import Rule, check
 
 Resize = Literal["squash", "crop"]
 Interpolation = Literal["bicubic", "bilinear"]
@@ -474,7 +473,7 @@ def _one_of(option: str, value: str, known: Any) -> Any:
 
 
 def _recall(store: Path, files: list[Path]) -> dict[int, str]:
-    """Which files cannot be read and why, from the cache; raises what ``core.file_cache.kept`` asks for."""
+    """Which files cannot be read and why, from the cache; raises what ``core.data.file_cache.kept`` asks for."""
     note = file_cache.read_note(store)
     if any(readable(files[index]) for index in note["closed"]):
         raise file_cache.Damaged("files that could not be opened then can be now")

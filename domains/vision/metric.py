@@ -31,10 +31,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from core.data import ClassSampler, EpochSampler, Source, seed_of
+from core.data.labelled import Numbered, Parts, Sample, as_text, folder_with, ordered
+from core.data.own_files import SETS
 from core.errors import ScionError, listed, nearest
 from core.files import open_regular, read_text
-from core.folder import SETS
-from core.labelled import Numbered, Parts, Sample, as_text, folder_with, ordered
 from domains.vision.images import Augment, ImageData, Normalise, Resize
 
 ROLES = {"test": 0, "query": 1, "gallery": 2}

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from core.data import Source
+from core.data.labelled import Parts, Sample
 from core.errors import ScionError, listed, nearest
 from core.files import read_text
-from core.labelled import Parts, Sample
 from domains.vision.images import ImageData, Normalise
 
 Protocol = Literal["final", "tune"]

@@ -17,8 +17,8 @@ def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     home = tmp_path_factory.mktemp("parts")
     (home / "killed_parts.py").write_text(PARTS)
     (home / "killed.yaml").write_text(CONFIG)
-    from core import run
     from core.config import points
+    from core.training import run
 
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(home)

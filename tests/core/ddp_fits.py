@@ -22,10 +22,10 @@ from core.backbone import Backbone
 from core.data import DataModule
 from core.errors import ScionError
 from core.method import PEFTMethod
-from core.module import FineTuner, OptimizerSettings
 from core.peft.selection.half import HalfFineTuning
 from core.peft.selection.sensitivity import SensitivityTuning
 from core.tasks import Classification
+from core.training.finetuner import FineTuner, OptimizerSettings
 from tests.methods import METHODS, Cell
 from tests.models import WIDTH, batch, make
 from tests.toolkit import CLASSES, seeded

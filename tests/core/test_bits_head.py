@@ -17,18 +17,18 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from core import FineTuner, load_adapter
+from core.adapters.load import TENSORS
 from core.anatomy import parameter_sites
-from core.artifact import TENSORS
 from core.cli import main
-from core.commands import save_plain
+from core.cli.commands import save_plain
 from core.config import make
 from core.data import EpochLoader, EpochSampler
 from core.errors import ScionError
-from core.module import OUTSIDE, load_outside, load_run, outside
 from core.peft import method_class
 from core.peft.weights.quantize import QuantizedGraft
-from core.run import save_run_adapter
 from core.tasks import Classification, Task
+from core.training.finetuner import OUTSIDE, load_outside, load_run, outside
+from core.training.run import save_run_adapter
 from tests.core.test_commands import base, config, sounds  # noqa: F401
 from tests.sheets.training import Deep
 from tests.toolkit import trainer

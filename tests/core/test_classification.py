@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from core.backbone import Backbone
 from core.errors import ScionError
-from core.module import FineTuner
 from core.tasks import Classification
+from core.training.finetuner import FineTuner
 
 CLASSES = ["dog", "rain", "siren"]
 OUTPUTS = torch.tensor([[2.0, -1.0, 0.5], [0.3, 1.5, -2.0], [-1.0, 0.2, 0.1], [1.0, -0.5, 2.0]])

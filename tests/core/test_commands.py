@@ -14,13 +14,13 @@ import pytest
 import torch
 import yaml
 
-from core import commands, load_adapter
-from core.cli import main
+from core import load_adapter
+from core.cli import commands, main
 from core.errors import ScionError
-from core.module import FineTuner, load_run
 from core.peft import make
-from core.run import save_run_adapter
 from core.tasks import Classification
+from core.training.finetuner import FineTuner, load_run
+from core.training.run import save_run_adapter
 
 FRAMES = 48
 

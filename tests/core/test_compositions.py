@@ -347,7 +347,7 @@ def test_trained_adapters_are_routed_and_split(folders: list[str]) -> None:
 def test_bad_folders(folders: list[str], tmp_path: Path) -> None:
     stack = make("bert")
     methods = [Pfeiffer(bottleneck=2).attach(stack), LoRA(rank=2).attach(stack)]
-    from core.artifact import save_adapter
+    from core.adapters.load import save_adapter
 
     save_adapter(methods, tmp_path / "stack")
     for entries, words in (([folders[0], folders[1]], "names of their own"), ([str(tmp_path / "none"), folders[0]],

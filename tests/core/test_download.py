@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from core import network
+from core.data import download as network
+from core.data.download import Archive, download, reachable
 from core.errors import ScionError
-from core.network import Archive, download, reachable
 
 Members = dict[str, bytes | tarfile.TarInfo | zipfile.ZipInfo]
 

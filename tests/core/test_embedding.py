@@ -15,11 +15,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from core.backbone import Backbone
 from core.errors import ScionError
-from core.module import FineTuner, OptimizerSettings, outside
 from core.peft import method_class
-from core.run import count
 from core.tasks import Embedding
 from core.tasks.embedding import BOTH, ENTRIES, GALLERY, QUERY, Retrieval, neighbours, proxy_anchor
+from core.training.finetuner import FineTuner, OptimizerSettings, outside
+from core.training.run import count
 from tests.models import batch, make
 
 CLASSES = [f"bird {i}" for i in range(6)]

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from core import peft
 from core.method import PEFTMethod
-from core.module import FineTuner, OptimizerSettings
 from core.tasks import Classification
+from core.training.finetuner import FineTuner, OptimizerSettings
 from tests.core.ddp_fits import Around, Rows, Samples
 from tests.models import make
 from tests.toolkit import Plain, loader, same, seeded, trainer

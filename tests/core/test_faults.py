@@ -12,14 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from core import report, run
-from core.checkpoints import AtomicCheckpointIO
+from core import report
 from core.cli import main
 from core.config import points
 from core.data import DataModule
-from core.many_runs import run as run_all
-from core.module import FineTuner
-from core.run import execute
+from core.training import run
+from core.training.checkpoints import AtomicCheckpointIO
+from core.training.finetuner import FineTuner
+from core.training.many_runs import run as run_all
+from core.training.run import execute
 from tests.core.tiny_run import PointOf, is_finished, results
 
 ERRORS = [

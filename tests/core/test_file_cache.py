@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from core import file_cache
+from core.data import file_cache
 from core.errors import ScionError
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from core import load_adapter
-from core.artifact import RECORD, fingerprint
+from core.adapters.load import RECORD, fingerprint
 from core.errors import ScionError
-from core.fingerprint import SAMPLES, TAIL, Fingerprint, places
+from core.method.fingerprint import SAMPLES, TAIL, Fingerprint, places
 from core.peft import method_class
 from tests.models import make
 from tests.toolkit import Plain, randomize, same

@@ -22,14 +22,14 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from core import load_adapter
-from core.artifact import RECORD, TENSORS, save_adapter
+from core.adapters.huggingface.convert import CONFIG, to_peft
+from core.adapters.huggingface.convert import TENSORS as THEIR_TENSORS
+from core.adapters.load import RECORD, TENSORS, save_adapter
+from core.adapters.weight_delta import Patch
 from core.errors import ScionError
-from core.interop import CONFIG, to_peft
-from core.interop import TENSORS as THEIR_TENSORS
 from core.method import PEFTMethod
-from core.patch import Patch
 from core.peft import LoRA, Quantize  # type: ignore[attr-defined]
-from core.spec import types_of
+from core.record import types_of
 from tests.methods import METHODS, Cell
 from tests.models import make
 from tests.toolkit import Plain, differences, randomize, same, snapshot, trace
@@ -471,7 +471,7 @@ def test_hostile_peft_configs(theirs: Path, key: str) -> None:
 
 
 def test_a_pattern_without_end_is_refused(theirs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from core import interop
+    from core.adapters.huggingface import convert as interop
 
     monkeypatch.setattr(interop, "PATIENCE", 1e-3)  # the pattern takes a fifth of a second
     config = json.loads((theirs / CONFIG).read_text())

@@ -14,9 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from core import load_adapter
+from core.adapters.huggingface.convert import CONFIG, TENSORS, from_peft, is_peft, to_peft
+from core.adapters.huggingface.forms import form_of
+from core.adapters.huggingface.wrapped import WrappedModel
 from core.compose import Route
 from core.errors import ScionError
-from core.interop import CONFIG, TENSORS, Place, form_of, from_peft, is_peft, to_peft
 from core.method import PEFTMethod, methods_on
 from core.peft import make, method_class, registry
 from core.random_state import seeded
@@ -286,7 +288,7 @@ def test_names_that_end_alike(tmp_path: Path) -> None:
     wrapped: Any = peft.PeftModel.from_pretrained(bert(), str(tmp_path))
     adapted = [name for name, module in wrapped.named_modules() if hasattr(module, "lora_A")]
     assert adapted == [f"base_model.model.encoder.layer.0.attention.self.{name}" for name in ("query", "value")]
-    assert Place(model).pattern(["twin.encoder.layer.0"]) == ["twin.encoder.layer.0"]
+    assert WrappedModel(model).pattern(["twin.encoder.layer.0"]) == ["twin.encoder.layer.0"]
 
 
 # ------------------------------------------------------------------------------------------------- refusals

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from core.many_runs import run
-from core.run import execute
+from core.training.many_runs import run
+from core.training.run import execute
 from tests.core.tiny_run import PointOf, exit_code, fork, is_finished, results, signal_behind
 
 
@@ -64,8 +64,8 @@ def test_in_the_midst_of_writing_a_file(tiny_config: Path, tmp_path: Path, words
     output = tmp_path / "output.txt"
 
     def work() -> int:
-        from core.checkpoints import AtomicCheckpointIO
         from core.cli import main
+        from core.training.checkpoints import AtomicCheckpointIO
 
         def save(*_: object, **__: object) -> None:
             try:

@@ -46,7 +46,7 @@ ONCE = ("AdaLoRA", "GaLore", "IST", "LadderSideTuning")
 @pytest.mark.parametrize("method", [
     pytest.param(name, marks=() if name in QUICK + ONCE else pytest.mark.slow) for name in METHODS])
 def test_killed_behind_a_checkpoint(point_of: PointOf, tmp_path: Path, method: str) -> None:
-    from core import run
+    from core.training import run
 
     point = point_of("--peft", method, *OPTIONS.get(method, []))
     run.execute(point, tmp_path / "unbroken")
@@ -62,7 +62,7 @@ def test_killed_behind_a_checkpoint(point_of: PointOf, tmp_path: Path, method: s
 @pytest.mark.parametrize("method", [
     pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in METHODS])
 def test_killed_at_random(point_of: PointOf, tmp_path: Path, method: str) -> None:
-    from core import run
+    from core.training import run
 
     point = point_of("--peft", method, *OPTIONS.get(method, []))
     began = time.monotonic()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from core import peft
-from core.artifact import RECORD, TENSORS
+from core.adapters.load import RECORD, TENSORS
 from core.errors import ScionError
 from core.method import PEFTMethod
 from tests.methods import Cell

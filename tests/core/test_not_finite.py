@@ -12,8 +12,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from core import peft
 from core.errors import ScionError
-from core.module import FineTuner, OptimizerSettings
 from core.tasks import Classification
+from core.training.finetuner import FineTuner, OptimizerSettings
 from tests.core.ddp_fits import Around, Samples
 from tests.toolkit import seeded, trainer
 

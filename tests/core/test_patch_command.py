@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from core.adapters.weight_delta import Patch
 from core.backbone import Backbone
 from core.cli import main
 from core.errors import ScionError
-from core.module import FineTuner
-from core.patch import Patch
 from core.peft import make as make_method
-from core.run import save_run_adapter
 from core.tasks import Classification
+from core.training.finetuner import FineTuner
+from core.training.run import save_run_adapter
 from tests.models import make
 from tests.toolkit import randomize, same, snapshot
 

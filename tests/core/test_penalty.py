@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from core import peft
-from core.module import FineTuner
 from core.tasks import Classification
+from core.training.finetuner import FineTuner
 from tests.core.ddp_fits import Around, Samples
 from tests.toolkit import randomize, trainer
 

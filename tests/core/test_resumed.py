@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from core.errors import ScionError
-from core.run import execute
+from core.training.run import execute
 from tests.core.tiny_run import PointOf, child, exit_code, fork, results
 
 ALL = bool(os.environ.get("SCION_ALL"))
@@ -58,7 +58,7 @@ def test_stopped_between_best_and_last(point_of: PointOf, tmp_path: Path) -> Non
 
     def killed_behind_best(folder: Path, number: int) -> int:
         def work() -> int:
-            from core.checkpoints import AtomicCheckpointIO
+            from core.training.checkpoints import AtomicCheckpointIO
 
             save, seen = AtomicCheckpointIO.save_checkpoint, [0]
 

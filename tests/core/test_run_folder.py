@@ -14,8 +14,8 @@ import pytest
 from core.cli import main
 from core.errors import ScionError
 from core.files import locked
-from core.run import execute
-from core.run_folder import LOCK, RunFolder
+from core.training.run import execute
+from core.training.run_folder import LOCK, RunFolder
 from tests.core.tiny_run import PointOf, child, exit_code, fork, is_finished, results
 
 SHORT = ("--trainer.max_epochs", "1")
@@ -203,7 +203,7 @@ def test_a_damaged_record_of_a_stage(point_of: PointOf, tmp_path: Path, content:
 
 def test_other_data_than_before(point_of: PointOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run does not go on where files have come or gone."""
-    from core import run
+    from core.training import run
 
     stopped(point_of, tmp_path / "run")
     monkeypatch.setattr(run, "_listing", lambda data: "other")
@@ -213,7 +213,7 @@ def test_other_data_than_before(point_of: PointOf, tmp_path: Path, monkeypatch: 
 
 def test_records_are_json(point_of: PointOf, tmp_path: Path) -> None:
     """Numbers that JSON does not have are null."""
-    from core.run import _finite
+    from core.training.run import _finite
 
     execute(point_of(*SHORT), tmp_path / "run")
     for name in ("metrics.json", "history.json"):

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from core import dissect, load_adapter
-from core.artifact import RECORD, TENSORS, adapter_bytes, keep_only_owned
+from core.adapters.load import RECORD, TENSORS, adapter_bytes, keep_only_owned
 from core.errors import ScionError
 from core.method import PEFTMethod, methods_on
-from core.spec import plain
+from core.record import plain
 from tests.artifacts.make_artifacts import STORED, WORDS, artifact_cells, expected_outputs, folder_of
 from tests.methods import Cell
 from tests.models import batch, make, with_head

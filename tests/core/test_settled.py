@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from core.errors import ScionError
-from core.run import execute
+from core.training.run import execute
 from tests.core.tiny_run import PointOf
 
 BEST = ("--select", "best", "--trainer.checkpoint_every_n_steps", "null", "--trainer.max_epochs", "4")

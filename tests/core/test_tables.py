@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from core.data.labelled import ordered, read_csv
 from core.errors import ScionError
 from core.files import files_below, read_text
-from core.labelled import ordered, read_csv
 
 ROWS = [{"file": "a.wav", "label": "x"}, {"file": "b.wav", "label": "y, z"}]
 

@@ -11,7 +11,7 @@ from torch.autograd import gradcheck
 from torch.func import functional_call
 
 from core.graft import checkpoint_activations
-from core.training_checks import GRADIENT_STEPS
+from core.method.training_checks import GRADIENT_STEPS
 from tests.methods import Cell
 from tests.models import EVERY_FAMILY, batch, make
 from tests.toolkit import (

@@ -17,6 +17,7 @@ from core import checkpoint_activations, load_adapter
 from core.anatomy import BlockDescription, Description, family
 from core.compose import Route
 from core.errors import ScionError
+from core.method.training_checks import check_model
 from core.peft import (  # type: ignore[attr-defined]
     LTSFT,
     BitFit,
@@ -26,7 +27,6 @@ from core.peft import (  # type: ignore[attr-defined]
     LinearProbe,
     LoRA,
 )
-from core.training_checks import check_model
 from tests.models import batch, make
 from tests.toolkit import Plain, distance, loader, outputs, same, seeded, snapshot, trainer
 

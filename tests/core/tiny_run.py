@@ -96,7 +96,7 @@ def exit_code(pid: int) -> int:
 
 def signal_behind(number: int, sign: int) -> None:
     """In a child: send ``sign`` to oneself right behind the writing of the ``number``-th checkpoint."""
-    from core.checkpoints import AtomicCheckpointIO
+    from core.training.checkpoints import AtomicCheckpointIO
 
     save, written = AtomicCheckpointIO.save_checkpoint, [0]
 
@@ -111,7 +111,7 @@ def signal_behind(number: int, sign: int) -> None:
 
 def child(point: Point, folder: Path, stop_after: int | None = None) -> int:
     """A child that runs ``point`` in ``folder``; with ``stop_after`` it dies right behind that checkpoint."""
-    from core.run import execute
+    from core.training.run import execute
 
     def work() -> int:
         if stop_after is not None:

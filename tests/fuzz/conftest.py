@@ -30,7 +30,7 @@ def user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def untrained(tiny_config: Path) -> Iterator[None]:
     """Runs end where training would begin: everything up to there is what is tried, and it is quick."""
-    from core import many_runs, run
+    from core.training import many_runs, run
 
     def nothing(point: Any, folder: Any, *_: Any) -> dict[str, Any]:
         return {"status": "finished", "peft": point.config["peft"]}

@@ -11,7 +11,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.run_folder import RunFolder
+from core.training.run_folder import RunFolder
 from tests.fuzz.mutations import WORDS, changed_bytes, nested
 from tests.fuzz.watch import command, snapshot, tries
 

@@ -47,7 +47,7 @@ def test_adapters(adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(scope="module")
 def exported(adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from core.interop import to_peft
+    from core.adapters.huggingface.convert import to_peft
 
     model = make("timm_vit")
     method = load_adapter(adapters["LoRA"], model)
@@ -71,7 +71,7 @@ def runs(tiny_config: Path, user: Path, tmp_path_factory: pytest.TempPathFactory
     import json
 
     from core.config import points
-    from core.run import execute
+    from core.training.run import execute
 
     point = points(str(tiny_config), ["--trainer.max_epochs", "1"])[0]
     home = tmp_path_factory.mktemp("runs")

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core import load_adapter
+from core.adapters.load import save_adapter
 from core.anatomy import dissect
-from core.artifact import save_adapter
 from core.errors import ScionError
 from core.graft import checkpoint_activations
 from core.peft import method_class

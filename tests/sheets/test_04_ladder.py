@@ -16,9 +16,9 @@ from core.anatomy import dissect
 from core.backbone import Backbone
 from core.compose import Route
 from core.errors import ScionError
-from core.module import FineTuner
 from core.peft import method_class
 from core.tasks import Classification
+from core.training.finetuner import FineTuner
 from tests.models import WIDTH, _llama_config, batch, make, spread, t5_config
 from tests.toolkit import (
     EVERYTHING,

@@ -17,11 +17,11 @@ from core.backbone import Backbone
 from core.data import EpochLoader, EpochSampler
 from core.errors import ScionError
 from core.graft import checkpoint_activations
-from core.module import FineTuner, OptimizerSettings, load_run, outside
 from core.peft import method_class
-from core.run import count, save_run_adapter
 from core.tasks import Classification, Embedding
 from core.tasks.embedding import proxy_anchor
+from core.training.finetuner import FineTuner, OptimizerSettings, load_run, outside
+from core.training.run import count, save_run_adapter
 from tests.models import batch, make
 from tests.toolkit import distance, outputs, randomize, seeded, trainer
 

@@ -10,7 +10,7 @@ import pytest
 from core import report
 from core.errors import ScionError
 from core.peft import COMPOSITIONS, registry
-from core.taxonomy import FAMILIES, KINDS, SURVEY, TAGS, planned
+from core.report.taxonomy import FAMILIES, KINDS, SURVEY, TAGS, planned
 
 NAMES = """Sequential adapter; Residual adapter; Parallel adapter; AdapterDrop; Tiny-Attn adapter; CIAT; CoDA;
 Compacter; AdapterFusion; MerA; HyperFormer; WARP; Prompt tuning; Prefix tuning; P-tuning; SPoT; ATTEMPT; MPT; LST;

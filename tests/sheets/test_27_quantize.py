@@ -13,15 +13,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from core import FineTuner, load_adapter
+from core.adapters.load import TENSORS
 from core.anatomy import parameter_sites
-from core.artifact import TENSORS
 from core.backbone import Backbone
 from core.errors import ScionError
-from core.module import outside
 from core.peft import method_class
 from core.peft.weights.quantize import QuantizedGraft, positive_levels
-from core.run import save_run_adapter
 from core.tasks import Classification
+from core.training.finetuner import outside
+from core.training.run import save_run_adapter
 from tests.models import batch, make
 from tests.sheets.training import run
 from tests.toolkit import distance, outputs, randomize
@@ -129,7 +129,7 @@ def test_3_round_trip(bits: int, host: str, tmp_path: Path) -> None:
                 torch.testing.assert_close(values, expected.detach())
         parts = graft.pack(matrix.detach())
         assert parts["codes"].numel() == math.ceil(matrix.numel() * bits / 8)
-    from core.artifact import save_adapter
+    from core.adapters.load import save_adapter
 
     save_adapter([method, quantize], tmp_path)
     other = make("timm_vit")
@@ -251,7 +251,7 @@ def test_trains_resumes_and_is_stored_small(tmp_path: Path) -> None:
     assert sum(t.numel() * t.element_size() for t in stored.values()) == numbers // 8 + 8 * len(stored) // 2
     whole.eval()
     images = torch.randn(3, 3, 16, 16)
-    from core.artifact import save_adapter
+    from core.adapters.load import save_adapter
     from tests.sheets.training import Deep
 
     save_adapter(whole.methods, tmp_path / "adapter")

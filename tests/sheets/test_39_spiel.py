@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
+from core.graft.sparse import SparseGraft
 from core.peft import method_class
-from core.sparse import SparseGraft
 from tests.models import batch, make
 from tests.sheets.training import run
 from tests.toolkit import distance, outputs, randomize, saved_bytes

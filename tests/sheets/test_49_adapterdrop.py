@@ -128,7 +128,7 @@ def test_5_number_at_inference(tmp_path: Path) -> None:
     with drop.dropped(0):
         assert torch.equal(outputs(model, inputs), full)
     assert torch.equal(outputs(model, inputs), one)
-    from core.artifact import save_adapter
+    from core.adapters.load import save_adapter
 
     save_adapter([host, drop], tmp_path)
     fresh = make("bert")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from core import load_adapter
-from core.artifact import save_adapter
+from core.adapters.load import save_adapter
 from core.peft import method_class
 from tests.models import WIDTH, batch, make
 from tests.sheets.decoding import a_cache_changes_nothing, later_tokens_are_not_seen

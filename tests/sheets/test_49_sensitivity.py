@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from core import load_adapter
 from core.anatomy import dissect
 from core.errors import ScionError
+from core.graft.sparse import SparseGraft
 from core.peft import method_class
 from core.peft.weights.lora import LoRAGraft
-from core.sparse import SparseGraft
 from tests.models import batch, make
 from tests.sheets.training import run
 from tests.toolkit import distance, outputs, randomize

@@ -13,9 +13,9 @@ from core import graft as grafts
 from core.anatomy import Anatomy, Site
 from core.errors import ScionError
 from core.graft import Graft
+from core.json_types import Count
 from core.method import PEFTMethod, key_of
 from core.random_state import seeded
-from core.schema import Count
 
 LEARNING_RATES = {"heads": 5e-3, "offsets": 1e-2}
 

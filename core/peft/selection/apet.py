@@ -12,13 +12,13 @@ from torch import Tensor
 from core.anatomy import Anatomy, Site
 from core.errors import ScionError
 from core.graft import Graft
+from core.graft.sparse import SparseGraft, check_budget
+from core.json_types import Shapes
 from core.method import PEFTMethod
 from core.peft.activations.houlsby import BottleneckGraft
 from core.peft.selection.full import all_parameters
 from core.peft.weights.lora import LoRAGraft
 from core.random_state import seed_of
-from core.schema import Shapes
-from core.sparse import SparseGraft, check_budget
 
 
 def distinct(total: int, count: int, generator: torch.Generator) -> Tensor:

@@ -13,10 +13,10 @@ from core import graft as grafts
 from core.anatomy import Anatomy, Site, parameter_sites, renamed
 from core.errors import ScionError
 from core.graft import Graft
+from core.graft.sparse import DESCRIBED, SparseGraft, check_budget, described, entries_of
 from core.method import PEFTMethod, key_of
 from core.peft.selection.full import all_parameters
 from core.random_state import draw_for_all
-from core.sparse import DESCRIBED, SparseGraft, check_budget, described, entries_of
 
 LOW, HIGH, EDGE = -1.5, 1.5, 1e-4
 LEARNING_RATES = {"masks": 1e-5, "fixed": 5e-5}

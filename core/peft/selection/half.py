@@ -11,9 +11,9 @@ from torch import Tensor
 
 from core.anatomy import Anatomy, Block, Site, dissect
 from core.errors import ScionError
+from core.json_types import Count
 from core.method import NORMS, Home, PEFTMethod
 from core.random_state import seed_of
-from core.schema import Count
 
 CATEGORIES = (("q", "k", "v", "o"), ("cross.q", "cross.k", "cross.v", "cross.o"), ("mlp.up", "mlp.gate", "mlp.down"),
               ("conv",), tuple(role for role in NORMS if role != "norm"))

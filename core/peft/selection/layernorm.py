@@ -5,33 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
-
-from core.anatomy import NORMS, Anatomy, Site, dissect
+from core.anatomy import NORMS, Anatomy
 from core.errors import ScionError
-from core.interop import MODEL, PeftForm, Place, Plan
 from core.method import PEFTMethod
-
-
-class LayerNormForm(PeftForm):
-    """peft holds a copy of each norm."""
-
-    mark = ".ln_tuning_layers."
-
-    def write(self, methods: list[PEFTMethod], place: Place) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        parameters = dict(place.root.named_parameters())
-        moved = {place.name(name).rpartition("."): parameters[name] for method in methods for name in method.start}
-        return ({"target_modules": place.pattern({path for path, _, _ in moved})},
-                {f"{MODEL}{path}{self.mark}{leaf}": tensor for (path, _, leaf), tensor in moved.items()})
-
-    def fits(self, site: Site) -> bool:
-        return site.role in NORMS
-
-    def collect(self, method: PEFTMethod, plan: Plan, config: dict[str, Any], given: dict[str, Tensor]
-                ) -> dict[str, Tensor]:
-        site_of = {site.name: site for site in dissect(method._need_root()).all_sites()}
-        return {f"{site_of[name].path}.{theirs.rpartition('.')[2]}": tensor for name, part in plan.parts.items()
-                for theirs, tensor in part.items()}
 
 
 class LayerNormTuning(PEFTMethod):
@@ -50,7 +26,6 @@ class LayerNormTuning(PEFTMethod):
     moves_base = True
     inference_cost = "none"
     recommended = {"lr": 1e-3, "weight_decay": 0.0}
-    peft = LayerNormForm("LN_TUNING", tensors={"ln_tuning_layers.weight": "", "ln_tuning_layers.bias": ""})
 
     def __init__(self, targets: Sequence[str] | None = None, **common: Any) -> None:
         super().__init__(**common)

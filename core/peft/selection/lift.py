@@ -11,9 +11,9 @@ from torch import Tensor
 from core.anatomy import Anatomy, Site
 from core.errors import ScionError
 from core.graft import Graft
+from core.graft.sparse import SparseGraft, state_vectors
+from core.json_types import Count
 from core.method import PEFTMethod
-from core.schema import Count
-from core.sparse import SparseGraft, state_vectors
 
 
 def principal(weight: Tensor, rank: int, count: int) -> Tensor:

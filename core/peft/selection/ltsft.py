@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from core.anatomy import Anatomy, parameter_sites
 from core.errors import ScionError
+from core.graft.sparse import DESCRIBED, SparseGraft, check_budget, described, entries_of
 from core.method import PEFTMethod
 from core.peft.selection.full import all_parameters
-from core.sparse import DESCRIBED, SparseGraft, check_budget, described, entries_of
 
 
 class LTSFT(PEFTMethod):

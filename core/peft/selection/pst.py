@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from core.anatomy import Anatomy, Site
 from core.errors import ScionError
 from core.graft import Graft
+from core.json_types import Share
 from core.method import PEFTMethod
 from core.optim import steps_of
-from core.schema import Share
 
 
 def smallest(scores: Tensor, count: int) -> Tensor:

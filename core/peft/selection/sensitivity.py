@@ -13,11 +13,11 @@ from core import graft as grafts
 from core.anatomy import Anatomy, Site, dissect, parameter_sites
 from core.errors import ScionError
 from core.graft import Graft
+from core.graft.sparse import SparseGraft, check_budget
+from core.json_types import Count, Shapes
 from core.method import PEFTMethod, key_of
+from core.method.training_checks import GradientWatch
 from core.peft.weights.lora import LoRAGraft
-from core.schema import Count, Shapes
-from core.sparse import SparseGraft, check_budget
-from core.training_checks import GradientWatch
 
 Plan = dict[str, int]
 """Of each chosen site the number of entries that are trained, or 0 for a low-rank change of the whole."""

@@ -14,9 +14,9 @@ from torch.optim import Optimizer
 from core.anatomy import Anatomy, Site
 from core.errors import ScionError
 from core.graft import Graft
+from core.graft.sparse import SparseGraft, state_of, state_vectors
 from core.method import PEFTMethod
 from core.optim import run_closure
-from core.sparse import SparseGraft, state_of, state_vectors
 
 Kind = Literal["AG", "MA"]
 

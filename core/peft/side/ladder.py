@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from core.anatomy import Anatomy, Block, BlockDescription, Site, Stack, check_layers, dissect
-from core.cache import make_room
 from core.errors import ScionError
 from core.graft import Call, Graft, hidden_out
 from core.method import PEFTMethod
-from core.narrow import bare_copy, narrow, narrow_entry, set_dropout, slice_parameters, spread
+from core.peft.side._kv_cache import make_room
+from core.peft.side._narrow import bare_copy, narrow, narrow_entry, set_dropout, slice_parameters, spread
 
 Importance = Callable[[Tensor], Tensor]
 """How much each number of a weight matters."""

@@ -12,10 +12,8 @@ from torch import Tensor, nn
 from core.anatomy import Anatomy, Site
 from core.errors import ScionError
 from core.graft import Attention, Graft
-from core.interop import Inexpressible, PeftForm, Place, Plan
 from core.method import PEFTMethod
 from core.random_state import dropout_for_all
-from core.schema import Count
 
 
 class Reparametrization(nn.Module):
@@ -74,55 +72,6 @@ class PrefixGraft(Graft):
         return prefix[:, None]
 
 
-class PrefixForm(PeftForm):
-    """peft puts the prefix into the cache, which moves the tokens' positions on by its length. Under rotary positions
-    that turns the queries, and is undone where the prefix's keys are turned as far; learned positions would change."""
-
-    types = {"num_virtual_tokens": Count, "token_dim": Count}
-
-    def write(self, methods: list[PEFTMethod], place: Place) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        method, blocks = methods[0], place.anatomy.blocks
-        assert isinstance(method, PrefixTuning)
-        if len(methods) > 1 or len(method.grafts) != len(blocks):
-            raise Inexpressible(f"{method.name}: peft has one prefix, in all {len(blocks)} layers of "
-                                f"{place.anatomy.family}")
-        heads = blocks[0].sites["attend"].heads
-        assert heads is not None
-        parts = [self.turned(place, graft.values().detach(), method.tokens, method.name)  # type: ignore[operator]
-                 for graft in method.grafts]
-        return {"num_virtual_tokens": method.tokens, "token_dim": heads.key * heads.width, "num_layers": len(blocks),
-                "num_attention_heads": heads.key, "num_transformer_submodules": 1, "prefix_projection": False,
-                "task_type": place.task() or "FEATURE_EXTRACTION"}, {"prompt_embeddings": torch.cat(parts, 1)}
-
-    def read(self, config: dict[str, Any], given: dict[str, Tensor], place: Place) -> list[Plan]:
-        tokens, sites = config["num_virtual_tokens"], place.anatomy.sites("attend", asker=place.where)
-        rows, width = given.pop("prompt_embeddings"), config["token_dim"]
-        if list(rows.shape) != [tokens, 2 * width * len(sites)]:
-            raise ScionError(f"{place.where}: prompt_embeddings is {list(rows.shape)} in the file, and {tokens} tokens "
-                             f"for {len(sites)} layers are {[tokens, 2 * width * len(sites)]}")
-        parts = {site.name: {"prefix": self.turned(place, part, -tokens, place.where)}
-                 for site, part in zip(sites, rows.split(2 * width, 1), strict=True)}
-        return [Plan({"tokens": tokens}, parts)]
-
-    def turned(self, place: Place, prefix: Tensor, by: int, asker: str) -> Tensor:
-        """The prefix [tokens, 2 x key heads x width] with its keys turned by so many positions."""
-        block, model = place.anatomy.blocks[0], place.anatomy.inputs.module
-        heads, rotary = block.sites["attend"].heads, getattr(model, "rotary_emb", None)
-        config = getattr(model, "config", None)
-        if not block.described.rotary or rotary is None or getattr(config, "sliding_window", None) or getattr(
-                rotary, "rope_type", "default") not in ("default", "linear", "llama3", "yarn"):
-            raise Inexpressible(f"{asker}: peft moves the tokens' positions on by the prefix's length, which only "
-                                f"plain rotary positions can make up for; {place.anatomy.family} has others")
-        assert heads is not None
-        keys, values = torch.unflatten(prefix, 1, (2, heads.key, heads.width)).unbind(1)
-        cos, sin = (t.flatten().to(keys) for t in rotary(keys, torch.tensor([[abs(by)]], device=keys.device)))
-        size = torch.hypot(cos, sin)  # a factor that some models put on both
-        cos, sin, turning = cos / size, sin / size * (1 if by > 0 else -1), len(cos)
-        first, second = keys[..., :turning].chunk(2, -1)
-        turned = keys[..., :turning] * cos + torch.cat([-second, first], -1) * sin
-        return torch.stack([torch.cat([turned, keys[..., turning:]], -1), values], 1).flatten(1)
-
-
 class PrefixTuning(PEFTMethod):
     """Learned keys and values in front of every attention's own; queries, positions and labels stay as they are.
 
@@ -146,9 +95,6 @@ class PrefixTuning(PEFTMethod):
     targets: tuple[str, ...]
     recommended = {"lr": 1e-2, "weight_decay": 0.1}
     structure_types = {"folded": bool}
-    peft = PrefixForm("PREFIX_TUNING", tensors={"prefix": "prefix"}, training=(
-        "num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules",
-        "prefix_projection", "encoder_hidden_size", "init_weights"))
 
     def __init__(self, tokens: int = 20, reparametrize: bool | int = False, dropout: float = 0.0,
                  targets: Sequence[str] = ("attend",), **common: Any) -> None:

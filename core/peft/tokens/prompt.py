@@ -10,45 +10,11 @@ from torch import Tensor, nn
 
 from core.anatomy import Anatomy, Site, Stack
 from core.errors import ScionError
-from core.interop import Inexpressible, PeftForm, Place, Plan
-from core.method import PEFTMethod, key_of
-from core.prompts import Prompted, PromptGraft, TextPrompt, Values
-from core.schema import Count
+from core.method import PEFTMethod
+from core.peft.tokens._sequence import Prompted, PromptGraft, Values
 
 COUNTS = ("num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules")
 """What peft says of the model, and of a prompt's size."""
-
-
-class PromptForm(PeftForm):
-    """peft keeps the prompts as one table, P-tuning's as well, without the network that made them."""
-
-    types = {"num_virtual_tokens": Count}
-
-    def write(self, methods: list[PEFTMethod], place: Place) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        grafts = [graft for method in methods for graft in method.grafts if isinstance(graft, PromptGraft)]
-        if len(methods) > 1 or len(grafts) > 1 or not isinstance(grafts[0], TextPrompt):
-            raise Inexpressible(f"{methods[0].name}: peft puts one set of prompts before embedded ids, and here are "
-                                f"{len(grafts)} in {place.anatomy.family}")
-        prompts = grafts[0].values().detach()
-        return {"num_virtual_tokens": len(prompts), "token_dim": prompts.shape[1], "num_attention_heads": 1,
-                "num_layers": len(place.anatomy.blocks), "num_transformer_submodules": 1,
-                "task_type": place.task() or "FEATURE_EXTRACTION"}, {"prompt_embeddings": prompts}
-
-    def read(self, config: dict[str, Any], given: dict[str, Tensor], place: Place) -> list[Plan]:
-        rows, tokens = given.pop("prompt_embeddings"), config["num_virtual_tokens"]
-        sites = [stack.text for stack in place.anatomy.stacks if stack.text is not None]
-        if not sites:
-            raise ScionError(f"{place.where}: its prompts stand before embedded ids, which {place.anatomy.family} does "
-                             "not take")
-        # Of an encoder and a decoder peft stores two sets, and uses the first.
-        return [Plan({"tokens": tokens}, {sites[0].name: {"prompt": rows[:tokens]}})]
-
-    def collect(self, method: PEFTMethod, plan: Plan, config: dict[str, Any], given: dict[str, Tensor]
-                ) -> dict[str, Tensor]:
-        if isinstance(method, PTuning):
-            method.fold()
-        (name, part), = plan.parts.items()
-        return {f"{method.prefix}{key_of(name)}.prompt": part["prompt"]}
 
 
 class PromptTuning(Prompted, PEFTMethod):
@@ -69,9 +35,6 @@ class PromptTuning(Prompted, PEFTMethod):
     """
 
     recommended = {"lr": 1e-2, "weight_decay": 0.0}
-    peft = PromptForm("PROMPT_TUNING", training=(
-        *COUNTS, "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs",
-        "init_weights"))
 
     def __init__(self, tokens: int = 20, init: Literal["vocabulary", "normal"] = "vocabulary", **common: Any) -> None:
         super().__init__(**common)
@@ -127,8 +90,6 @@ class PTuning(Prompted, PEFTMethod):
 
     recommended = {"lr": 1e-2, "weight_decay": 0.0}
     structure_types = {"folded": bool}
-    peft = PromptForm("P_TUNING", training=(
-        *COUNTS, "encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout"))
 
     def __init__(self, tokens: int = 20, encoder: Literal["mlp", "lstm"] = "mlp", hidden: int | None = None,
                  **common: Any) -> None:

@@ -12,7 +12,7 @@ from core.anatomy import Anatomy, Site, Stack
 from core.errors import ScionError
 from core.graft import Attention, Graft, run_at
 from core.method import PEFTMethod
-from core.prompts import Prompted, Values
+from core.peft.tokens._sequence import Prompted, Values
 from core.random_state import dropout_for_all
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from core.anatomy import Anatomy, Site
 from core.errors import ScionError
 from core.graft import Attention, Call, Graft
+from core.json_types import Count
 from core.method import PEFTMethod
-from core.schema import Count
 
 
 class Exchange:

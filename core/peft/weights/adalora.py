@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from core.anatomy import Site
 from core.errors import ScionError
 from core.graft import Graft
-from core.interop import PeftForm
-from core.low_rank import LowRankMethod
 from core.method import PEFTMethod
+from core.method.low_rank import LowRankMethod
 from core.optim import steps_of
 from core.peft.weights.lora import orthogonality
 
@@ -38,27 +37,6 @@ class AdaLoRAGraft(Graft):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.scale * self.B, self.E * self.A
-
-
-class AdaLoRAForm(PeftForm):
-    """peft counts the schedule in steps, which do not carry over, and stores the triplets that are left alone."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            "ADALORA", {"rank": "init_r", "target_rank": "target_r", "alpha": "lora_alpha", "dropout": "lora_dropout",
-                        "beta": "beta1", "gamma": "orth_reg_weight", "interval": "deltaT"},
-            {"lora_A": "A", "lora_B": "B", "lora_E": "E"}, modules=("linear", "conv1d"),
-            training=("r", "beta2", "tinit", "tfinal", "total_step", "init_lora_weights", "megatron_core",
-                      "qalora_group_size", "rank_pattern"))
-
-    def config(self, method: PEFTMethod) -> dict[str, Any]:
-        return {**super().config(method), "beta2": method.config["beta"], "tinit": 0, "tfinal": 0, "total_step": 1}
-
-    def take(self, method: PEFTMethod, graft: Graft, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        lost = method.config["rank"] - len(tensors["lora_E"])
-        return super().take(method, graft, {
-            name: nn.functional.pad(tensor, (0, lost) if name == "lora_B" else (0, 0, 0, lost))
-            for name, tensor in tensors.items()} if lost > 0 else tensors)
 
 
 class AdaLoRA(LowRankMethod, PEFTMethod):
@@ -88,7 +66,6 @@ class AdaLoRA(LowRankMethod, PEFTMethod):
         targets: roles to adapt.
     """
 
-    peft = AdaLoRAForm()
 
     def __init__(self, rank: int = 12, target_rank: int | None = None, warmup: float = 0.1, cooldown: float = 0.5,
                  interval: int = 10, beta: float = 0.85, gamma: float = 0.1, alpha: float | None = None,

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from core.anatomy import Anatomy, Site
 from core.errors import ScionError
 from core.graft import Graft
-from core.interop import Inexpressible, PeftForm
+from core.json_types import Shapes
 from core.method import PEFTMethod
-from core.schema import Shapes
 
 
 class BoneGraft(Graft):
@@ -47,32 +46,6 @@ class BoneGraft(Graft):
         return weight + (up @ down).to(weight.dtype)
 
 
-class BoneForm(PeftForm):
-    """peft calls the method MiSS; its ``init_weights`` says which form."""
-
-    types = {"init_weights": bool | str | None, "mini_r": int}
-
-    def matches(self, config: dict[str, Any]) -> bool:
-        return config.get("init_weights") != "bat"
-
-    def config(self, method: PEFTMethod) -> dict[str, Any]:
-        columns = method.config["columns"]
-        return {"r": method.config["rank"], **({"init_weights": True} if columns is None else
-                                               {"init_weights": "mini", "mini_r": columns})}
-
-    def arguments(self, config: dict[str, Any]) -> dict[str, Any]:
-        return {"rank": config["r"], "columns": config["mini_r"] if config.get("init_weights") == "mini" else None}
-
-
-class BatForm(PeftForm):
-    """peft has the grouping by outputs alone."""
-
-    def config(self, method: PEFTMethod) -> dict[str, Any]:
-        if method.config["group"] != "outputs":
-            raise Inexpressible(f"{method.name}: group 'inputs' is none that peft has; it has 'outputs'")
-        return super().config(method)
-
-
 class Bone(PEFTMethod):
     """One trained block, tiled over the weight: the input is summed over its chunks before a single small map.
 
@@ -92,7 +65,6 @@ class Bone(PEFTMethod):
     mergeable = True
     recommended = {"lr": 1e-3, "weight_decay": 0.0}
     structure_types = {"shapes": Shapes}
-    peft = BoneForm("MISS", {"rank": "r"}, {"miss_block": "D"}, training=("init_weights", "mini_r", "miss_dropout"))
 
     def __init__(self, rank: int = 64, columns: int | None = None, targets: Sequence[str] | None = None, **common: Any
                  ) -> None:
@@ -161,8 +133,6 @@ class Bat(PEFTMethod):
 
     mergeable = True
     recommended = {"lr": 1e-3, "weight_decay": 0.0}
-    peft = BatForm("MISS", {"rank": "r"}, {"miss_block": "Q"}, fixed={"init_weights": "bat"},
-                   training=("mini_r", "miss_dropout"))
 
     def __init__(self, rank: int = 64, group: Literal["outputs", "inputs"] = "outputs",
                  targets: Sequence[str] | None = None, **common: Any) -> None:

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from core.anatomy import Site
 from core.graft import Graft
-from core.interop import LowRank, Part, placed
-from core.low_rank import LowRankMethod
 from core.method import PEFTMethod
+from core.method.low_rank import LowRankMethod
 from core.peft.weights.lora import LoRAGraft
 
 
@@ -56,30 +55,6 @@ class DoRAGraft(LoRAGraft):
         return None
 
 
-class DoRAForm(LowRank):
-    """Rows of a fused weight that the method leaves alone keep their norm as magnitude."""
-
-    def __init__(self) -> None:
-        super().__init__(fixed={"use_dora": True})
-        self.options.pop("root")
-        self.tensors["lora_magnitude_vector"] = "magnitude"
-
-    def pair(self, graft: Graft) -> tuple[Tensor, Tensor, float]:
-        assert isinstance(graft, DoRAGraft)
-        return graft.A, graft.B, graft.scale
-
-    def give(self, method: PEFTMethod, grafts: list[Graft]) -> Part:
-        part, site = super().give(method, grafts), grafts[0].site
-        weight = site.full_weight.detach()
-        magnitude = (weight.t() if site.kind == "conv1d" else weight.flatten(1)).float().norm(dim=1)
-        for graft in grafts:
-            assert isinstance(graft, DoRAGraft)
-            magnitude = placed(graft.site, graft.magnitude.detach(), magnitude)
-        shape = (1, -1, *[1] * (weight.dim() - 2)) if site.kind == "conv" else (-1,)
-        part.tensors["lora_magnitude_vector"] = magnitude.view(shape)
-        return part
-
-
 class DoRA(LowRankMethod, PEFTMethod):
     """LoRA on the direction of a weight, and a trained magnitude for each output.
 
@@ -95,7 +70,6 @@ class DoRA(LowRankMethod, PEFTMethod):
         targets: roles to adapt.
     """
 
-    peft = DoRAForm()
 
     def __init__(self, rank: int = 8, alpha: float | None = None, dropout: float = 0.0,
                  targets: Sequence[str] | None = ("q", "v"), **common: Any) -> None:

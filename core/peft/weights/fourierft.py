@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from core.anatomy import Anatomy, Site
 from core.errors import ScionError
 from core.graft import Graft
-from core.interop import PeftForm
+from core.json_types import Shapes
 from core.method import PEFTMethod
-from core.schema import Shapes
 
 
 class FourierGraft(Graft):
@@ -69,9 +68,6 @@ class FourierFT(PEFTMethod):
     mergeable = True
     recommended = {"lr": 1e-2, "weight_decay": 0.0}
     structure_types = {"shapes": Shapes}
-    peft = PeftForm("FOURIERFT", {"frequencies": "n_frequency", "scale": "scaling", "places": "random_loc_seed"},
-                    {"fourierft_spectrum": "c"}, training=("init_weights",),
-                    patterns={"n_frequency_pattern": "n_frequency"}, modules=("linear", "conv1d"))
 
     def __init__(self, frequencies: int = 1000, scale: float = 300.0, targets: Sequence[str] | None = ("q", "v"),
                  init: str = "zeros", places: int = 777, **common: Any) -> None:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from core.anatomy import Anatomy, Site
 from core.errors import ScionError
 from core.graft import Graft
-from core.interop import PeftForm
 from core.method import PEFTMethod
 
 
@@ -49,10 +48,6 @@ class LoHa(PEFTMethod):
 
     mergeable = True
     recommended = {"lr": 1e-3, "weight_decay": 0.0}
-    peft = PeftForm("LOHA", {"rank": "r", "alpha": "alpha"},
-                    {"hada_w1_a": "B_1", "hada_w1_b": "A_1", "hada_w2_a": "B_2", "hada_w2_b": "A_2"},
-                    training=("rank_dropout", "module_dropout", "init_weights"),
-                    patterns={"rank_pattern": "r", "alpha_pattern": "alpha"}, modules=("linear", "conv"))
 
     def __init__(self, rank: int = 8, alpha: float | None = None, targets: Sequence[str] | None = ("q", "v"),
                  **common: Any) -> None:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from core.anatomy import Anatomy, Site
 from core.errors import ScionError
 from core.graft import Graft
-from core.interop import Inexpressible, Part, PeftForm, whole
 from core.method import PEFTMethod
 
 
@@ -47,26 +46,6 @@ class LoKrGraft(Graft):
         return weight + (self.scale * torch.kron(self.C, inner)).to(weight.dtype)
 
 
-class LoKrForm(PeftForm):
-    """peft's scale is alpha / rank, which whole inner matrices of earlier versions have not."""
-
-    def give(self, method: PEFTMethod, grafts: list[Graft]) -> Part:
-        graft = whole(method, grafts, self.modules)
-        assert isinstance(graft, LoKrGraft) and isinstance(method, LoKr)
-        for width in (graft.site.in_features, graft.site.out_features):
-            if method.factor > math.isqrt(width) and width % method.factor == 0:
-                raise Inexpressible(f"{method.name}: factor {method.factor} splits the width {width} of "
-                                    f"{graft.site.name} in another way in peft; take one up to its square root, or -1")
-        if graft.B is None:
-            return Part({"lokr_w1": graft.C, "lokr_w2": graft.A * (graft.scale * method.rank / method.alpha)})
-        return Part({"lokr_w1": graft.C, "lokr_w2_a": graft.B, "lokr_w2_b": graft.A})
-
-    def take(self, method: PEFTMethod, graft: Graft, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        if "lokr_w2" in tensors:
-            tensors = {"lokr_w1": tensors["lokr_w1"], "lokr_w2_b": tensors["lokr_w2"]}
-        return super().take(method, graft, tensors)
-
-
 class LoKr(PEFTMethod):
     """A change that is the Kronecker product of a small matrix and a low-rank one.
 
@@ -87,10 +66,6 @@ class LoKr(PEFTMethod):
     mergeable = True
     structure_types = {"scales_whole": bool}
     recommended = {"lr": 1e-3, "weight_decay": 0.0}
-    peft = LoKrForm("LOKR", {"rank": "r", "alpha": "alpha", "factor": "decompose_factor"},
-                    {"lokr_w1": "C", "lokr_w2_a": "B", "lokr_w2_b": "A", "lokr_w2": "A"},
-                    training=("rank_dropout", "rank_dropout_scale", "module_dropout", "init_weights"),
-                    patterns={"rank_pattern": "r", "alpha_pattern": "alpha"})
 
     def __init__(self, rank: int = 8, alpha: float | None = None, factor: int = -1,
                  targets: Sequence[str] | None = ("q", "v"), **common: Any) -> None:

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from core.anatomy import Anatomy, Site
 from core.errors import ScionError
 from core.graft import Graft
-from core.interop import LowRank
-from core.low_rank import LowRankMethod
 from core.method import PEFTMethod
+from core.method.low_rank import LowRankMethod
 
 
 class LoRAGraft(Graft):
@@ -69,23 +68,6 @@ class PrincipalGraft(LoRAGraft):
         return self.scale * torch.cat([self.B, -self.B_0], 1), torch.cat([self.A, self.A_0])
 
 
-class LoRAForm(LowRank):
-    """A principal start is a change of twice the rank; peft writes its own as a start, and subtracts it from W."""
-
-    def pair(self, graft: Graft) -> tuple[Tensor, Tensor, float]:
-        return (graft.A, graft.B, graft.scale) if type(graft) is LoRAGraft else super().pair(graft)
-
-    def arguments(self, config: dict[str, Any]) -> dict[str, Any]:
-        start = config.get("init_lora_weights", True)
-        if start not in (True, False, None, "gaussian", "orthogonal", "eva", "pissa"):
-            raise ScionError(f"init_lora_weights {start!r} changes the frozen weights in a way that LoRA here does not "
-                             "have; let peft convert it (path_initial_model_for_weight_conversion)")
-        return {**super().arguments(config), **({"start": "principal"} if start == "pissa" else {})}
-
-    def take(self, method: PEFTMethod, graft: Graft, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {**super().take(method, graft, tensors), **dict(graft.named_buffers())}  # the start is the weight's
-
-
 class LoRA(LowRankMethod, PEFTMethod):
     """A low-rank change beside a frozen weight: linear maps, Conv1D, convolutions, and parts of a fused projection.
 
@@ -109,7 +91,6 @@ class LoRA(LowRankMethod, PEFTMethod):
     """
 
     former_options = {}
-    peft = LoRAForm(fixed={"use_dora": False})
 
     def __init__(self, rank: int = 8, alpha: float | None = None, dropout: float = 0.0,
                  targets: Sequence[str] | None = ("q", "v"), root: bool = False,

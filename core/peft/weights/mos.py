@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from core.anatomy import Anatomy, Site
 from core.errors import ScionError
 from core.graft import Graft
-from core.low_rank import LowRankMethod
 from core.method import PEFTMethod
+from core.method.low_rank import LowRankMethod
 from core.peft.weights.lora import LoRAGraft
 from core.random_state import seeded
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 from core.anatomy import Anatomy, Site
 from core.errors import ScionError
 from core.graft import Graft
-from core.interop import Inexpressible, Part, PeftForm, reshaped, whole
 from core.method import PEFTMethod
 
 
@@ -96,33 +94,6 @@ class RotatedWeight(OFTGraft):
         return self.merged(weight)
 
 
-class OFTForm(PeftForm):
-    """peft's series ends with the third power both at 3 terms and at 4, and blocks may be given by their number."""
-
-    types = {"use_cayley_neumann": bool, "num_cayley_neumann_terms": int}
-
-    def config(self, method: PEFTMethod) -> dict[str, Any]:
-        terms = method.config["terms"]
-        if terms == 3:
-            raise Inexpressible(f"{method.name}: terms 3 means I + 2 Q + Q^2 here, which peft does not have; it has 2, "
-                                "4 and more, and the exact transform")
-        return {"r": 0, "oft_block_size": method.config["block"], "use_cayley_neumann": terms > 0,
-                "num_cayley_neumann_terms": terms or 5}
-
-    def give(self, method: PEFTMethod, grafts: list[Graft]) -> Part:
-        part = super().give(method, grafts)
-        assert isinstance(grafts[0], OFTGraft)
-        part.tensors["oft_R.weight"] = grafts[0].bounded()
-        return part
-
-    def own(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        return {"oft_block_size": round((1 + math.sqrt(1 + 8 * tensors["oft_R.weight"].shape[1])) / 2)}
-
-    def arguments(self, config: dict[str, Any]) -> dict[str, Any]:
-        terms = config.get("num_cayley_neumann_terms", 5) if config.get("use_cayley_neumann", True) else 0
-        return {"block": config["oft_block_size"], "terms": 4 if terms == 3 else terms}
-
-
 class OFT(PEFTMethod):
     """Orthogonal fine-tuning: the input of a linear map is rotated, in blocks.
 
@@ -144,8 +115,6 @@ class OFT(PEFTMethod):
 
     mergeable = True
     recommended = {"lr": 1e-3, "weight_decay": 0.0}
-    peft = OFTForm("OFT", {"block": "oft_block_size"}, {"oft_R.weight": "Q"}, training=(
-        "r", "use_cayley_neumann", "num_cayley_neumann_terms", "eps", "module_dropout", "init_weights"))
 
     def __init__(self, block: int = 32, terms: int = 5, targets: Sequence[str] | None = ("q", "v"),
                  dropout: float = 0.0, limit: float | None = None, **common: Any) -> None:
@@ -210,25 +179,6 @@ def butterfly(width: int, block: int, level: int) -> Tensor:
     return halves.transpose(1, 2).flatten()
 
 
-class BOFTForm(PeftForm):
-    """peft holds whole blocks, of which half the difference from their transpose counts."""
-
-    def give(self, method: PEFTMethod, grafts: list[Graft]) -> Part:
-        graft = whole(method, grafts, self.modules)
-        assert isinstance(graft, BOFTGraft)
-        return Part({"boft_R": skew(graft.Q, graft.block), "boft_s": graft.s[:, None]})
-
-    def own(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        return {"boft_n_butterfly_factor": len(tensors["boft_R"]), "boft_block_size": tensors["boft_R"].shape[-1]}
-
-    def take(self, method: PEFTMethod, graft: Graft, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        assert isinstance(graft, BOFTGraft)
-        blocks = tensors["boft_R"]
-        rows, columns = torch.triu_indices(graft.block, graft.block, 1)
-        return {"Q": (blocks - blocks.transpose(-1, -2))[..., rows, columns] / 2,
-                "s": reshaped(tensors["boft_s"], graft.s, "boft_s")}
-
-
 class BOFT(PEFTMethod):
     """Orthogonal fine-tuning with rotations that are products of sparse ones, and a scale for each output.
 
@@ -248,8 +198,6 @@ class BOFT(PEFTMethod):
 
     mergeable = True
     recommended = {"lr": 1e-3, "weight_decay": 0.0}
-    peft = BOFTForm("BOFT", {"block": "boft_block_size", "factors": "boft_n_butterfly_factor"},
-                    {"boft_R": "Q", "boft_s": "s"}, training=("boft_block_num", "boft_dropout", "init_weights"))
 
     def __init__(self, block: int = 4, factors: int = 1, targets: Sequence[str] | None = ("q", "v"), **common: Any
                  ) -> None:

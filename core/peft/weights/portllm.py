@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from core.adapters.weight_delta import Patch
 from core.anatomy import Anatomy, Site, parameter_sites
 from core.errors import ScionError
 from core.graft import Graft
+from core.json_types import Count
 from core.method import PEFTMethod
-from core.patch import Patch
-from core.schema import Count
 
 
 class PatchGraft(Graft):
@@ -39,7 +39,7 @@ class PortLLM(PEFTMethod):
     Trains: nothing (a head may be trained beside it). LoRA of rank 8 on all linear maps of Mistral-7B: 20,971,520
         numbers to carry
     Merges: W' + scale dW
-    Source: Khan et al. 2024, arXiv:2410.10870. ``core.patch.Patch`` takes, adds, subtracts, scales and applies patches;
+    Source: Khan et al. 2024, arXiv:2410.10870. ``core.Patch`` takes, adds, subtracts, scales and applies patches;
         that the new base would have learned much the same change is the paper's observation, not a theorem
 
     Args:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from core.anatomy import Anatomy, Site
 from core.errors import ScionError
 from core.graft import Graft
+from core.json_types import Count, Shapes
 from core.method import PEFTMethod
-from core.schema import Count, Shapes
 
 TOLERANCE = 1e-2
 """How far the two probes of a basis may lie apart, for each root of its rank."""
@@ -86,7 +86,7 @@ class SVFit(PEFTMethod):
     Source: Sun et al. 2024, arXiv:2409.05926, section 3. sigma is not decayed, which would shrink the weight. Learning
         rates are from memory. The file holds sigma alone: the basis is decomposed again from the base, in double
         precision, and must be the one that sigma was trained with, which repeated singular values or a base in another
-        precision may prevent; ``save_basis`` stores it. To another base the change goes as a patch (core.patch)
+        precision may prevent; ``save_basis`` stores it. To another base the change goes as a patch (``core.Patch``)
 
     Args:
         rank: number of singular values; None is all of them.
@@ -153,4 +153,4 @@ class SVFit(PEFTMethod):
             if any(abs(one - other) > near for one, other in zip(saved, graft.probes, strict=False)):
                 raise ScionError(f"{self.name}: the singular vectors of {graft.site.weight_name} here are not those "
                                  "that sigma was trained with: save it with save_basis=True, or carry its change to "
-                                 "another base as a patch (core.patch.Patch.take)")
+                                 "another base as a patch (core.adapters.weight_delta.Patch.take)")

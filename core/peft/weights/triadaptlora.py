@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from core.anatomy import Site
 from core.errors import ScionError
 from core.graft import Graft
-from core.low_rank import LowRankMethod
+from core.json_types import Few
 from core.method import PEFTMethod, home_of
+from core.method.low_rank import LowRankMethod
 from core.optim import steps_of
 from core.peft.weights.lora import orthogonality
 from core.random_state import seeded
-from core.schema import Few
 
 Scale = Literal["alpha/rank", "alpha/reference"]
 

@@ -14,11 +14,10 @@ import pytest
 import torch
 import yaml
 
-from core import labelled
 from core.config import make, points
-from core.data import DataModule
+from core.data import DataModule, labelled
+from core.data.labelled import few
 from core.errors import ScionError
-from core.labelled import few
 from domains.audio import ESC50, FluentSpeechCommands, SpeechCommands, UrbanSound8K, clips, mini
 from domains.audio.clips import AudioData
 from tests.domains.audio.conftest import write_sound, write_tree

@@ -13,7 +13,7 @@ import pytest
 import soundfile
 import torch
 
-from core import labelled
+from core.data import labelled
 from core.errors import ScionError
 from domains.audio import ESC50, clips, esc50, features
 

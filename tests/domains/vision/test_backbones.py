@@ -18,12 +18,12 @@ from timm.models import save_for_hf
 from torch import Tensor
 
 from core.anatomy import dissect
-from core.commands import save_plain
+from core.cli.commands import save_plain
 from core.errors import ScionError
-from core.module import FineTuner, build, load_run, spec
 from core.peft import make
-from core.run import save_run_adapter
 from core.tasks import Classification
+from core.training.finetuner import FineTuner, build, load_run, spec
+from core.training.run import save_run_adapter
 from domains.vision import TimmBackbone, backbones
 
 VIT, SWIN = "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"

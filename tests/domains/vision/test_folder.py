@@ -12,7 +12,7 @@ import torch
 
 from core.config import points
 from core.errors import ScionError
-from core.run import execute
+from core.training.run import execute
 from domains.vision import images
 from domains.vision.folder import ImageFolder
 from tests.domains.vision.conftest import write_picture

@@ -10,9 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from core import commands, report, run
+from core import report
+from core.cli import commands
 from core.config import points
 from core.errors import ScionError
+from core.training import run
 from domains.vision import ImageFolder
 from tests.domains.vision.conftest import write_picture
 from tests.domains.vision.real import DATA, TASKS, prepare

@@ -11,9 +11,9 @@ import pytest
 import torch
 import yaml
 
-from core import run
 from core.config import points
 from core.errors import ScionError
+from core.training import run
 from domains.vision import mini
 from domains.vision.vtab import TASKS, VTAB1k
 from tests.domains.vision.conftest import write_picture, write_task

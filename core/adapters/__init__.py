@@ -1,0 +1,1 @@
+"""Methods on disk: our own folders, Hugging Face peft's, and patches."""

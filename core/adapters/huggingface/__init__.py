@@ -1,0 +1,1 @@
+"""Hugging Face peft's adapter folders, read and written without importing peft."""

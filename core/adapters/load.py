@@ -1,0 +1,103 @@
+"""Methods on disk, in one place: saved and loaded, in our own form or Hugging Face peft's."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch import LightningModule
+from torch import nn
+
+from core.adapters.huggingface.convert import from_peft, is_peft
+from core.adapters.reading import (
+    ModelRecord,
+    Saved,
+    attach,
+    load_tensors,
+    method_of,
+    open_adapter,
+    read_adapter,
+    refusal,
+    rehearse,
+    restore,
+    split_checkpoint,
+)
+from core.errors import ScionError, listed, one_line
+from core.method import uncompiled
+from core.method.attached import base_names, keep_only_owned, methods_on
+from core.method.beside import OUTSIDE, load_beside
+from core.method.fingerprint import fingerprint
+from core.method.saving import FORMAT, RECORD, TENSORS, adapter_bytes, save_adapter, versions
+
+
+def load_adapter(source: str | Path, model: nn.Module, base: Literal["same", "any"] | nn.Module = "same") -> Any:
+    """Attach the methods saved in ``source`` to ``model`` and load their tensors.
+
+    Args:
+        source: an adapter folder, a run folder, a Lightning checkpoint, or an adapter folder of Hugging Face peft.
+        model: the same backbone that the methods were saved from, plain; or the LightningModule around it, into which
+            what stood beside the backbone (a head) is loaded too.
+        base: ``any`` carries them to other weights of the same shapes, with a warning. Where a method moved the base's
+            own tensors, the file holds their values; to carry the change of them, give the base that it was trained on
+            (an ``nn.Module``) instead.
+
+    Returns:
+        The method, or the list of methods where several were saved.
+
+    Raises:
+        ScionError: a damaged file, another base, missing, extra or misshapen tensors, values that are not finite; the
+            model is untouched then.
+
+    Warns:
+        UserWarning: the file has tensors of what stood beside the backbone, and ``model`` is the backbone alone.
+    """
+    if is_peft(source):
+        return from_peft(source, model)
+    saved = open_adapter(source)
+    root = _root_in(model, saved)
+
+    def check_rest() -> None:
+        saved.check_whole()
+        if root is not model:
+            load_beside(model, root, saved.tensors, str(source), write=False)
+
+    try:
+        methods = restore(saved.record, saved.tensors, root, base, str(source), check_rest)
+    except ScionError as error:
+        if not (saved.record.get("model") or {}).get("backbone") or "another base" not in str(error):
+            raise
+        raise ScionError(f"{error}; core.load_run({str(source)!r}) builds the run's own backbone (its sizes may be "
+                         "those of its data) and its head") from None
+    if root is model:
+        _tell_of_rest(saved, str(source))
+    else:
+        load_beside(model, root, saved.tensors, str(source))
+    return methods[0] if len(methods) == 1 else methods
+
+
+def _root_in(model: nn.Module, saved: Saved) -> nn.Module:
+    """The backbone in ``model``, which may be the module around it."""
+    model = uncompiled(model)
+    path = saved.record.get("beside", "")
+    rest = {name.removeprefix(OUTSIDE) for name in saved.tensors if name.startswith(OUTSIDE)}
+    wraps = isinstance(model, LightningModule) or (bool(rest) and rest <= set(model.state_dict()))
+    if not wraps:
+        return model
+    places = [path] if path else ["backbone", "model"]
+    modules = dict(model.named_modules())
+    return next((modules[place] for place in places if place in modules), model)
+
+
+def _tell_of_rest(saved: Saved, where: str) -> None:
+    rest = [name.removeprefix(OUTSIDE) for name in saved.tensors if name.startswith(OUTSIDE)]
+    if rest:
+        whole = "core.load_run gives the whole model" if saved.record.get("model") else (
+            "give load_adapter the LightningModule in its place")
+        warnings.warn(f"{where}: {listed(map(one_line, rest), 4)} stood beside the backbone and is not loaded into it; "
+                      f"{whole}", stacklevel=3)
+
+
+__all__ = ["FORMAT", "OUTSIDE", "RECORD", "TENSORS", "ModelRecord", "Saved", "adapter_bytes", "attach", "base_names",
+           "fingerprint", "keep_only_owned", "load_adapter", "load_tensors", "method_of", "methods_on", "open_adapter",
+           "read_adapter", "refusal", "rehearse", "restore", "save_adapter", "split_checkpoint", "versions"]

@@ -1,0 +1,107 @@
+"""What can be set in a configuration: every field with its type, default and meaning."""
+
+from __future__ import annotations
+
+import inspect
+import textwrap
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
+
+from core.config import Point, dump, find_class
+from core.config.build import SET_BY_RUN
+from core.config.keys import KEYS
+from core.report.cards import argument_help, arguments, sections
+
+
+def resolved(points: list[Point]) -> str:
+    """The configurations of a command, as YAML documents; of several points each with its name."""
+    documents = []
+    for point in points:
+        named = f"# {point.name}\n" if len(points) > 1 else ""
+        documents.append(named + dump({**point.config, "domain": point.domain}))
+    return "---\n".join(documents)
+
+
+def fields_text(point: Point) -> str:
+    """Every field of a configuration that can be set on the command line: its type, its value here, what it means."""
+    lines = [f"What can be set in {point.source}, as --KEY VALUE (the value here behind =):", ""]
+    for key, text in KEYS.items():
+        lines.append(f"{key}: {text}")
+        for name, kind, value, meaning in _fields(point, key):
+            lines.append(f"  --{name}  {kind}" + ("" if value is None else f" = {value}"))
+            lines += textwrap.wrap(meaning, 110, initial_indent=" " * 8, subsequent_indent=" " * 8)
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+SINGLE: dict[str, tuple[str, Any]] = {
+    "model.checkpointing": ("bool", False), "seed_everything": ("int", 0), "select": ("last | best", "last"),
+    "run_dir": ("str", None), "domain": ("str", None)}
+"""Keys that are one value: its type, and its default."""
+Field = tuple[str, str, Any, str]
+"""Key, type, value (None where there is none), meaning."""
+
+
+def _fields(point: Point, key: str) -> Iterator[Field]:
+    """The fields below a key."""
+    if key in ("model.backbone", "model.task", "data"):
+        component = point.config
+        for part in key.split("."):
+            component = component.get(part) or {}
+        yield from _of_component(component or {"class_path": "Classification", "init_args": {}}, key, point.domain)
+    elif key == "peft":
+        peft = point.config["peft"]
+        methods = peft if isinstance(peft, list) else [peft]
+        for number, component in enumerate(methods):
+            place = "peft" if len(methods) == 1 else f"peft.{number}"
+            yield from _of_component(component, place, point.domain)
+    elif key in ("optimizer", "lr_scheduler"):
+        from core.training.finetuner import OptimizerSettings, ScheduleSettings  # imports torch and lightning
+
+        settings: Any = OptimizerSettings if key == "optimizer" else ScheduleSettings
+        yield from _of_settings(settings, key, point.config[key])
+    elif key == "trainer":
+        yield from _of_trainer(point.config["trainer"])
+    elif key in SINGLE:
+        kind, default = SINGLE[key]
+        given = point.config["model"] if key.startswith("model.") else point.config
+        yield key, kind, given.get(key.rpartition(".")[2], default), ""
+
+
+def _of_component(component: dict[str, Any], key: str, domain: str) -> Iterator[Field]:
+    """The class of a component, and its arguments."""
+    cls = find_class(component["class_path"], key, domain)
+    yield key, "class", component["class_path"], sections(cls.__doc__ or "")["summary"]
+    given = component["init_args"]
+    for argument in arguments(cls):
+        value = given.get(argument["name"], argument["default"])
+        yield f"{key}.{argument['name']}", argument["type"] or "any", value, argument["help"]
+
+
+def _of_settings(cls: Any, key: str, given: dict[str, Any]) -> Iterator[Field]:
+    meanings = argument_help(cls.__doc__ or "")
+    defaults = cls()
+    for field in fields(cls):
+        value = given.get(field.name, getattr(defaults, field.name))
+        yield f"{key}.{field.name}", str(field.type), value, meanings.get(field.name, "")
+
+
+def _of_trainer(given: dict[str, Any]) -> Iterator[Field]:
+    from lightning.pytorch import Trainer  # slow to import
+
+    yield ("trainer.checkpoint_every_n_steps", "int | None", given.get("checkpoint_every_n_steps"),
+           "optimizer steps between two checkpoints within an epoch; without it there is one at each epoch's end")
+    meanings = argument_help(Trainer.__init__.__doc__ or "")
+    for name, parameter in inspect.signature(Trainer.__init__).parameters.items():
+        if name == "self" or name in SET_BY_RUN:
+            continue
+        value = given.get(name, parameter.default)
+        first_sentence = meanings.get(name, "").partition(". ")[0]
+        yield f"trainer.{name}", _type_text(parameter.annotation), value, first_sentence
+
+
+def _type_text(annotation: Any) -> str:
+    """A type as people write it."""
+    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    return text.replace("typing.", "").replace("collections.abc.", "")

@@ -1,0 +1,584 @@
+"""What the datamodules of labelled files share: from a list of samples to the three sets.
+
+A benchmark says where its files lie, what they are and which set they belong to (`LabelledData.table`,
+`LabelledData.parts`); a kind of file (sounds, pictures) says how they are read (`LabelledData.prepare`,
+`LabelledData.fill`). Everything else is here: finding or fetching the data, the mini in their place, few-shot subsets,
+unreadable files, tables and lists.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+import warnings
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from core.data import DataModule, Source, seed_of
+from core.data.download import Archive, download, reachable
+from core.errors import ScionError, listed, nearest, one_line
+from core.files import files_below, open_regular, read_text
+
+PARTS = ("train", "validation", "test")
+Parts = dict[str, list[int]]
+"""Rows of the samples by set; ``validation`` is left out where the protocol has none."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One file of a data set, or a part of it.
+
+    Args:
+        file: where it lies.
+        name: the file within the data set, the same on every machine; what is drawn by chance is drawn by it. What
+            follows an ``@`` is a place within the file.
+        labels: its classes; one, but for multi-label data.
+        group: the number of its fold, or the set that it belongs to; None where neither is given.
+    """
+
+    file: Path
+    name: str
+    labels: tuple[str, ...]
+    group: int | str | None = None
+
+
+class LabelledData(DataModule):
+    """Files with labels, or the mini in their place.
+
+    A subclass names its benchmark in the attributes below and defines ``layout``, ``table`` and ``parts``.
+
+    Args:
+        root: folder of the data in its published layout; None takes the copy in the cache, or downloads it where it is
+            published for that.
+        source: see ``DataModule``.
+        shots: few-shot: so many training samples of each class, drawn by the seed, the same for every method, and a
+            larger number contains a smaller one's. Validation and test stay whole. Null takes all.
+        skip_bad: leave out unreadable files and list them in ``skipped``, instead of stopping at the first.
+        cache: folder of downloads and of what is computed from files; null is ``$SCION_CACHE`` or ``~/.cache/scion``.
+        batch_size, num_workers, seed: see ``DataModule``.
+    """
+
+    domain: ClassVar[str]
+    """Its folder in the cache."""
+    samples_are: ClassVar[str] = "samples"
+    """What people call them: clips, pictures."""
+    files_are: ClassVar[str] = "file"
+    """What one file is: a sound file, a picture."""
+    suffixes: ClassVar[frozenset[str]] = frozenset()
+    """Endings of such files, in small letters."""
+    mini_is: ClassVar[str] = "generated samples"
+    """What the mini holds."""
+
+    title: str
+    """The benchmark's name."""
+    archive: ClassVar[Archive | None] = None
+    """Where it can be downloaded from."""
+    obtain: ClassVar[str] = ""
+    """Where people get it, if it cannot be downloaded by a program."""
+    count: ClassVar[int] = 0
+    """Samples of the whole benchmark."""
+    folder: str = ""
+    """What it is called in the cache, where there is no archive."""
+    mini_name: ClassVar[str] = ""
+    """What its mini is called."""
+    every_class: ClassVar[bool] = True
+    """Whether each class has to be trained; a sample drawn from many classes may miss some."""
+
+    def __init__(self, root: str | None = None, source: Source = "auto", shots: int | None = None,
+                 skip_bad: bool = False, cache: str | None = None, batch_size: int = 32, num_workers: int = 0,
+                 seed: int | None = None) -> None:
+        super().__init__(root, source, batch_size, num_workers, seed)
+        if shots is not None and shots < 1:
+            raise ScionError(f"data.shots: {shots} training {self.samples_are} a class are too few; at least 1, or "
+                             "null for all")
+        self.shots, self.skip_bad = shots, skip_bad
+        self.cache = Path(os.path.expanduser(cache or os.environ.get("SCION_CACHE") or "~/.cache/scion")) / self.domain
+        self.notes: list[str] = []
+        """What has to be known of the data beside their name."""
+        self._place: Path | Literal["mini", "download"] | None = None
+        self._listing: tuple[list[Any], list[str], dict[int, str]] | None = None
+        self._contents: str | None = None
+
+    # ------------------------------------------------------------------------------ what a benchmark defines
+
+    @abstractmethod
+    def layout(self, root: Path) -> Path:
+        """``root``, or the folder in it that the archive unpacks to, checked for the layout."""
+
+    @abstractmethod
+    def table(self, root: Path) -> tuple[list[Any], list[str]]:
+        """The samples below ``root`` and the classes in their order.
+
+        Raises:
+            ScionError: names the file, and the line where there is one.
+        """
+
+    @abstractmethod
+    def parts(self, samples: list[Any], bad: set[int]) -> Parts:
+        """Rows of each set, readable or not; ``bad`` are the unreadable ones."""
+
+    def named(self, samples: list[Any], classes: list[str]) -> str:
+        """What the numbers are measured on; ``samples`` are the readable ones."""
+        whole = not self.count or len(samples) == self.count
+        return self.title if whole else f"{len(samples)} {self.samples_are} in {self.title}'s layout"
+
+    def stand_ins(self) -> list[str]:
+        """Class names as long as the benchmark has not been downloaded."""
+        return []
+
+    # ------------------------------------------------------------------------------ what a kind of file defines
+
+    def survey(self, samples: list[Any], bad: dict[int, str]) -> None:
+        """Note in ``bad`` what is seen to be unreadable without decoding it."""
+
+    @abstractmethod
+    def prepare(self, samples: list[Any], wanted: list[int] | None, bad: dict[int, str]) -> dict[int, str]:
+        """Decode what has to be decoded of the rows ``wanted`` (None: all) before training; returns the rows that turn
+        out to be unreadable, each with the reason."""
+
+    @abstractmethod
+    def fill(self, samples: list[Any], parts: Parts, wanted: list[int] | None) -> None:
+        """Set ``train_set``, ``validation_set`` and ``test_set``."""
+
+    @abstractmethod
+    def load_mini(self) -> None:
+        """Make the mini: set ``origin``, ``classes`` and the three sets."""
+
+    @abstractmethod
+    def mini_classes(self) -> list[str]:
+        """The classes of the mini."""
+
+    # ------------------------------------------------------------------------------ what the core asks
+
+    def files(self, folder: Path) -> list[Path]:
+        """What is of this kind below ``folder`` by its ending, without hidden ones. Pipes and folders that cannot be
+        listed are among them, so that they are named as what cannot be read."""
+        files, closed = files_below(folder)
+        return sorted([file for file in files if file.suffix.lower() in self.suffixes] + closed)
+
+    def with_files(self, folders: list[Path], least: int, hint: str = "") -> dict[Path, list[Path]]:
+        """The files of each of these folders of classes. A folder that holds others alone (notes, say) is left out and
+        named, as long as ``least`` folders stay.
+
+        Raises:
+            ScionError: a folder is empty, or too few hold a file of this kind.
+        """
+        found = {folder: self.files(folder) for folder in folders}
+        lacking = [folder for folder, files in found.items() if not files]
+        others = {folder: files_below(folder)[0] for folder in lacking}
+        wrong = next((folder for folder, files in others.items() if not files), None)
+        if lacking and wrong is None and len(found) - len(lacking) < least:
+            wrong = lacking[0]
+        if wrong is not None:
+            raise ScionError(f"data.root: no {self.files_are} in the folder {wrong}{hint}")
+        for folder in lacking:
+            endings = listed(dict.fromkeys(file.suffix.lower() or file.name for file in others[folder]), 3)
+            note = f"the folder {folder} is left out: it holds {endings} and no {self.files_are}"
+            self.notes.append(note)
+            warnings.warn(f"data.root: {note}", stacklevel=2)
+        return {folder: files for folder, files in found.items() if files}
+
+    def subfolders(self, folder: Path) -> list[Path]:
+        """The folders in ``folder``, without hidden ones and what a Mac's zip leaves behind. A link back to a folder
+        that it lies in is left out and named: its files would be counted twice."""
+        found = []
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+            child = folder / entry.name
+            if not _is_folder(entry) or child.name[0] == "." or child.name == "__MACOSX":
+                continue
+            if entry.is_symlink() and Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(child)):
+                reason: dict[int, str] = {}
+                with noted(reason, 0, self.skip_bad):
+                    raise ScionError(f"{child}: a link back to a folder that it lies in")
+                self.skipped += reason.values()
+                continue
+            found.append(child)
+        return found
+
+    @property
+    def listing(self) -> str:
+        if not self._loaded:
+            self.setup()
+        return self._contents or super().listing
+
+    def peek(self) -> list[str] | None:
+        """The classes, from the table where one is at hand."""
+        place = self.where()
+        if place == "mini":
+            return self.mini_classes()
+        if place == "download":
+            return self.stand_ins()
+        return self.look(place)[1]
+
+    def load(self) -> None:
+        place = self.where()
+        with plainly():
+            if place == "mini":
+                self.load_mini()
+            else:
+                self._load_real(self._download() if place == "download" else place)
+
+    # ------------------------------------------------------------------------------ where the data come from
+
+    def where(self) -> Path | Literal["mini", "download"]:
+        """Where the samples come from, asked once."""
+        if self._place is None:
+            with plainly():
+                self._place = self._find()
+        if self._place == "mini":
+            self.multilabel = False  # a sample of the mini is one thing
+        return self._place
+
+    def _find(self) -> Path | Literal["mini", "download"]:
+        ready = self.cache / (self.archive.folder if self.archive else self.folder or self.title)
+        if self.source == "mini":
+            return "mini"
+        if self.root is not None:  # given explicitly: it is this or nothing
+            place = self.layout(Path(os.path.expanduser(self.root)))
+            self.look(place)
+            return place
+        if os.path.isdir(ready):
+            try:
+                return self.layout(ready)
+            except ScionError as error:
+                raise ScionError(f"{error}; this is the copy in the cache: take it away to have it fetched or made up "
+                                 "for again") from None
+        if self.archive and reachable(self.archive.url):
+            return "download"
+        if self.source == "real":
+            raise ScionError(f"data.source real: {self.absent}; {self.obtain or 'give a data.root'}")
+        warnings.warn(self.fallback, stacklevel=4)
+        return "mini"
+
+    @property
+    def absent(self) -> str:
+        """Why a benchmark is not there."""
+        host = " and its host does not answer" if self.archive else ""
+        return f"{self.title} is not in the cache{host}"
+
+    @property
+    def fallback(self) -> str:
+        """The warning where the mini stands in."""
+        hint = f" ({self.obtain})" if self.obtain else ""
+        return (f"data.source auto: no data.root, {self.absent}, so this is the built-in mini: {self.mini_is}, not the "
+                f"benchmark{hint}")
+
+    def _download(self) -> Path:
+        """Fetch the benchmark into the cache; what must hold is that every file of the table is there."""
+        def whole(folder: Path) -> None:
+            samples = self.table(self.layout(folder))[0]
+            absent = [sample.name for sample in samples if not sample.file.is_file()]
+            if len(samples) != self.count or absent:
+                raise ScionError(f"{self.title}: the download is not whole: {len(samples)} {self.samples_are} of "
+                                 f"{self.count} listed, {len(absent)} absent")
+
+        assert self.archive is not None
+        return self.layout(download(self.archive, self.title, self.cache, whole))
+
+    # ------------------------------------------------------------------------------ loading
+
+    def look(self, root: Path) -> tuple[list[Any], list[str], dict[int, str]]:
+        """The samples, the classes, and by row what is seen to be bad without decoding it; read once."""
+        if self._listing is None:
+            with plainly():
+                samples, classes = self.table(root)
+                for sample in samples:
+                    check_name(sample.file)
+                bad: dict[int, str] = {}
+                self.survey(samples, bad)
+                self._listing = samples, classes, bad
+        return self._listing
+
+    def _load_real(self, root: Path) -> None:
+        samples, classes, bad = self.look(root)
+        if samples and len(bad) == len(samples):
+            raise ScionError(f"data: none of {len(samples)} files can be read ({next(iter(bad.values()))})")
+        while True:  # what turns out to be bad when it is decoded changes what there is to choose from
+            self.classes, known = classes, set(bad)
+            parts = {which: [row for row in rows if row not in known] for which, rows in
+                     self.parts(samples, known).items()}
+            self.check_parts(samples, parts, bad)
+            notes = []
+            if self.shots:
+                parts["train"], short = self._few(samples, parts["train"])
+                notes += [f"data.shots {self.shots}: fewer training {self.samples_are} of {listed(short)}"] \
+                    if short else []
+            wanted = sorted(row for rows in parts.values() for row in rows) if self.shots else None
+            bad = bad | self.prepare(samples, wanted, bad)
+            if set(bad) == known:
+                break
+        if bad:
+            notes.append(f"{len(bad)} of {len(samples)} files could not be read and were left out (named under "
+                         "skipped)")
+        self.skipped += list(bad.values())
+        shots = f", {self.shots} training {self.samples_are} a class" if self.shots else ""
+        good = [sample for row, sample in enumerate(samples) if row not in bad]
+        self.origin = {"source": "real", "name": self.named(good, classes) + shots}
+        if self.notes or notes:
+            self.origin["note"] = "; ".join([*self.notes, *notes])
+        self._contents = contents_of(root, self.classes, samples, parts)
+        self.fill(samples, parts, wanted)
+
+    def check_parts(self, samples: list[Any], parts: Parts, bad: dict[int, str]) -> None:
+        """Every class is trained, where that is wanted, and every set that the protocol has holds something."""
+        covered = {label for row in parts["train"] for label in samples[row].labels}
+        missing = [name for name in self.classes if name not in covered]
+        if missing and self.every_class:
+            reason = next((reason for row, reason in bad.items() if missing[0] in samples[row].labels), "")
+            raise ScionError(f"data: of {len(self.classes)} classes the training set holds none of {listed(missing)}"
+                             f"{f' ({reason})' if reason else ''}")
+        for which in PARTS[1:]:
+            if which in parts and not parts[which]:
+                raise ScionError(f"data: no readable {self.samples_are.rstrip('s')} in the {which} set")
+
+    def _few(self, samples: list[Any], rows: list[int]) -> tuple[list[int], list[str]]:
+        """``shots`` of the training rows of each class, and the classes that have fewer."""
+        assert self.shots is not None
+        kept = few(rows, [sample.name for sample in samples], [sample.labels for sample in samples], self.shots,
+                   self.seed or 0)
+        counts = Counter(label for row in kept for label in samples[row].labels)
+        return kept, [f"{name} ({counts[name]})" for name in self.classes if counts[name] < self.shots]
+
+
+# ------------------------------------------------------------------------------------------------- choosing
+
+
+def few(rows: list[int], names: Sequence[str], labels: Sequence[tuple[str, ...]], shots: int, seed: int) -> list[int]:
+    """``shots`` of ``rows`` for each class, in ascending order; all where a class has no more.
+
+    A row's place in the draw depends on (seed, its name) alone, so that more shots contain fewer, and the rows of one
+    class do not depend on another. With several labels the rarest class chooses first, and what was chosen counts for
+    all of its classes.
+
+    Args:
+        rows: to choose from.
+        names, labels: of every row of the data set.
+        shots: of each class, at least 1.
+        seed: of the draw.
+    """
+    order = sorted(rows, key=lambda row: seed_of(seed, "shots", names[row]))
+    total = Counter(label for row in rows for label in labels[row])
+    have: Counter[str] = Counter()
+    kept: set[int] = set()
+    for name in sorted(total, key=lambda name: (total[name], name)):
+        for row in order:
+            if have[name] >= shots:
+                break
+            if row not in kept and name in labels[row]:
+                kept.add(row)
+                have.update(labels[row])
+    return sorted(kept)
+
+
+def check_folds(fold: int, validation_fold: int | str | None, count: int) -> None:
+    """Refuse folds that a benchmark with ``count`` of them does not have."""
+    if not 1 <= fold <= count:
+        raise ScionError(f"data.fold: {fold} is not one of the folds 1 to {count}")
+    if validation_fold == fold:
+        raise ScionError(f"data.validation_fold: {fold} is the test fold; take another, next, or null")
+    if validation_fold is not None and validation_fold != "next" and validation_fold not in range(1, count + 1):
+        raise ScionError(f"data.validation_fold: {validation_fold} is not next, null or one of the folds 1 to {count}")
+
+
+def by_folds(samples: list[Any], fold: int, validation_fold: int | str | None) -> Parts:
+    """``fold`` to test, ``validation_fold`` (``next``: the one after ``fold``; None: none) to validate, the rest to
+    train."""
+    folds = sorted({int(sample.group or 0) for sample in samples})
+    if fold not in folds:
+        raise ScionError(f"data.fold: {fold} is not among the folds of the table ({listed(folds)})")
+    held = folds[(folds.index(fold) + 1) % len(folds)] if validation_fold == "next" else validation_fold
+    if held is not None and (held not in folds or held == fold):
+        raise ScionError(f"data.validation_fold: {held} is not among the other folds of the table ({listed(folds)})")
+    found: Parts = {which: [] for which in PARTS if which != "validation" or held is not None}
+    for row, sample in enumerate(samples):
+        found["test" if sample.group == fold else "validation" if sample.group == held else "train"].append(row)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------- tables and folders
+
+
+def folder_with(root: Path, marker: str, inside: Sequence[str], title: str) -> Path:
+    """``root``, or a folder of one of the names ``inside`` it, that holds ``marker``."""
+    if not os.path.isdir(root):
+        raise ScionError(f"data.root: no folder {root}")
+    for folder in (root, *(root / name for name in inside)):
+        if os.path.exists(folder / marker):
+            return folder
+    raise ScionError(f"data.root: no {marker} in {root} (wanted: {title}'s layout, see the domain's README.md; "
+                     "files of your own: folder.yaml)")
+
+
+END = "the end of the table"
+
+
+def read_csv(file: Path, columns: Sequence[str] = ()) -> list[dict[str, str]]:
+    """The rows of a table with a header, values without blanks around them; commas, semicolons or tabs between them.
+
+    Raises:
+        ScionError: the file cannot be read, lacks one of ``columns``, has no rows, or ends within quotation marks.
+    """
+    text = read_text(file)
+    header = next(iter(io.StringIO(text, newline="")), "")
+    # read after the table: where a mark of quotation is not closed it is not found as a row of its own
+    lines = csv.reader(chain(io.StringIO(text, newline=""), [END]), delimiter=max(",;\t", key=header.count))
+    rows: list[list[str]] = []
+    begins, last = 0, 0
+    try:
+        for row in lines:
+            begins, last = last + 1, lines.line_num
+            rows.append(row)
+    except csv.Error as error:
+        raise ScionError(f"{file}, line {lines.line_num}: cannot be read as a table ({error})") from None
+    if rows.pop() != [END]:
+        raise ScionError(f"{file}, line {begins}: a mark of quotation is opened and not closed")
+    rows = [row for row in rows if row]
+    names = [name.strip() for name in rows[0]] if rows else []
+    twice = next((name for name, times in Counter(names).items() if name and times > 1), None)
+    if twice is not None:
+        raise ScionError(f"{file}: two columns are called {twice!r}; which one is meant?")
+    lacking = [column for column in columns if column not in names]
+    if lacking:
+        raise ScionError(f"{file}: {'empty' if not names else 'no column ' + listed(lacking)}"
+                         f"{nearest(lacking[0], names)}; wanted are the columns {listed(columns)}")
+    if not names:
+        raise ScionError(f"{file}: empty; a table with a header wanted")
+    if len(rows) == 1:
+        raise ScionError(f"{file}: no rows below the header")
+    return [dict(zip(names, (value.strip() for value in row), strict=False)) for row in rows[1:]]
+
+
+class Numbered:
+    """Classes that a table gives as a number and a name, which must agree on every line."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.names: dict[int, str] = {}
+
+    def add(self, line: int, number: int, name: str) -> None:
+        if self.names.setdefault(number, name) != name:
+            raise ScionError(f"{self.file}, line {line}: target {number} is {name!r} here and {self.names[number]!r} "
+                             "above")
+
+    def order(self) -> list[str]:
+        """The names in the order of their numbers, at least two."""
+        names = [self.names[number] for number in sorted(self.names)]
+        if len(set(names)) < len(names):
+            raise ScionError(f"{self.file}: {len(names)} targets but {len(set(names))} category names")
+        return at_least_two(names, self.file)
+
+
+def at_least_two(classes: list[str], where: object) -> list[str]:
+    """``classes``, refused where there is nothing to tell apart."""
+    if len(classes) < 2:
+        raise ScionError(f"{where}: {'one class only' if classes else 'no classes'} ({listed(classes)}), at least two "
+                         "wanted")
+    return classes
+
+
+def ordered(names: Iterable[str]) -> list[str]:
+    """Names without repetition, in the order of their numbers where all of them are whole numbers, else of letters."""
+    found = sorted(set(names))
+    # Python makes no number of thousands of digits
+    return sorted(found, key=int) if all(name.isdecimal() and len(name) < 100 for name in found) else found
+
+
+def as_text(name: str) -> str:
+    """A name of a folder as text: bytes of it that are none are spelled out."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def contents_of(root: Path, classes: Sequence[str], samples: Sequence[Any], parts: Parts) -> str:
+    """A short hash of which files are in which set with which labels, and of their sizes.
+
+    Files are named as the data set names them, so that it is the same wherever the folder lies.
+    """
+    sets = {row: which for which, rows in parts.items() for row in rows}
+    digest = hashlib.sha256(json.dumps(list(classes)).encode())
+    for row, sample in enumerate(samples):
+        name = sample.name
+        if os.path.isabs(name):
+            name = os.path.relpath(sample.file, root)
+        try:
+            size = os.stat(sample.file).st_size
+        except OSError:
+            size = None
+        digest.update(json.dumps([name, size, sample.labels, sample.group, sets.get(row)]).encode())
+    return digest.hexdigest()[:16]
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()  # unlike the path, it knows even where nothing may be looked at
+    except OSError:
+        return False
+
+
+# ------------------------------------------------------------------------------------------------- files
+
+
+@contextmanager
+def noted(bad: dict[int, str], row: int, skip_bad: bool) -> Iterator[None]:
+    """What is wrong with a file goes into ``bad``, or stops all with a hint."""
+    try:
+        yield
+    except ScionError as error:
+        if not skip_bad:
+            raise ScionError(f"{error} (data.skip_bad: true leaves such files out)") from None
+        bad[row] = one_line(error)
+
+
+@contextmanager
+def plainly() -> Iterator[None]:
+    """What the system says of files and memory as one line."""
+    try:
+        yield
+    except OSError as error:
+        raise ScionError(f"data: {error.filename or 'a file'} cannot be read ({error.strerror or error})") from None
+    except (MemoryError, RuntimeError) as error:
+        if not _short_of_memory(error):
+            raise
+        raise ScionError(one_line(f"data: not enough memory ({error})")) from None
+
+
+@contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Where memory is short while ``file`` is read, say so. That is not the file's fault: it is not left out for it."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not _short_of_memory(error):
+            raise
+        raise MemoryError(f"while {file} was read") from None
+
+
+def _short_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or "can't allocate memory" in str(error)  # the latter is torch's
+
+
+def check_name(file: Path) -> None:
+    """Refuse what no file can be called: lists in JSON and MATLAB's form may hold any characters."""
+    try:
+        if b"\0" not in os.fsencode(file):
+            return
+    except UnicodeEncodeError:
+        pass
+    raise ScionError(f"{one_line(file)}: no name of a file, it holds characters that none can have")
+
+
+def readable(file: str | Path) -> bool:
+    """Whether a file can be opened now. What cannot, for it is not there or not allowed, may be there another time."""
+    try:
+        with open_regular(file):
+            return True
+    except (OSError, ScionError):
+        return False

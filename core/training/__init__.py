@@ -1,0 +1,1 @@
+"""Training: the LightningModule, its optimizer and checkpoints, one run and many."""
