@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from core.cost import describe
     from core.errors import ScionError
     from core.graft import checkpoint_activations
-    from core.training.finetuner import FineTuner, load_run
+    from core.training.finetuner import FineTuner
+    from core.training.load_run import load_run
 
 __version__ = "0.1.0"
 __all__ = ["FineTuner", "Patch", "ScionError", "checkpoint_activations", "describe", "dissect", "load_adapter",
@@ -29,7 +30,7 @@ _HOMES = {
     "describe": "core.cost",
     "dissect": "core.anatomy",
     "load_adapter": "core.adapters.load",
-    "load_run": "core.training.finetuner",
+    "load_run": "core.training.load_run",
     "to_peft": "core.adapters.huggingface.convert",
 }
 

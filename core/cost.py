@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from core.errors import ScionError
-from core.method import home_in, methods_on
+from core.method import OwnOptimizer, home_in, methods_on
 from core.random_state import random_states, restore_random_states
 
 Inputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
@@ -149,7 +149,7 @@ def _parameters(model: nn.Module) -> Cost:
     gradients = sum(p.numel() * p.element_size() for p in trained.values())
     moments = 2 * gradients
     for method in methods:
-        if method.is_optimizer:
+        if isinstance(method, OwnOptimizer):
             adam = sum(2 * p.numel() * p.element_size() for p in method.trainable().values() if id(p) in trained)
             moments += method.optimizer_bytes() - adam
     return Cost(model=type(model).__name__, methods=tuple(map(repr, methods)), parameters=counts,

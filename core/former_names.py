@@ -13,7 +13,7 @@ from typing import Any
 FORMER = {
     "artifact": "adapters.load", "attached": "method.attached", "base": "method.bases", "beside": "method.beside",
     "cache": "peft.side._kv_cache", "checkpoints": "training.checkpoints", "commands": "cli.commands",
-    "config_page": "config.page", "exact_resume": "training.exact_resume", "file_cache": "data.file_cache",
+    "config_page": "config.page", "exact_resume": "callbacks.exact_resume", "file_cache": "data.file_cache",
     "fingerprint": "method.fingerprint", "finite": "training.finite", "folder": "data.own_files",
     "imports": "cli.fast_imports", "interop": "adapters.huggingface.convert", "labelled": "data.labelled",
     "low_rank": "method.low_rank", "many_runs": "training.many_runs", "merging": "method.merging",

@@ -10,7 +10,7 @@ import torch
 from torch.optim import Optimizer
 
 
-class Together(Optimizer):
+class ChainedOptimizer(Optimizer):
     """Several optimizers that step as one; schedulers see all their groups, and one state dict holds all of theirs."""
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
@@ -43,3 +43,6 @@ def run_closure(closure: Callable[[], Any] | None) -> Any:
 def steps_of(value: float, total: int) -> float:
     """A number of steps given as such, or, below 1, as a share of ``total``."""
     return value * total if value < 1 else value
+
+
+Together = ChainedOptimizer  # its former name

@@ -25,6 +25,7 @@ from core.json_types import Digest, check
 from core.method import Home, PEFTMethod, Spec, check_structure, decode_extra_state, uncompiled
 from core.method.bases import check_base
 from core.method.beside import OUTSIDE
+from core.method.contents import live_tensors, packings_on
 from core.method.fingerprint import fingerprint
 from core.method.saving import FORMAT, RECORD, TENSORS
 from core.record import check_arguments
@@ -332,16 +333,16 @@ def load_tensors(methods: list[PEFTMethod], tensors: dict[str, Tensor], where: s
     """Copy saved tensors into attached methods. Missing and extra ones, those of another shape or kind of numbers, and
     values that are not finite or out of range are refused before any is written. ``unfrozen`` names parameters of the
     base that were trained beside the methods: where the file has them, they are written into the base."""
-    root = methods[0]._need_root()
+    root = methods[0].need_root()
     home: Home = root.peft  # type: ignore[assignment]
     parameters = dict(root.named_parameters())
     given = {name: tensor for name, tensor in tensors.items() if not name.startswith(OUTSIDE)}
-    live = {name: tensor for method in methods for name, tensor in method.live_tensors().items()}
-    packed = {name: (packing, packing.pack(live[name])) for name, packing in methods[0].all_packings().items()
+    live = {name: tensor for method in methods for name, tensor in live_tensors(method).items()}
+    packed = {name: (packing, packing.pack(live[name])) for name, packing in packings_on(methods[0]).items()
               if name in live and name not in given}  # a checkpoint holds the form in use
     into = {name: tensor for name, tensor in live.items() if name not in packed}
     into.update({f"{name}.{part}": tensor for name, (_, parts) in packed.items() for part, tensor in parts.items()})
-    buffers = {name for method in methods for name in method.start_buffers} - set(given)
+    buffers = {name for method in methods for name in method.buffers_at_start} - set(given)
     into = {name: tensor for name, tensor in into.items() if name not in buffers}  # files of earlier versions lack them
     into.update({name: parameters[name].detach() for name in home.heads if name in tensors})
     beside = [name for name in unfrozen if name in given and name in parameters and name not in into]

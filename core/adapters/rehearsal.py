@@ -67,7 +67,7 @@ def twin(model: nn.Module) -> nn.Module | None:
     copies: dict[int, Any] = {}
     tensors = [tensor for found in (model.named_parameters, model.named_buffers)
                for _, tensor in found(remove_duplicate=False)]
-    tensors += [tensor for method in methods_on(model) for tensor in method.start.values()]
+    tensors += [tensor for method in methods_on(model) for tensor in method.base_at_start.values()]
     for tensor in tensors:
         if id(tensor) not in copies:
             empty = torch.empty_like(tensor, device="meta", requires_grad=False)

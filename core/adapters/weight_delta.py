@@ -122,7 +122,7 @@ class Patch:
         architecture = architecture_of(root)
         changes: dict[str, Change] = {}
         before = {name: p.detach().clone() for name, p in parameters.items() if not name.startswith("peft.")}
-        before.update({name: start.to(parameters[name]) for m in methods for name, start in m.start.items()})
+        before.update({name: start.to(parameters[name]) for m in methods for name, start in m.base_at_start.items()})
         low = _factors(root)
         merged = []
         try:
@@ -280,7 +280,8 @@ class Patch:
         Raises:
             ScionError: the head of ``model`` is for other classes, or of another shape.
         """
-        from core.training.finetuner import FineTuner, load_outside  # only for a run's own module
+        from core.training.finetuner import FineTuner  # only for a run's own module
+        from core.training.head_files import load_outside  # only for a run's own module
 
         if not self.beside:
             return {}
@@ -307,7 +308,8 @@ class Patch:
         return {name: parameters[name] for name in self.beside}
 
     def _write_beside(self, model: nn.Module, places: dict[str, nn.Parameter]) -> None:
-        from core.training.finetuner import FineTuner, load_outside  # only for a run's own module
+        from core.training.finetuner import FineTuner  # only for a run's own module
+        from core.training.head_files import load_outside  # only for a run's own module
 
         if isinstance(model, FineTuner) and places:
             load_outside(model, self._named_beside(), "the patch's head")
@@ -406,7 +408,9 @@ def architecture_of(model: nn.Module) -> str:
 
 def _surroundings(around: nn.Module, root: nn.Module) -> dict[str, Any]:
     """What a patch holds of the module around the backbone: what is trained beside it, and how both are built."""
-    from core.training.finetuner import FineTuner, model_record, outside  # only for a run's own module
+    from core.training.finetuner import FineTuner  # only for a run's own module
+    from core.training.head_files import outside  # only for a run's own module
+    from core.training.recorded_model import model_record  # only for a run's own module
 
     if isinstance(around, FineTuner):
         beside = {name.removeprefix(OUTSIDE): tensor for name, tensor in outside(around).items()}
@@ -509,7 +513,7 @@ def _factors(model: nn.Module) -> dict[str, Change]:
     found: dict[str, Change] = {}
     spoiled: set[str] = set()
     for method in methods_on(model):
-        spoiled |= set(method.start)
+        spoiled |= set(method.base_at_start)
         for graft in method.grafts:
             site, name = graft.site, graft.site.weight_name
             parts = graft(verb="factors")

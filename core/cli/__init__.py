@@ -1,5 +1,5 @@
 """The ``lightning`` command."""
 
-from core.cli.main import main
+from core.cli.entry import main
 
 __all__ = ["main"]

@@ -381,7 +381,7 @@ def merge(run: str, out: str) -> int:
 
     The folder holds the backbone as its own library saves it, ``head.safetensors`` and ``labels.json``.
     """
-    from core.training.finetuner import load_run  # start-up time
+    from core.training.load_run import load_run  # start-up time
 
     target = check_free(out)
     tuner = load_run(run)
@@ -540,7 +540,7 @@ def export(adapter: str, out: str, model: str | None) -> int:
     """Write a run's or an adapter's methods into a new folder ``out``, as Hugging Face peft writes them."""
     from core.adapters.huggingface.convert import CONFIG, to_peft  # start-up time
     from core.adapters.load import load_adapter, open_adapter  # start-up time
-    from core.training.finetuner import load_run  # start-up time
+    from core.training.load_run import load_run  # start-up time
 
     target = check_free(out)
     if model is not None:
@@ -593,8 +593,8 @@ def predict(run: str, files: list[str], as_json: bool, trust: bool = False) -> i
     from tqdm import tqdm
 
     from core.report import MOST  # start-up time
-    from core.training.finetuner import load_run  # start-up time
     from core.training.gallery import caption  # start-up time
+    from core.training.load_run import load_run  # start-up time
 
     if not files:
         raise ScionError("no files given")

@@ -35,7 +35,7 @@ def take(run: str, out: str, rank: int | None = None) -> int:
         rank: keep this rank of each matrix's change; None keeps all.
     """
     from core.adapters.weight_delta import Patch  # start-up time
-    from core.training.finetuner import load_run  # start-up time
+    from core.training.load_run import load_run  # start-up time
 
     target = check_free(out)
     patch = Patch.take(load_run(run), rank)
@@ -110,7 +110,7 @@ def _base(patch: Patch, base: str) -> tuple[nn.Module, FineTuner | None]:
     """The plain backbone that is to be changed, and what stands around it: with the patch's head where it brings one,
     otherwise with the head of the run."""
     from core.backbone import Backbone  # start-up time
-    from core.training.finetuner import load_run  # start-up time
+    from core.training.load_run import load_run  # start-up time
 
     tuner: FineTuner | None = None
     if os.path.isdir(Path(base) / "adapter"):
@@ -132,7 +132,8 @@ def _recorded_backbone(patch: Patch, name: str) -> Backbone:
     """The backbone that the patch was trained with, with the weights of this folder or name."""
     from core.adapters.rehearsal import largest, rehearsing  # start-up time
     from core.backbone import Backbone  # start-up time
-    from core.training.finetuner import USUAL, build, hollow_backbone  # start-up time
+    from core.training.load_run import USUAL, hollow_backbone  # start-up time
+    from core.training.recorded_model import build  # start-up time
 
     record = patch.model
     if largest(record["backbone"]) > USUAL:  # a stranger's record may ask for any size
@@ -145,7 +146,8 @@ def _recorded_backbone(patch: Patch, name: str) -> Backbone:
 
 def _around(patch: Patch, backbone: Backbone) -> FineTuner:
     from core.tasks.base import Task  # start-up time
-    from core.training.finetuner import FineTuner, build  # start-up time
+    from core.training.finetuner import FineTuner  # start-up time
+    from core.training.recorded_model import build  # start-up time
 
     record = patch.model
     task = build(record["task"], record["seed"], Task)

@@ -35,7 +35,7 @@ from core.config import component
 from core.errors import ScionError, listed, nearest
 from core.graft import Graft, route_rows
 from core.json_types import check
-from core.method import PEFTMethod, key_of, methods_on
+from core.method import AddsLoss, OwnOptimizer, PEFTMethod, Plan, key_of, methods_on
 from core.method.fingerprint import fingerprint
 from core.record import plain
 from core.tensors import check_fit, check_values
@@ -60,8 +60,11 @@ class Trained(NamedTuple):
     spec: dict[str, Any]
 
 
-class SideBySide(PEFTMethod):
+class SideBySide(AddsLoss, PEFTMethod):
     """What compositions share: several methods, each in a branch of its own of the composition's module."""
+
+    plans: dict[str, Plan]
+    """What each of the methods will be on this model."""
 
     def __init__(self, methods: Sequence[Any], **common: Any) -> None:
         super().__init__(**common)
@@ -118,22 +121,10 @@ class SideBySide(PEFTMethod):
 
     # --------------------------------------------------------------------------------- attaching
 
-    def check(self, anatomy: Anatomy) -> None:
-        for method in self.methods:
-            for role in method.needs:
-                if role not in anatomy.roles:
-                    raise ScionError(f"{method.name} needs the role {role!r}, which {anatomy.family} does not have")
-            method.check(anatomy)
+    def numbers(self, anatomy: Anatomy) -> dict[str, Any]:
+        plans = {method.name: method.plan_on(anatomy) for method in self.methods}
         self._check_bases(anatomy)
-
-    def begin(self, anatomy: Anatomy) -> None:
-        for method in self.methods:
-            method.begin(anatomy)
-
-    def _stand_in(self) -> PEFTMethod:
-        found: Any = super()._stand_in()
-        found.methods = [method._stand_in() for method in self.methods]
-        return found
+        return {"plans": plans}
 
     def _check_bases(self, anatomy: Anatomy) -> None:
         if not self.trained or any(p.is_meta for p in anatomy.root.parameters()):
@@ -151,16 +142,19 @@ class SideBySide(PEFTMethod):
             raise ScionError(f"{self.name}: one head cannot read features of different widths: {widths}")
         return widths[self.methods[0].name]
 
-    def foresee(self, roles: Sequence[str], blocks: int, family: str) -> None:
+    def check_outline(self, roles: Sequence[str], blocks: int, family: str) -> None:
         for method in self.methods:
-            method.foresee(roles, blocks, family)
+            method.check_outline(roles, blocks, family)
 
-    def _fill(self, module: nn.Module, anatomy: Anatomy) -> None:
+    def fill(self, module: nn.Module, plan: Plan) -> None:
+        anatomy = plan.anatomy
         for method in self.methods:
             branch = nn.Module()
             if method.name in self.trained:
                 self._rehearse(method.name, anatomy)
-            method._fill(branch, anatomy)
+            own = self.plans[method.name]
+            vars(method).update(own.numbers)
+            method.fill(branch, own)
             method.module = branch
             if method.name in self.trained:
                 method.restructure(self.trained[method.name].spec.get("structure", {}))
@@ -233,7 +227,7 @@ class SideBySide(PEFTMethod):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         for method in self.methods if stage == "fit" and self.is_trained else ():
-            if method.is_trained and (method.is_scheduled or method.is_optimizer or method.stages):
+            if method.is_trained and (method.is_scheduled or isinstance(method, OwnOptimizer) or method.stages):
                 raise ScionError(f"{self.name}: {method.name} steers its own training, which has no place here: train "
                                  "it alone, and give its folder, or trainable: false")
         super().setup(trainer, pl_module, stage)
@@ -286,7 +280,7 @@ class Route(SideBySide):
         Raises:
             ScionError: no such variant.
         """
-        root = self._need_root()
+        root = self.need_root()
         names = [method.name for method in self.methods]
         states = [graft.active for graft in self.grafts]
         route = None
@@ -374,7 +368,7 @@ class JoinedMethods(SideBySide):
             if len(parts) != len(self.methods) or len({part.verbs for part in parts}) > 1:
                 raise ScionError(f"{self.name}: its methods must stand at the same sites in the same way, and do not "
                                  f"at {name}")
-            module.add_module(key_of(name), self._build(parts[0].site, anatomy))
+            module.add_module(key_of(name), self.make_graft(parts[0].site, anatomy))
         self._parts = {}
 
     def standing(self, module: nn.Module) -> list[Graft]:
@@ -584,7 +578,7 @@ class Split(JoinedMethods):
     @contextlib.contextmanager
     def at(self, positions: int | Tensor | Sequence[int]) -> Iterator[None]:
         """Within this context sample i is split at ``positions[i]``, or all at one position."""
-        self._need_root()
+        self.need_root()
         start: int | Tensor = positions if isinstance(positions, int) else torch.as_tensor(
             positions, device=next(self.module.parameters()).device).long()
         if (isinstance(start, Tensor) and start.dim() != 1) or bool((torch.as_tensor(start) < 0).any()):

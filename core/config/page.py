@@ -57,7 +57,7 @@ def _fields(point: Point, key: str) -> Iterator[Field]:
             place = "peft" if len(methods) == 1 else f"peft.{number}"
             yield from _of_component(component, place, point.domain)
     elif key in ("optimizer", "lr_scheduler"):
-        from core.training.finetuner import OptimizerSettings, ScheduleSettings  # imports torch and lightning
+        from core.config.optimizer import OptimizerSettings, ScheduleSettings  # imports torch and lightning
 
         settings: Any = OptimizerSettings if key == "optimizer" else ScheduleSettings
         yield from _of_settings(settings, key, point.config[key])

@@ -44,8 +44,8 @@ class CallRewriter(TorchFunctionMode):
             return func(*args, **kwargs)
         self.reached = True
         if func is F.linear and len(met) == 1 and met[0].make is not None and args[1] is met[0].frozen:
-            bias = kwargs.get("bias", args[2] if len(args) > 2 else None)
-            return _recomputed_linear(args[0], bias, met[0])
+            x, bias = _of_linear(*args, **kwargs)
+            return _recomputed_linear(x, bias, met[0])
         output = func(*_put(args, met), **_put_named(kwargs, met))
         if not isinstance(output, (Tensor, tuple, list)):  # its dtype, say
             return output
@@ -69,6 +69,11 @@ class CallRewriter(TorchFunctionMode):
             part = func(*own, **_put_named(kwargs, met, variant))
             output = output.index_copy(0, rows, part)
         return output
+
+
+def _of_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Input and bias of a call of ``F.linear``."""
+    return input, bias
 
 
 def _batch_position(args: tuple, met: list[Effective]) -> int:

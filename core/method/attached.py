@@ -63,6 +63,15 @@ class Home(nn.Module):
         del self.methods[method.name]
         delattr(self, key_of(method.name))
 
+    def take_off(self, method: PEFTMethod) -> None:
+        """Drop a method; the last one leaves the root as it was before the first."""
+        self.drop(method)
+        parameters = dict(self.root.named_parameters())
+        for name in method.base_at_start:
+            parameters[name].requires_grad_(False)
+        if not self.methods:
+            self.leave(self.root)
+
     def leave(self, root: nn.Module) -> None:
         """Remove the subtree and give the parameters their flags back."""
         training = root.training
@@ -91,12 +100,12 @@ class Home(nn.Module):
         """Names (in the root) of base tensors that a run must save: what methods move, and what else is trained now (a
         head, parts that were unfrozen since)."""
         trained = {name for name, p in self.root.named_parameters() if p.requires_grad}
-        moved = {name for method in self.methods.values() for name in (*method.start, *method.start_buffers)}
+        moved = {name for method in self.methods.values() for name in (*method.base_at_start, *method.buffers_at_start)}
         return moved | {name for name in trained if not name.startswith("peft.")}
 
     def unfrozen(self) -> dict[str, Tensor]:
         """The base's parameters that are trained now and belong neither to a method nor to a head."""
-        owned = {*self.heads, *(name for method in self.methods.values() for name in method.start)}
+        owned = {*self.heads, *(name for method in self.methods.values() for name in method.base_at_start)}
         return {name: p.detach() for name, p in self.root.named_parameters()
                 if p.requires_grad and name not in owned and not name.startswith("peft.")}
 
@@ -180,7 +189,7 @@ def _forgive_base(module: nn.Module, incompatible: Any) -> None:
     prefix = module.__dict__.pop("_prefix", "")
     unfrozen = {prefix + root + name for root, home in _homes(module) for name in home.unfrozen()}
     buffers = {prefix + root + name for root, home in _homes(module) for method in home.methods.values()
-               for name in method.start_buffers}  # files of earlier versions lack them
+               for name in method.buffers_at_start}  # files of earlier versions lack them
     forgiven = {prefix + name for name in base_names(module)} | buffers | unfrozen
     kept = sorted(unfrozen & set(incompatible.missing_keys))
     if kept:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from core.anatomy import Anatomy
 from core.errors import ScionError
 from core.method import PEFTMethod
 
@@ -20,6 +19,7 @@ class LowRankMethod(PEFTMethod):
         targets: roles to adapt; None is every linear map of the blocks.
     """
 
+    linear_only = True
     mergeable = True
     recommended = {"lr": 5e-3, "weight_decay": 0.1}
     former_options: ClassVar[dict[str, Any]] = {"root": False, "start": "random", "lr_ratio": 1.0}
@@ -37,5 +37,3 @@ class LowRankMethod(PEFTMethod):
         self.targets = None if targets is None else tuple(targets)
         self.alpha = rank if alpha is None else alpha
 
-    def check(self, anatomy: Anatomy) -> None:
-        self.need_linear(anatomy)

@@ -8,7 +8,9 @@ the weight that it finds must find the one that it acts on. Where there is no su
 
 from __future__ import annotations
 
+import warnings
 import weakref
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -16,7 +18,10 @@ from torch import Tensor, nn
 
 from core.anatomy import Site
 from core.errors import ScionError, listed
-from core.graft import Carrier, Graft
+from core.graft import Graft, SiteHooks
+from core.method.attached import Home
+from core.method.contents import live_tensors
+from core.method.training_checks import check_model
 
 if TYPE_CHECKING:
     from core.method import PEFTMethod
@@ -49,8 +54,8 @@ def tied(root: nn.Module, name: str) -> str:
 def check_order(method: PEFTMethod, graft: Graft) -> None:
     """Refuse to merge ``graft`` of ``method`` while something stands beside it that must be merged before, or cannot be
     told apart from it."""
-    carrier, own = Carrier.of(graft.site.module), method.grafts
-    for other in carrier.grafts if carrier is not None else ():
+    hooks, own = SiteHooks.of(graft.site.module), method.grafts
+    for other in hooks.grafts if hooks is not None else ():
         answer = "any" if other is graft or not overlap(graft.site, other.site) else _order(graft, other)
         if answer == "first" and other not in own:
             raise ScionError(f"{method.name} cannot be merged before another method that acts at {other.site.name}: "
@@ -97,7 +102,7 @@ def _depends_on_base(graft: Graft) -> bool:
 
 def _name_of(graft: Graft, beside: PEFTMethod) -> str:
     """The name of the method that a graft belongs to."""
-    home: Any = beside._need_root().peft
+    home: Any = beside.need_root().peft
     methods = home.methods.values()
     return next((method.name for method in methods if method.place == graft.place), "that one")
 
@@ -150,41 +155,113 @@ def _merge_bias(method: PEFTMethod, graft: Graft, parameters: dict[str, nn.Param
         merged[name] = (before, part if site.rows is None else site.rows.put(wide, part.to(wide.dtype)))
 
 
+# ------------------------------------------------------------------------------------------------- into the weights
+
+
+@dataclass
+class MergedWeights:
+    """What merging one method has done to the model."""
+
+    values: Merged
+    new_biases: list[str]
+    """Names of biases that the maps did not have."""
+    home: Home
+    """Where the method was; it knows the base as it was before the first method."""
+
+
+def merge(method: PEFTMethod) -> None:
+    """Write a method into the weights and take it off (see `PEFTMethod.merge`): look at everything, then write."""
+    root = method.need_root()
+    if method.merged is not None:
+        warnings.warn(f"{method.name} is merged already", stacklevel=3)
+        return
+    check_model(method)
+    if not method.mergeable:
+        raise ScionError(f"{method.name} cannot be merged into the weights: {method.inference_cost}")
+    parameters = dict(root.named_parameters())
+    _check_can_merge(method, root, parameters)
+    values = merged_values(method, parameters)
+    new_biases = [name for name in values if name not in parameters]
+    with torch.no_grad():
+        for name in new_biases:
+            module = root.get_submodule(name.rpartition(".")[0])
+            module.bias = parameters[name] = nn.Parameter(values[name][0].clone(), requires_grad=False)
+        _write(parameters, {name: after for name, (_, after) in values.items()})
+        for name in method.base_at_start:  # moved already: they must be the same when the method comes back
+            value = parameters[name].detach().clone()
+            values[name] = (value, value)
+    method.disconnect()
+    home: Home = root.peft  # type: ignore[assignment]
+    method.merged = MergedWeights(values, new_biases, home)
+    home.take_off(method)
+    _MERGES.setdefault(root, []).append(weakref.ref(method))
+
+
+def _check_can_merge(method: PEFTMethod, root: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
+    for name, tensor in live_tensors(method).items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ScionError(f"{method.name}: {name} holds values that are not finite: it cannot be merged")
+    shared = {name for name, _ in root.named_parameters(remove_duplicate=False)} - set(parameters)
+    for graft in method.grafts:
+        if graft.dropped:
+            continue
+        check_order(method, graft)
+        name = graft.site.weight_name
+        # Tied modules that all have the graft change as one.
+        others = () if name in shared or graft.site.tied else shared
+        if name in shared or any(root.get_parameter(other) is parameters[name] for other in others):
+            raise ScionError(f"{method.name}: {tied(root, name)}")
+
+
+def unmerge(method: PEFTMethod) -> None:
+    """Restore the weights and put a method back (see `PEFTMethod.unmerge`)."""
+    root, merged = method.need_root(), method.merged
+    if merged is None:
+        raise ScionError(f"{method.name} is not merged")
+    parameters = dict(root.named_parameters())
+    _take_out(method, merged.values, parameters)
+    _MERGES[root] = [one for one in _MERGES.get(root, []) if one() not in (None, method)]
+    for name in merged.new_biases:
+        root.get_submodule(name.rpartition(".")[0]).bias = None  # type: ignore[assignment]
+    home = getattr(root, "peft", None)
+    if not isinstance(home, Home):
+        home = merged.home
+        home.enter(root)
+    if home is not merged.home:  # all that are there now came later
+        method.place = min(other.place for other in home.methods.values()) - 1
+    method.merged = None
+    home.add(method)
+    method.connect()
+    for name in method.base_at_start:
+        parameters[name].requires_grad_(method.is_trained)
+    root.train(root.training)
+
+
 # ------------------------------------------------------------------------------------------------- out again
 
 
-def note(method: PEFTMethod) -> None:
-    """Remember that ``method`` has been merged."""
-    _MERGES.setdefault(method._need_root(), []).append(weakref.ref(method))
-
-
-def forget(method: PEFTMethod) -> None:
-    """Remember that it is no longer."""
-    root = method._need_root()
-    _MERGES[root] = [one for one in _MERGES.get(root, []) if one() not in (None, method)]
-
-
 @torch.no_grad()
-def take_out(method: PEFTMethod, merged: Merged, parameters: dict[str, nn.Parameter]) -> None:
+def _take_out(method: PEFTMethod, merged: Merged, parameters: dict[str, nn.Parameter]) -> None:
     """Give the tensors the values that they would have if ``method`` had not been merged.
 
     Raises:
         ScionError: a tensor has changed since, or what was merged later depends on this method.
     """
-    later = _merged_after(method)
+    later = [(other, other.merged) for other in _merged_after(method) if other.merged is not None]
+    touching = [(other, weights) for other, weights in later if merged.keys() & weights.values.keys()]
     ends = dict(merged)
-    for other in later:
-        ends |= {name: values for name, values in (other._merged or {}).items() if name in merged}
-    touching = [other for other in later if merged.keys() & (other._merged or {}).keys()]
+    for _, weights in later:
+        ends |= {name: values for name, values in weights.values.items() if name in merged}
+    all_commute = all(_commute(method, other) for other, _ in touching)
     for name, (_, after) in ends.items():
-        if not torch.equal(parameters[name].detach(), after) or any(not _commute(method, other) for other in touching):
+        if not all_commute or not torch.equal(parameters[name].detach(), after):
             raise ScionError(f"{method.name}: {name} has changed since it was merged; unmerge what came later first")
-    for other in reversed(touching):
-        _write(parameters, {name: before for name, (before, _) in (other._merged or {}).items()})
+    for _, weights in reversed(touching):
+        _write(parameters, {name: before for name, (before, _) in weights.values.items()})
     _write(parameters, {name: before for name, (before, _) in merged.items()})
-    for other in touching:
-        other._merged = merged_values(other, parameters)
-        _write(parameters, {name: after for name, (_, after) in other._merged.items()})
+    for other, weights in touching:
+        weights.values = merged_values(other, parameters)
+        _write(parameters, {name: after for name, (_, after) in weights.values.items()})
 
 
 def _write(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
@@ -193,13 +270,14 @@ def _write(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> No
 
 
 def _merged_after(method: PEFTMethod) -> list[PEFTMethod]:
-    merges = [other for one in _MERGES.get(method._need_root(), []) if (other := one()) is not None]
+    merges = [other for one in _MERGES.get(method.need_root(), []) if (other := one()) is not None]
     return merges[merges.index(method) + 1:] if method in merges else []
 
 
 def _commute(one: PEFTMethod, other: PEFTMethod) -> bool:
     """Whether the changes of two methods add up, whichever comes first."""
-    if one.start or other.start or one._made or other._made:
-        return False
+    for method in (one, other):
+        if method.base_at_start or (method.merged is not None and method.merged.new_biases):
+            return False
     return all(_verb(graft) in ("weight", "after") and not graft.reads_weight and not graft.reads_output
                for graft in (*one.grafts, *other.grafts))

@@ -35,7 +35,7 @@ def save_adapter(methods: list[PEFTMethod], folder: str | Path, extra: dict[str,
     """
     if not methods:
         raise ScionError("there is no method to save: attach one first")
-    root = methods[0]._need_root()
+    root = methods[0].need_root()
     home = getattr(root, "peft", None)
     if not isinstance(home, Home) or not all(method.attached for method in methods):
         raise ScionError(f"{methods[0].name} is merged: unmerge it before saving, or save the model itself")

@@ -31,7 +31,7 @@ def check_model(method: PEFTMethod) -> None:
     Raises:
         ScionError: names the part.
     """
-    root = method._need_root()
+    root = method.need_root()
     modules = dict(root.named_modules())
     shapes = shapes_of(method)
     for graft in method.grafts:
@@ -46,7 +46,7 @@ def check_model(method: PEFTMethod) -> None:
                          "(resize_token_embeddings, for one, replaces what it resizes): change the model first, and "
                          f"attach then. {method.name}.remove() takes the method off")
     parameters = dict(root.named_parameters())
-    for name, value in method.start.items():
+    for name, value in method.base_at_start.items():
         if name not in parameters or parameters[name].shape != value.shape:
             raise ScionError(f"{method.name}: {name} is gone from the model, or has another shape, since the method "
                              "was attached: change the model first, and attach then")
@@ -103,7 +103,7 @@ class GradientWatch:
 
     def __init__(self, method: PEFTMethod) -> None:
         self.method = method
-        idle = method.idle()
+        idle = method.may_lack_gradient()
         self.waiting = {name: tensor for name, tensor in method.trainable().items() if name not in idle}
         self.steps, self.moves = 0.0, 0.0
 
@@ -118,7 +118,7 @@ class GradientWatch:
         self.steps += share
         if not self._rests(optimizers):
             self.moves += share
-        resting = self.method.resting()
+        resting = self.method.may_have_zero_gradient()
         self.waiting = {name: tensor for name, tensor in self.waiting.items()
                         if tensor.grad is None or (name not in resting and not bool(tensor.grad.any()))}
         late = [name for name, tensor in self.waiting.items()
@@ -128,7 +128,7 @@ class GradientWatch:
 
     def look_now(self) -> None:
         """Refuse tensors without any gradient, where a backward pass has been made."""
-        tensors = [p for p in self.method._need_root().parameters() if p.requires_grad]
+        tensors = [p for p in self.method.need_root().parameters() if p.requires_grad]
         without = [name for name, tensor in self.waiting.items() if tensor.grad is None]
         if without and any(tensor.grad is not None for tensor in tensors):
             self._refuse(without)

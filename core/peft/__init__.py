@@ -77,9 +77,9 @@ def options(name: str) -> list[str]:
 
 @functools.cache
 def _common() -> list[str]:
-    source = Path(__file__).parent.parent / "method" / "base.py"
+    source = Path(__file__).parent.parent / "method" / "definition.py"
     base = next(node for node in ast.parse(source.read_text(encoding="utf-8")).body
-                if isinstance(node, ast.ClassDef) and node.name == "PEFTMethod")
+                if isinstance(node, ast.ClassDef) and node.name == "MethodDefinition")
     init = next(n for n in base.body if isinstance(n, ast.FunctionDef) and n.name == "__init__")
     return [argument.arg for argument in init.args.kwonlyargs]
 

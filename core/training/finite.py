@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from core.callbacks.exact_resume import gather
 from core.errors import ScionError, listed
+from core.method import sample_name
+
+if TYPE_CHECKING:
+    from core.training.finetuner import FineTuner
 
 
 @dataclass
@@ -30,8 +35,9 @@ class Losses:
 
     def culprit(self) -> str:
         """Which part is not finite, for a message."""
-        for name, value in [(f"the loss of {self.source}", self.main),
-                            *((f"the term that {name} adds to the loss", term) for name, term in self.terms)]:
+        parts = [(f"the loss of {self.source}", self.main)]
+        parts += [(f"the term that {name} adds to the loss", term) for name, term in self.terms]
+        for name, value in parts:
             if not bool(torch.isfinite(value)):
                 return f"{name} is {float(value)}"
         return f"the loss is {float(self.total)}"
@@ -58,3 +64,65 @@ def check_trained(module: Any, consequence: str) -> None:
     if any(trained[name].dtype == torch.float16 for name in broken):
         hint = "; Adam's eps of 1e-8 is zero in float16: set optimizer.options.eps to 1e-4, or take bf16-true"
     raise ScionError(f"{listed(broken, 2)}: values that are not finite; {consequence}{hint}")
+
+
+def stop_unless_finite(tuner: FineTuner, losses: Losses, batch: Any, index: int) -> None:
+    """Stop at the first loss that is not finite, before it moves a weight; all processes stop together.
+
+    Raises:
+        ScionError: says which part of the loss it is, of which samples, in which step.
+    """
+    trainer: Any = tuner._trainer
+    finite = torch.isfinite(losses.total.detach())
+    is_one_of_many = trainer is not None and trainer.world_size > 1
+    everywhere = finite
+    if is_one_of_many:
+        everywhere = finite.float()
+        torch.distributed.all_reduce(everywhere, torch.distributed.ReduceOp.MIN)
+    if bool(everywhere):
+        return
+    own = None if bool(finite) else what_is_not_finite(tuner, losses, "train", batch, index)
+    found: list[Any] = [own]
+    if is_one_of_many:
+        found = gather(own, tuner.trainer)
+    what = next(filter(None, found))
+    if trainer is None:
+        raise ScionError(f"training: {what}")
+    raise ScionError(f"{tuner.stage_name('train')}, step {trainer.global_step + 1}: {what}")
+
+
+def what_is_not_finite(tuner: FineTuner, losses: Losses, stage: str, batch: Any, index: int) -> str:
+    """Which part of a batch's loss is not finite, and for which samples."""
+    inputs, targets = batch
+    broken = broken_rows(inputs, len(targets))
+    part = "the inputs are not finite"
+    if not broken:
+        broken = broken_rows(losses.outputs, len(targets))
+        part = "the outputs of the head are not finite"
+        if broken and broken_rows(_features(tuner, inputs), len(targets)):
+            part = "the features of the backbone are not finite"
+    if not broken:
+        part = losses.culprit()
+    names = _sample_names(tuner, stage, index, broken or list(range(len(targets))))
+    hint = "a smaller optimizer.lr may help, or a look at the samples"
+    if 0 < len(broken) < len(targets):
+        hint = "look at the samples"
+    return f"{part} ({listed(names, 4)}); {hint}"
+
+
+def _features(tuner: FineTuner, inputs: Any) -> Tensor:
+    training = tuner.training
+    with torch.no_grad():
+        tuner.eval()
+        features = tuner.backbone(inputs)
+        tuner.train(training)
+    return features
+
+
+def _sample_names(tuner: FineTuner, stage: str, index: int, rows: list[int]) -> list[str]:
+    """What the samples in these rows of a batch are called: their files, where the data know them."""
+    loader = tuner.loader_of(stage)
+    places = loader.indices(index) if loader is not None else []
+    if loader is None or not places:
+        return [f"row {row} of batch {index}" for row in rows]
+    return [sample_name(tuner.trainer, places[row], loader.dataset) for row in rows]

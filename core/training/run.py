@@ -25,23 +25,19 @@ from core import report
 from core.adapters.load import adapter_bytes, read_adapter, restore, save_adapter, versions
 from core.backbone import Backbone
 from core.config import OUR_ARGUMENTS, Point, check_optimizer, check_trainer, find_class, make, typed
+from core.config.optimizer import OptimizerSettings, ScheduleSettings
 from core.data import DataModule, bounded
 from core.errors import Interrupted, ScionError, listed
 from core.files import write_json
-from core.method import Home, PEFTMethod, methods_on
+from core.method import Home, PEFTMethod, Scheduled, methods_on
+from core.method.beside import OUTSIDE
 from core.record import signature
 from core.tasks import Task
 from core.training import gallery as pictures
 from core.training.checkpoints import AtomicCheckpointIO, RunCheckpoints, read_checkpoint
-from core.training.finetuner import (
-    OUTSIDE,
-    FineTuner,
-    OptimizerSettings,
-    ScheduleSettings,
-    load_outside,
-    model_record,
-    outside,
-)
+from core.training.finetuner import FineTuner
+from core.training.head_files import load_outside, outside
+from core.training.recorded_model import model_record
 from core.training.run_folder import FORMAT, RunFolder, copy_adapter, read_done
 from core.training.run_log import RunLog
 
@@ -85,7 +81,7 @@ def assemble(point: Point, config: dict[str, Any] | None = None, read: bool = Tr
     outline = cls.outline(str(part["init_args"].get("name", "auto"))) if issubclass(cls, Backbone) else None
     if outline:
         for method in methods:
-            method.foresee(*outline, cls.__name__)
+            method.check_outline(*outline, cls.__name__)
     task: Task = make(config["model"].get("task") or {"class_path": "Classification", "init_args": {}}, "model.task",
                       point.domain, Task)
     classes = data.peek()
@@ -98,7 +94,7 @@ def assemble(point: Point, config: dict[str, Any] | None = None, read: bool = Tr
         torch.manual_seed(seed)
         backbone: Backbone = make(part, "model.backbone", point.domain, Backbone, **linked)
     for method in methods:
-        method.examine(backbone)
+        method.plan_for(backbone)
     if read or classes is None:
         data.setup("fit")
         classes = data.classes
@@ -410,7 +406,7 @@ def _undisturbed(trainer: L.Trainer, work: Callable[[], Any]) -> Any:
 
 def _take_best(tuner: FineTuner, checkpoints: RunCheckpoints, stamp: dict[str, Any]) -> None:
     if checkpoints.best_epoch is None:
-        rising = [method.name for method in tuner.methods if type(method).settled is not PEFTMethod.settled]
+        rising = [method.name for method in tuner.methods if isinstance(method, Scheduled) and method.settles_late]
         behind = f" once {listed(rising)} had reached the end of its schedule" if rising else ""
         raise ScionError(f"select: best, but no epoch was validated{behind}; validate, or take 'last'")
     tuner.load_state_dict(read_checkpoint(checkpoints.best_file, stamp)["state_dict"])

@@ -19,13 +19,14 @@ from torch.utils.data import TensorDataset
 
 from core import peft
 from core.backbone import Backbone
+from core.config.optimizer import OptimizerSettings
 from core.data import DataModule
 from core.errors import ScionError
 from core.method import PEFTMethod
 from core.peft.selection.half import HalfFineTuning
 from core.peft.selection.sensitivity import SensitivityTuning
 from core.tasks import Classification
-from core.training.finetuner import FineTuner, OptimizerSettings
+from core.training.finetuner import FineTuner
 from tests.methods import METHODS, Cell
 from tests.models import WIDTH, batch, make
 from tests.toolkit import CLASSES, seeded

@@ -24,10 +24,12 @@ from core.cli.commands import save_plain
 from core.config import make
 from core.data import EpochLoader, EpochSampler
 from core.errors import ScionError
+from core.method.beside import OUTSIDE
 from core.peft import method_class
 from core.peft.weights.quantize import QuantizedGraft
 from core.tasks import Classification, Task
-from core.training.finetuner import OUTSIDE, load_outside, load_run, outside
+from core.training.head_files import load_outside, outside
+from core.training.load_run import load_run
 from core.training.run import save_run_adapter
 from tests.core.test_commands import base, config, sounds  # noqa: F401
 from tests.sheets.training import Deep

@@ -19,7 +19,8 @@ from core.cli import commands, main
 from core.errors import ScionError
 from core.peft import make
 from core.tasks import Classification
-from core.training.finetuner import FineTuner, load_run
+from core.training.finetuner import FineTuner
+from core.training.load_run import load_run
 from core.training.run import save_run_adapter
 
 FRAMES = 48

@@ -463,7 +463,7 @@ def test_a_trainer_is_tried_without_consequences(tmp_path: Path, monkeypatch: py
 ])
 def test_settings_of_the_optimizer(settings: dict[str, Any], words: str) -> None:
     from core.config import check_optimizer
-    from core.training.finetuner import OptimizerSettings
+    from core.config.optimizer import OptimizerSettings
 
     with pytest.raises(ScionError) as caught:
         check_optimizer(settings)

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from core.backbone import Backbone
+from core.config.optimizer import OptimizerSettings
 from core.errors import ScionError
 from core.peft import method_class
 from core.tasks import Embedding
 from core.tasks.embedding import BOTH, ENTRIES, GALLERY, QUERY, Retrieval, neighbours, proxy_anchor
-from core.training.finetuner import FineTuner, OptimizerSettings, outside
+from core.training.finetuner import FineTuner
+from core.training.head_files import outside
 from core.training.run import count
 from tests.models import batch, make
 

@@ -12,9 +12,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from core import peft
+from core.config.optimizer import OptimizerSettings
 from core.method import PEFTMethod
 from core.tasks import Classification
-from core.training.finetuner import FineTuner, OptimizerSettings
+from core.training.finetuner import FineTuner
 from tests.core.ddp_fits import Around, Rows, Samples
 from tests.models import make
 from tests.toolkit import Plain, loader, same, seeded, trainer

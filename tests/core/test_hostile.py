@@ -471,9 +471,9 @@ def test_hostile_peft_configs(theirs: Path, key: str) -> None:
 
 
 def test_a_pattern_without_end_is_refused(theirs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from core.adapters.huggingface import convert as interop
+    from core.adapters.huggingface import patterns
 
-    monkeypatch.setattr(interop, "PATIENCE", 1e-3)  # the pattern takes a fifth of a second
+    monkeypatch.setattr(patterns, "PATIENCE", 1e-3)  # the pattern takes a fifth of a second
     config = json.loads((theirs / CONFIG).read_text())
     pattern = "(.*)" * 8 + "".join(rf"\{group}" for group in range(8, 0, -1)) + "[!?]"
     (theirs / CONFIG).write_text(json.dumps({**config, "rank_pattern": {pattern: 3}}))

@@ -11,9 +11,10 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from core import peft
+from core.config.optimizer import OptimizerSettings
 from core.errors import ScionError
 from core.tasks import Classification
-from core.training.finetuner import FineTuner, OptimizerSettings
+from core.training.finetuner import FineTuner
 from tests.core.ddp_fits import Around, Samples
 from tests.toolkit import seeded, trainer
 

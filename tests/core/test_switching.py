@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from core import peft
 from core.errors import ScionError
 from core.method import PEFTMethod, methods_on
+from core.method.on_model import activate
 from tests.methods import Cell
 from tests.models import batch, make
 from tests.toolkit import differences, distance, invariant, outputs, randomize, same, snapshot, trace, train
@@ -72,7 +73,7 @@ def test_irregular_mix(cell: Cell) -> None:
     partner = partner_of(cell, model)
     randomize(method)
     states = [index % 2 == 0 for index in range(len(method.grafts))]
-    method._activate(states)
+    activate(method.grafts, states)
     mixed, left = outputs(model, inputs), trace(model)
     with partner.disabled(), method.disabled():
         off = outputs(model, inputs)

@@ -98,7 +98,7 @@ def test_warnings_of_commands_are_one_line(monkeypatch: pytest.MonkeyPatch) -> N
         seen.append(warnings.formatwarning("the nano", UserWarning, __file__, 20, "import ast"))
         return 0
 
-    monkeypatch.setattr(cli, "_dispatch", dispatch)
+    monkeypatch.setattr("core.cli.entry._dispatch", dispatch)
     assert cli.main(["methods"]) == 0
     assert seen == ["UserWarning: the nano\n"] and warnings.formatwarning is before
 

@@ -14,13 +14,16 @@ from torch.utils.data import TensorDataset
 
 from core.anatomy import dissect
 from core.backbone import Backbone
+from core.config.optimizer import OptimizerSettings
 from core.data import EpochLoader, EpochSampler
 from core.errors import ScionError
 from core.graft import checkpoint_activations
 from core.peft import method_class
 from core.tasks import Classification, Embedding
 from core.tasks.embedding import proxy_anchor
-from core.training.finetuner import FineTuner, OptimizerSettings, load_run, outside
+from core.training.finetuner import FineTuner
+from core.training.head_files import outside
+from core.training.load_run import load_run
 from core.training.run import count, save_run_adapter
 from tests.models import batch, make
 from tests.toolkit import distance, outputs, randomize, seeded, trainer
@@ -59,7 +62,7 @@ def path_of(tuner: FineTuner) -> Any:
 
 def step(tuner: FineTuner, labels: Tensor = LABELS, pictures: Tensor = PICTURES) -> Tensor:
     """The loss of a training step."""
-    return tuner._losses((pictures, labels), training=True)[1]
+    return tuner._losses((pictures, labels), training=True).total
 
 
 def prepend(args: Any, own: Any) -> Any:
@@ -203,10 +206,10 @@ def test_4_the_first_pass_is_left_alone() -> None:
     everything that is trained, the class prompts of the batch's classes alone."""
     tuner = tuner_with()
     alone = tuner(PICTURES)
-    found, loss = tuner._losses((PICTURES, LABELS), training=True)
-    assert torch.equal(found, alone) and torch.equal(tuner(PICTURES), alone)
+    losses = tuner._losses((PICTURES, LABELS), training=True)
+    assert torch.equal(losses.outputs, alone) and torch.equal(tuner(PICTURES), alone)
     assert all(graft.shown is None for graft in tuner.methods[0].grafts)  # type: ignore[attr-defined]
-    loss.backward()
+    losses.total.backward()
     rows = path_of(tuner).table.weight.grad.coalesce()
     assert rows.indices().tolist() == [[1, 4]] and rows.values().any(1).all()
     skip = {id(tensor) for name, tensor in tuner.methods[0].trainable().items() if name in tuner.methods[0].resting()}

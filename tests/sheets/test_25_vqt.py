@@ -18,7 +18,7 @@ from core.cli import main
 from core.errors import ScionError
 from core.peft import method_class
 from core.tasks import Classification
-from core.training.finetuner import load_run
+from core.training.load_run import load_run
 from tests.core.test_commands import base, config, sounds  # noqa: F401
 from tests.models import FAMILIES, WIDTH, batch, make, with_head
 from tests.toolkit import EVERYTHING, distance, loader, outputs, randomize, same, saved_bytes, snapshot, trainer, uneven

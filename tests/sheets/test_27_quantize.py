@@ -20,7 +20,7 @@ from core.errors import ScionError
 from core.peft import method_class
 from core.peft.weights.quantize import QuantizedGraft, positive_levels
 from core.tasks import Classification
-from core.training.finetuner import outside
+from core.training.head_files import outside
 from core.training.run import save_run_adapter
 from tests.models import batch, make
 from tests.sheets.training import run

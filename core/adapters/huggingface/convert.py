@@ -105,7 +105,7 @@ def _written(methods: list[PEFTMethod], wrapped: WrappedModel) -> tuple[dict[str
         return {"peft_type": form.kind, **config}, tensors
     except Inexpressible as reason:
         form = LoRAShapedForm()
-        if any(method.start or not method.grafts for method in methods):
+        if any(method.base_at_start or not method.grafts for method in methods):
             raise
         try:
             config, tensors = form.write([_SummedMethods(methods)], wrapped)  # type: ignore[list-item]

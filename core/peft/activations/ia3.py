@@ -62,6 +62,7 @@ class IA3(PEFTMethod):
         inputs: roles whose inputs are scaled.
     """
 
+    linear_only = True
     mergeable = True
     recommended = {"lr": 3e-3, "weight_decay": 0.0}
 
@@ -77,7 +78,6 @@ class IA3(PEFTMethod):
                 for site in anatomy.sites(roles, self.layers, self.name)]
 
     def check(self, anatomy: Anatomy) -> None:
-        self.need_linear(anatomy)
         for site in anatomy.sites(self.inputs, self.layers, self.name) if self.inputs else ():
             if site.kind == "conv" and site.in_features != site.module.in_channels:  # type: ignore[operator]
                 raise ScionError(f"{self.name}: {site.name} sees patches; its input channels cannot be scaled alone")

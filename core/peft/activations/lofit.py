@@ -9,12 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from core import graft as grafts
 from core.anatomy import Anatomy, Site
 from core.errors import ScionError
 from core.graft import Graft
 from core.json_types import Count
-from core.method import PEFTMethod, key_of
+from core.method import AddsLoss, PEFTMethod, Staged
 from core.random_state import seeded
 
 LEARNING_RATES = {"heads": 5e-3, "offsets": 1e-2}
@@ -71,7 +70,7 @@ class ShiftedHeads(Graft):
         return bias + self.site.matrix(self.site.full_weight).to(bias.dtype) @ self.offset.to(bias.dtype)
 
 
-class LoFiT(PEFTMethod):
+class LoFiT(Staged, AddsLoss, PEFTMethod):
     """Learns which attention heads matter, then an offset for each of the best, the same at every token.
 
     Equation: z_h = softmax(q k^T) v of head h, as attention's output projection reads it. First stage: z_h <- (1 + A_h)
@@ -98,6 +97,9 @@ class LoFiT(PEFTMethod):
     stages = ("heads", "offsets")
     structure_types = {"stage": Literal["heads", "offsets"], "heads": dict[str, Count]}
 
+    count: int
+    """Heads to keep, on this model."""
+
     def __init__(self, heads: int | None = None, l1: float = 5e-4, spread: float = 1e-3,
                  targets: Sequence[str] = ("o",), **common: Any) -> None:
         super().__init__(**common)
@@ -119,10 +121,9 @@ class LoFiT(PEFTMethod):
         if self.heads is not None and self.heads > total:
             raise ScionError(f"{self.name}: heads {self.heads} is more than the {total} of the targets")
 
-    def begin(self, anatomy: Anatomy) -> None:
-        self.stage = "heads"
+    def numbers(self, anatomy: Anatomy) -> dict[str, Any]:
         total = sum(site.heads.query for site in self.sites(anatomy) if site.heads is not None)
-        self.count = self.heads or math.ceil(0.03 * total)
+        return {"stage": "heads", "count": self.heads or math.ceil(0.03 * total)}
 
     def build(self, site: Site) -> Graft:
         return ScaledHeads(site, self.spread)
@@ -147,8 +148,7 @@ class LoFiT(PEFTMethod):
     def _shift(self, chosen: dict[str, Tensor]) -> None:
         """Put offsets of the chosen heads in the scales' place."""
         for graft in self.grafts:
-            grafts.disconnect(graft)
-            delattr(self.module, key_of(graft.site.name))
+            self.drop_graft(graft)
             if graft.site.name in chosen:
                 with seeded(self.seed, self.name, graft.site.name, "offsets"):
                     self.add_graft(ShiftedHeads(graft.site, chosen[graft.site.name], self.spread))

@@ -257,7 +257,7 @@ class MTLoRA(PEFTMethod):
                     raise ScionError(f"{self.name}: {block.index}.{role} is part of a fused map, whose rows the "
                                      "streams cannot share")
 
-    def moved(self, anatomy: Anatomy) -> list[str]:
+    def base_parameters(self, anatomy: Anatomy) -> list[str]:
         roles = self.roles
         if roles is None:
             roles = [role for role in TRAINED if role in anatomy.roles
@@ -289,7 +289,7 @@ class MTLoRA(PEFTMethod):
             return (Fold if stage in self.exits.values() else FoldAndPublish)(site, stage)
         return Share(site, stage)
 
-    def idle(self) -> set[str]:
+    def may_lack_gradient(self) -> set[str]:
         """The tasks' own parts where a loss is on the model's output, which depends on the shared stream alone; and the
         last shared change where it is on the tasks' streams, of which none passes it."""
         ends = [graft for graft in self.grafts if isinstance(graft, TaskGraft)]

@@ -12,6 +12,7 @@ from torch.optim import AdamW, Optimizer
 
 from core.anatomy import Anatomy, Site
 from core.errors import ScionError
+from core.method import OwnOptimizer
 from core.optim import run_closure
 from core.peft.selection.full import FullFineTuning
 
@@ -79,7 +80,7 @@ class GaLoreAdamW(AdamW):
         parameter.sub_((group["lr"] * update).view_as(parameter).to(parameter.dtype))
 
 
-class GaLore(FullFineTuning):
+class GaLore(OwnOptimizer, FullFineTuning):
     """Full training whose Adam moments are kept in a low-rank space of the gradient.
 
     Equation: G [m, n], m >= n: P = leading ``rank`` right singular vectors of G, every ``interval`` steps; R = G P^T;
@@ -121,10 +122,10 @@ class GaLore(FullFineTuning):
             if site.kind == "module":
                 raise ScionError(f"{self.name}: {site.name} ({type(site.module).__name__}) has no linear weight")
 
-    def begin(self, anatomy: Anatomy) -> None:
-        moved = set(self.moved(anatomy))
+    def numbers(self, anatomy: Anatomy) -> dict[str, Any]:
+        trained = set(self.base_parameters(anatomy))
         names = [site.weight_name for site in self._projections(anatomy)]
-        self.projected = list(dict.fromkeys(name for name in names if name in moved))
+        return {"projected": list(dict.fromkeys(name for name in names if name in trained))}
 
     def param_groups(self) -> list[dict[str, Any]]:
         trained = self.trainable()

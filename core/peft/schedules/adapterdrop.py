@@ -59,11 +59,11 @@ class AdapterDrop(PEFTMethod):
                 raise ScionError(f"{self.name}: {what} {value} leaves no layer of {anatomy.family} its adapters; at "
                                  f"most {last} can go")
 
-    def begin(self, anatomy: Anatomy) -> None:
-        self.last = len(anatomy.blocks) - 1
+    def numbers(self, anatomy: Anatomy) -> dict[str, Any]:
+        return {"last": len(anatomy.blocks) - 1}
 
-    def _connect(self) -> None:
-        super()._connect()
+    def connect(self) -> None:
+        super().connect()
         self.switch(self.at_rest)
         if not isinstance(self.drop, str):  # for good: they are no part of training
             self._frozen = [tensor for graft in self._in_layers() if graft.dropped for tensor in graft.parameters()
@@ -71,12 +71,12 @@ class AdapterDrop(PEFTMethod):
             for tensor in self._frozen:
                 tensor.requires_grad_(False)
 
-    def _disconnect(self) -> None:
+    def disconnect(self) -> None:
         self.switch(0)
         for tensor in self._frozen:
             tensor.requires_grad_(True)
         self._frozen = []
-        super()._disconnect()
+        super().disconnect()
 
     def merge(self) -> None:
         """Leave the model, which its hosts must have left before: merged, that is, without what is dropped."""
@@ -102,7 +102,7 @@ class AdapterDrop(PEFTMethod):
 
     def hosts(self) -> list[PEFTMethod]:
         """The methods that it acts on: those that stand before it."""
-        home: Home = self._need_root().peft  # type: ignore[assignment]
+        home: Home = self.need_root().peft  # type: ignore[assignment]
         return [method for method in home.methods.values() if method is not self and method.place < self.place]
 
     def _in_layers(self) -> list[Graft]:
@@ -130,7 +130,7 @@ class AdapterDrop(PEFTMethod):
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
         """The hosts whole again."""
-        self._need_root()
+        self.need_root()
         with self.dropped(0) if self.attached else contextlib.nullcontext():
             yield
 
@@ -146,7 +146,7 @@ class AdapterDrop(PEFTMethod):
                              "ddp_find_unused_parameters_true")
         super().on_fit_start(trainer, pl_module)
         for host in self.hosts():
-            host._gradient_watch = None  # what is dropped has no gradient
+            host.gradient_watch = None  # what is dropped has no gradient
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.switch(self.number_at(trainer.global_step))

@@ -13,11 +13,11 @@ from torch import Tensor
 from core.anatomy import dissect
 from core.errors import ScionError, listed
 from core.graft import Graft
-from core.method import Home, PEFTMethod, sample_name, training_batch
+from core.method import Home, PEFTMethod, Scheduled, sample_name, training_batch
 from core.random_state import seed_of
 
 
-class IST(PEFTMethod):
+class IST(Scheduled, PEFTMethod):
     """Over any methods with tensors in the layers: at each step only those of a drawn share of the layers are trained.
 
     Equation: layers to train: drawn without repetition with p_i ~ sigmoid(-I_i), I = 0 at the start. Every ``refresh``
@@ -97,12 +97,12 @@ class IST(PEFTMethod):
     # --------------------------------------------------------------------------------- what it acts on
 
     def _hosts(self) -> list[PEFTMethod]:
-        home: Home = self._need_root().peft  # type: ignore[assignment]
+        home: Home = self.need_root().peft  # type: ignore[assignment]
         return [method for method in home.methods.values() if method is not self and method.is_trained]
 
     def _grafts_by_layer(self) -> list[tuple[Graft, int]]:
         """The hosts' grafts that belong to a layer, with its number."""
-        anatomy, found = dissect(self._need_root()), []
+        anatomy, found = dissect(self.need_root()), []
         for graft in [graft for host in self._hosts() for graft in host.grafts]:
             single = graft.site.role == "parameter"
             layer = anatomy.block_of(graft.site.weight_name) if single else graft.layer
@@ -112,9 +112,9 @@ class IST(PEFTMethod):
 
     def _moved_by_layer(self) -> list[tuple[Tensor, Tensor, int]]:
         """The backbone's tensors in the layers that hosts train, with their start values and the layer's number."""
-        root = self._need_root()
+        root = self.need_root()
         anatomy, parameters, found = dissect(root), dict(root.named_parameters()), []
-        for name, start in [item for host in self._hosts() for item in host.start.items()]:
+        for name, start in [item for host in self._hosts() for item in host.base_at_start.items()]:
             layer = anatomy.block_of(name)
             if layer is not None:
                 found.append((parameters[name], start, layer))
@@ -122,7 +122,7 @@ class IST(PEFTMethod):
 
     def tensors_of_layers(self) -> list[list[Tensor]]:
         """The hosts' tensors in each layer."""
-        found: list[list[Tensor]] = [[] for _ in dissect(self._need_root()).blocks]
+        found: list[list[Tensor]] = [[] for _ in dissect(self.need_root()).blocks]
         for graft, layer in self._grafts_by_layer():
             found[layer] += list(graft.parameters())
         for tensor, _, layer in self._moved_by_layer():
@@ -176,10 +176,10 @@ class IST(PEFTMethod):
         self._trainer = trainer
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self.importance = torch.zeros(len(dissect(self._need_root()).blocks))
+        self.importance = torch.zeros(len(dissect(self.need_root()).blocks))
         super().on_train_start(trainer, pl_module)
         for host in self._hosts():
-            host._gradient_watch = None  # idle layers have no gradient
+            host.gradient_watch = None  # idle layers have no gradient
         self.activate(self.layers_at(self.steps))
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:

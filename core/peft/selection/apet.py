@@ -14,7 +14,7 @@ from core.errors import ScionError
 from core.graft import Graft
 from core.graft.sparse import SparseGraft, check_budget
 from core.json_types import Shapes
-from core.method import PEFTMethod
+from core.method import PEFTMethod, check_shapes, shapes_by_site
 from core.peft.activations.houlsby import BottleneckGraft
 from core.peft.selection.full import all_parameters
 from core.peft.weights.lora import LoRAGraft
@@ -61,6 +61,7 @@ class APET(PEFTMethod):
             matrices together: other places at the same numbers, to see whether places matter.
     """
 
+    linear_only = True
     mergeable = True
     recommended = {"lr": 1e-4, "weight_decay": 0.0, "head_lr": 1e-3}
     structure_types = {"shapes": Shapes}
@@ -79,22 +80,22 @@ class APET(PEFTMethod):
         return self.count or int((self.density or 0) * anatomy.size)
 
     def check(self, anatomy: Anatomy) -> None:
-        self.need_linear(anatomy)
         total = sum(site.in_features * site.out_features for site in super().sites(anatomy))
         count = self.budget(anatomy)
         if not 0 < count <= total:
             raise ScionError(f"{self.name}: {count} entries are not between 1 and the {total} of the targets")
 
-    def begin(self, anatomy: Anatomy) -> None:
+    def numbers(self, anatomy: Anatomy) -> dict[str, Any]:
         sites = super().sites(anatomy)
         generator = torch.Generator().manual_seed(seed_of(self.seed, self.name, "positions"))
-        self.positions = _drawn(sites, self.budget(anatomy), generator)
+        positions = _drawn(sites, self.budget(anatomy), generator)
         if self.rearranged:
-            counts = {site.name: len(self.positions.get(site.name, ())) for site in sites}
-            self.positions = {}
+            counts = {site.name: len(positions.get(site.name, ())) for site in sites}
+            positions = {}
             for role in dict.fromkeys(site.role for site in sites):
                 alike = [site for site in sites if site.role == role]
-                self.positions |= _drawn(alike, sum(counts[site.name] for site in alike), generator)
+                positions |= _drawn(alike, sum(counts[site.name] for site in alike), generator)
+        return {"positions": positions}
 
     def sites(self, anatomy: Anatomy) -> list[Site]:
         found = super().sites(anatomy)
@@ -104,10 +105,10 @@ class APET(PEFTMethod):
         return SparseGraft(site, self.positions[site.name])
 
     def structure(self) -> dict[str, Any]:
-        return {"shapes": self.shapes()}
+        return {"shapes": shapes_by_site(self)}
 
     def restructure(self, structure: dict[str, Any]) -> None:
-        self.check_shapes(structure.get("shapes", {}))
+        check_shapes(self, structure.get("shapes", {}))
 
 
 def draw(units: Sequence[tuple[str, Sequence[int]]], tensors: Sequence[tuple[str, int]], budget: int,
@@ -189,8 +190,9 @@ class TensorAPET(PEFTMethod):
         if not any(self._draw(anatomy)):
             raise ScionError(f"{self.name}: no tensor fits into half of a budget of {self.budget(anatomy)}")
 
-    def begin(self, anatomy: Anatomy) -> None:
-        self.added, self.drawn = self._draw(anatomy)
+    def numbers(self, anatomy: Anatomy) -> dict[str, Any]:
+        added, drawn = self._draw(anatomy)
+        return {"added": added, "drawn": drawn}
 
     def _draw(self, anatomy: Anatomy) -> tuple[list[str], list[str]]:
         """Sites that get a module, and names of the backbone's tensors that are trained."""
@@ -200,7 +202,7 @@ class TensorAPET(PEFTMethod):
         tensors = [(name, parameters[name].numel()) for name in names]
         return draw(units, tensors, self.budget(anatomy), self.seed)
 
-    def moved(self, anatomy: Anatomy) -> list[str]:
+    def base_parameters(self, anatomy: Anatomy) -> list[str]:
         return self.drawn
 
     def sites(self, anatomy: Anatomy) -> list[Site]:
@@ -212,11 +214,11 @@ class TensorAPET(PEFTMethod):
         return LoRAGraft(site, self.rank, 16 / self.rank, 0.0)
 
     def structure(self) -> dict[str, Any]:
-        return {"shapes": self.shapes()}
+        return {"shapes": self._all_shapes()}
 
     def restructure(self, structure: dict[str, Any]) -> None:
-        self.check_shapes(structure.get("shapes", {}))
+        check_shapes(self, structure.get("shapes", {}), self._all_shapes())
 
-    def shapes(self) -> dict[str, list[int]]:
-        return {name: list(tensor.shape) for name, tensor in self._need_root().named_parameters()
+    def _all_shapes(self) -> dict[str, list[int]]:
+        return {name: list(tensor.shape) for name, tensor in self.need_root().named_parameters()
                 if tensor.dim() > 1 and not name.startswith("peft.")}  # what was drawn depends on them all

@@ -32,7 +32,7 @@ class BitFit(PEFTMethod):
         super().__init__(**common)
         self.roles, self.exclude = None if targets is None else tuple(targets), tuple(exclude)
 
-    def moved(self, anatomy: Anatomy) -> list[str]:
+    def base_parameters(self, anatomy: Anatomy) -> list[str]:
         left_out = {site.path for site in anatomy.sites(self.exclude, None, self.name)} if self.exclude else set()
         if self.roles is None:
             keep = anatomy.layer_indices(self.layers, self.name)

@@ -9,12 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from core import graft as grafts
 from core.anatomy import Anatomy, Site, parameter_sites, renamed
 from core.errors import ScionError
 from core.graft import Graft
 from core.graft.sparse import DESCRIBED, SparseGraft, check_budget, described, entries_of
-from core.method import PEFTMethod, key_of
+from core.method import AddsLoss, PEFTMethod, Staged, check_shapes, shapes_by_site
 from core.peft.selection.full import all_parameters
 from core.random_state import draw_for_all
 
@@ -64,7 +63,7 @@ class MaskedChange(Graft):
         return share if self.shared is None else share * open_share(self.shared)
 
 
-class DiffPruning(PEFTMethod):
+class DiffPruning(Staged, AddsLoss, PEFTMethod):
     """Trains a change of every parameter and how much of it to let through, keeps the largest, and trains those on.
 
     Equation: theta = theta_0 + z * w; z = clip(3 s - 1.5, 0, 1), s = sigmoid(a + log u - log(1 - u)), u uniform (1/2
@@ -98,6 +97,9 @@ class DiffPruning(PEFTMethod):
     stages = ("masks", "fixed")
     mode = "train"
 
+    keep: int
+    """Entries to keep, on this model."""
+
     def __init__(self, density: float | None = None, count: int | None = None, l0: float = 1.25e-7,
                  structured: bool = False, start: float = 5.0, mask_lr: float = 0.1, draw: bool = True,
                  exclude: Sequence[str] = (), **common: Any) -> None:
@@ -122,10 +124,9 @@ class DiffPruning(PEFTMethod):
         if self.count is not None and self.count > total:
             raise ScionError(f"{self.name}: count {self.count} is more than the {total} parameters to choose from")
 
-    def begin(self, anatomy: Anatomy) -> None:
-        self.stage = "masks"
+    def numbers(self, anatomy: Anatomy) -> dict[str, Any]:
         total = sum(site.full_weight.numel() for site in self.sites(anatomy))
-        self.keep = self.count or max(1, round((self.density or 0) * total))
+        return {"stage": "masks", "keep": self.count or max(1, round((self.density or 0) * total))}
 
     def build(self, site: Site) -> Graft:
         return MaskedChange(site, self.structured, self.first, self.draw)
@@ -151,8 +152,7 @@ class DiffPruning(PEFTMethod):
     def _fix(self, kept: dict[str, Tensor]) -> None:
         self.identity_at_start = False  # of this stage
         for graft in self.grafts:
-            grafts.disconnect(graft)
-            delattr(self.module, key_of(graft.site.name))
+            self.drop_graft(graft)
             if graft.site.name in kept:
                 self.add_graft(SparseGraft(graft.site, kept[graft.site.name]))
         self.stage = "fixed"
@@ -161,11 +161,11 @@ class DiffPruning(PEFTMethod):
 
     # --------------------------------------------------------------------------------- in training
 
-    def idle(self) -> set[str]:  # a gate that is fully open or closed in a draw has no gradient
+    def may_lack_gradient(self) -> set[str]:  # a gate that is fully open or closed in a draw has no gradient
         return {name for name in self.trainable() if name.endswith((".a", ".shared"))}
 
     def param_groups(self) -> list[dict[str, Any]]:
-        masks = self.idle()
+        masks = self.may_lack_gradient()
         groups = [{"params": [t for name, t in self.trainable().items() if name not in masks], "weight_decay": 0.0},
                   {"params": [t for name, t in self.trainable().items() if name in masks], "weight_decay": 0.0,
                    "lr": self.mask_lr}]
@@ -184,10 +184,10 @@ class DiffPruning(PEFTMethod):
     def structure(self) -> dict[str, Any]:
         if self.stage == "fixed":
             return {"stage": self.stage, "entries": described(self.grafts)}
-        return {"stage": self.stage, "shapes": self.shapes()}
+        return {"stage": self.stage, "shapes": shapes_by_site(self)}
 
     def restructure(self, structure: dict[str, Any]) -> None:
         entries = entries_of(structure) if structure.get("stage") == "fixed" else {}
-        self.check_shapes(structure.get("shapes", {}) | {name: shape for name, (_, *shape) in entries.items()})
+        check_shapes(self, structure.get("shapes", {}) | {name: shape for name, (_, *shape) in entries.items()})
         if entries and self.stage == "masks":
             self._fix({name: torch.zeros(count) for name, (count, *_) in entries.items()})

@@ -31,7 +31,7 @@ class FullFineTuning(PEFTMethod):
         super().__init__(**common)
         self.exclude = tuple(exclude)
 
-    def moved(self, anatomy: Anatomy) -> list[str]:
+    def base_parameters(self, anatomy: Anatomy) -> list[str]:
         return all_parameters(anatomy, self.layers, self.exclude, self.name)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from core.anatomy import Anatomy, Block, Site, dissect
 from core.errors import ScionError
 from core.json_types import Count
-from core.method import NORMS, Home, PEFTMethod
+from core.method import NORMS, Home, PEFTMethod, Scheduled
 from core.random_state import seed_of
 
 CATEGORIES = (("q", "k", "v", "o"), ("cross.q", "cross.k", "cross.v", "cross.o"), ("mlp.up", "mlp.gate", "mlp.down"),
@@ -23,7 +23,7 @@ Units = dict[str, list[Site]]
 """What can be trained or frozen: the path of a module, and the sites of a category that it holds."""
 
 
-class HalfFineTuning(PEFTMethod):
+class HalfFineTuning(Scheduled, PEFTMethod):
     """Trains half of the blocks' weights in a round, the other half stays; each round draws anew.
 
     Equation: theta <- theta - lr g(theta) for theta in the round's half: 2 of {W_q, W_k, W_v, W_o}, 1 of 2 norms and of
@@ -78,7 +78,7 @@ class HalfFineTuning(PEFTMethod):
             found |= set(site.parameter_names)
         return found - anatomy.head_names()
 
-    def moved(self, anatomy: Anatomy) -> list[str]:
+    def base_parameters(self, anatomy: Anatomy) -> list[str]:
         chosen = self.draw(anatomy, 0)
         return [name for name, _ in anatomy.root.named_parameters() if name in chosen]
 
@@ -86,14 +86,14 @@ class HalfFineTuning(PEFTMethod):
         if self.root is not None:
             return super().attach(model)
         super().attach(model)
-        self.round, self.chosen = 0, set(self.start)
-        parameters = dict(self._need_root().named_parameters())
-        self.start = {name: self.start[name] for name in parameters if name in self.start}
-        every = {name for layers in self.units(dissect(self._need_root())) for units in layers
+        self.round, self.chosen = 0, set(self.base_at_start)
+        parameters = dict(self.need_root().named_parameters())
+        self.base_at_start = {name: self.base_at_start[name] for name in parameters if name in self.base_at_start}
+        every = {name for layers in self.units(dissect(self.need_root())) for units in layers
                  for sites in units.values() for name in sites[0].parameter_names}
         self._unmoved = {name: p.detach() if p.is_meta else p.detach().to("cpu", copy=True)
                          for name, p in parameters.items()
-                         if self.interval is not None and name in every and name not in self.start}
+                         if self.interval is not None and name in every and name not in self.base_at_start}
         return self
 
     def trainable(self) -> dict[str, Tensor]:
@@ -106,25 +106,28 @@ class HalfFineTuning(PEFTMethod):
     def _choose(self, chosen: set[str]) -> None:
         """Train these of the method's tensors."""
         self.chosen = chosen
-        parameters = dict(self._need_root().named_parameters())
-        for name in self.start:
+        parameters = dict(self.need_root().named_parameters())
+        for name in self.base_at_start:
             parameters[name].requires_grad_(self.is_trained and name in chosen)
             if name not in chosen:
                 parameters[name].grad = None
 
     def next_round(self) -> set[str]:
         """Draw the next half; returns what was trained until now. The optimizer is the caller's to mend."""
-        root, before = self._need_root(), self.chosen
+        root, before = self.need_root(), self.chosen
         chosen = self.draw(dissect(root), self.round + 1) | set(self.norm_names)
-        chosen &= self.start.keys() | self._unmoved.keys()
+        chosen &= self.base_at_start.keys() | self._unmoved.keys()
         home: Home = root.peft  # type: ignore[assignment]
-        others = {name: method for method in home.methods.values() if method is not self for name in method.start}
+        others = {name: method for method in home.methods.values() if method is not self
+                  for name in method.base_at_start}
         for name in sorted(chosen & others.keys()):
             raise ScionError(f"{self.name}: {name} of the next half is trained by {others[name].name}")
         self.round += 1
-        values = {**self.start, **{name: self._unmoved.pop(name) for name in [*self._unmoved] if name in chosen}}
+        values = dict(self.base_at_start)
+        for name in [name for name in self._unmoved if name in chosen]:
+            values[name] = self._unmoved.pop(name)
         # In the order in which a new optimizer would have them, so that its state can be loaded.
-        self.start = {name: values[name] for name, _ in root.named_parameters() if name in values}
+        self.base_at_start = {name: values[name] for name, _ in root.named_parameters() if name in values}
         self._choose(chosen)
         return before
 
@@ -138,8 +141,8 @@ class HalfFineTuning(PEFTMethod):
         if self.interval is None or self.steps % self.interval or self.steps >= self.total:
             return
         before = self.next_round()
-        parameters: dict[str, Any] = dict(self._need_root().named_parameters())
-        fresh = [parameters[name] for name in self.start if name in self.chosen - before]
+        parameters: dict[str, Any] = dict(self.need_root().named_parameters())
+        fresh = [parameters[name] for name in self.base_at_start if name in self.chosen - before]
         self.enter_optimizer(optimizer, fresh, beside=[parameters[name] for name in before])
         self.leave_optimizer(optimizer, [parameters[name] for name in before - self.chosen])
 
@@ -155,7 +158,7 @@ class HalfFineTuning(PEFTMethod):
 
     def restructure(self, structure: dict[str, Any]) -> None:
         last = structure.get("round", 0)
-        heads = dissect(self._need_root()).head_names()
+        heads = dissect(self.need_root()).head_names()
         while self.round < last:
             if self._unmoved.keys() <= heads:  # no round adds anything any more
                 self.round = last - 1

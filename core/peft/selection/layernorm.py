@@ -31,7 +31,7 @@ class LayerNormTuning(PEFTMethod):
         super().__init__(**common)
         self.roles = None if targets is None else tuple(targets)
 
-    def moved(self, anatomy: Anatomy) -> list[str]:
+    def base_parameters(self, anatomy: Anatomy) -> list[str]:
         roles = self.roles or [role for role in anatomy.roles if role in NORMS]
         sites = anatomy.sites(roles, self.layers, self.name)
         for site in sites:

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.anatomy import Anatomy, Site
+from core.anatomy import Site
 from core.errors import ScionError
 from core.graft import Graft
 from core.graft.sparse import SparseGraft, state_vectors
 from core.json_types import Count
-from core.method import PEFTMethod
+from core.method import PEFTMethod, Scheduled
 
 
 def principal(weight: Tensor, rank: int, count: int) -> Tensor:
@@ -57,7 +57,7 @@ class LIFTGraft(SparseGraft):
         self.left_index, self.left_values = left.to(self.index.dtype), change[left]
 
 
-class LIFT(PEFTMethod):
+class LIFT(Scheduled, PEFTMethod):
     """Adam on the principal weights alone: those that are largest in a low-rank approximation of their matrix.
 
     Equation: W' = U_r S_r V_r^T, the best approximation of W [m, n] of rank ``filter_rank``; I = positions of the
@@ -79,6 +79,7 @@ class LIFT(PEFTMethod):
         targets: roles to adapt; None is every linear map of the blocks.
     """
 
+    linear_only = True
     mergeable = True
     recommended = {"lr": 2e-4, "weight_decay": 0.0, "head_lr": 1e-3}
     structure_types = {"left": dict[str, Count]}
@@ -90,9 +91,6 @@ class LIFT(PEFTMethod):
         if rank < 1 or self.filter_rank < 1 or (interval is not None and interval < 1):
             raise ScionError(f"LIFT: rank {rank}, filter_rank {filter_rank} and interval {interval} must be at least 1")
         self.targets = None if targets is None else tuple(targets)
-
-    def check(self, anatomy: Anatomy) -> None:
-        self.need_linear(anatomy)
 
     def build(self, site: Site) -> Graft:
         matrix = site.matrix(site.full_weight.detach())

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from core.anatomy import Anatomy, parameter_sites
 from core.errors import ScionError
 from core.graft.sparse import DESCRIBED, SparseGraft, check_budget, described, entries_of
-from core.method import PEFTMethod
+from core.method import AddsLoss, PEFTMethod, Staged
 from core.peft.selection.full import all_parameters
 
 
-class LTSFT(PEFTMethod):
+class LTSFT(Staged, AddsLoss, PEFTMethod):
     """Trains everything, keeps the positions that moved most, rewinds, and trains those alone.
 
     Equation: I = positions of the K largest |theta_dense - theta_0|; theta = theta_0 + phi, phi = 0 outside I.
@@ -41,6 +41,11 @@ class LTSFT(PEFTMethod):
     stages = ("dense", "sparse")
     mode = "train"
 
+    keep: int
+    """Entries to keep, on this model."""
+    everything: int
+    """Parameters of the model."""
+
     def __init__(self, density: float | None = None, count: int | None = None, l1_dense: float = 0.0,
                  l1_sparse: float = 0.0, exclude: Sequence[str] = (), **common: Any) -> None:
         super().__init__(**common)
@@ -52,7 +57,7 @@ class LTSFT(PEFTMethod):
         self.exclude = tuple(exclude)
         self.stage = "dense"
 
-    def moved(self, anatomy: Anatomy) -> list[str]:
+    def base_parameters(self, anatomy: Anatomy) -> list[str]:
         return all_parameters(anatomy, self.layers, self.exclude, self.name)
 
     def check(self, anatomy: Anatomy) -> None:
@@ -60,29 +65,29 @@ class LTSFT(PEFTMethod):
         if self.count is not None and self.count > total:
             raise ScionError(f"LTSFT: count {self.count} is more than the {total} parameters to choose from")
 
-    def begin(self, anatomy: Anatomy) -> None:
-        self.stage, self.everything = "dense", anatomy.size
+    def numbers(self, anatomy: Anatomy) -> dict[str, Any]:
         share = max(1, round((self.density or 0) * anatomy.size))
-        self.keep = min(share, self._size(anatomy)) if self.count is None else self.count
+        keep = min(share, self._size(anatomy)) if self.count is None else self.count
+        return {"stage": "dense", "everything": anatomy.size, "keep": keep}
 
     def _size(self, anatomy: Anatomy) -> int:
         """How many parameters there are to choose from."""
         parameters = dict(anatomy.root.named_parameters())
-        return sum(parameters[name].numel() for name in self.moved(anatomy))
+        return sum(parameters[name].numel() for name in self.base_parameters(anatomy))
 
     @torch.no_grad()
     def advance(self, module: nn.Module | None = None) -> None:
         """From the dense stage to the sparse one: select, rewind to the start, and leave K values to train."""
-        root = self._need_root()
+        root = self.need_root()
         if self.stage == "sparse":
             raise ScionError("LTSFT: the sparse stage is the last one")
         parameters = dict(root.named_parameters())
         moves = [(parameters[name].detach() - start.to(parameters[name].device)).abs().flatten().float()
-                 for name, start in self.start.items()]
+                 for name, start in self.base_at_start.items()]
         best = torch.cat(moves).topk(self.keep).indices.sort().values
         positions: dict[str, Tensor] = {}
         offset = 0
-        for name, move in zip(self.start, moves, strict=True):
+        for name, move in zip(self.base_at_start, moves, strict=True):
             mine = best[(best >= offset) & (best < offset + move.numel())] - offset
             if mine.numel():
                 positions[name] = mine
@@ -90,13 +95,13 @@ class LTSFT(PEFTMethod):
         self._become_sparse(positions)
 
     def _become_sparse(self, positions: dict[str, Tensor]) -> None:
-        root = self._need_root()
+        root = self.need_root()
         parameters = dict(root.named_parameters())
-        for name, start in self.start.items():
+        for name, start in self.base_at_start.items():
             if not start.is_meta:
                 parameters[name].data.copy_(start)
             parameters[name].requires_grad_(False)
-        self.start = {}
+        self.base_at_start = {}
         self.rewind_buffers()
         for site in parameter_sites(root, positions):
             self.add_graft(SparseGraft(site, positions[site.name]))
@@ -113,9 +118,9 @@ class LTSFT(PEFTMethod):
         if self.stage == "sparse":
             moves = [graft.values.abs().sum() for graft in self.grafts if isinstance(graft, SparseGraft)]
         else:
-            parameters = dict(self._need_root().named_parameters())
+            parameters = dict(self.need_root().named_parameters())
             moves = [(parameters[name] - start.to(parameters[name].device)).abs().sum()
-                     for name, start in self.start.items()]
+                     for name, start in self.base_at_start.items()]
         return factor * torch.stack(moves).sum() / self.everything
 
     def structure(self) -> dict[str, Any]:
@@ -123,7 +128,7 @@ class LTSFT(PEFTMethod):
 
     def restructure(self, structure: dict[str, Any]) -> None:
         if structure.get("stage") == "sparse" and self.stage == "dense":
-            here = {name: list(value.shape) for name, value in self.start.items()}
+            here = {name: list(value.shape) for name, value in self.base_at_start.items()}
             entries = entries_of(structure)
             for name, (_, *shape) in entries.items():
                 if here.get(name) != shape:

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from core.anatomy import Anatomy, Site
+from core.anatomy import Site
 from core.errors import ScionError
 from core.graft import Graft
 from core.json_types import Share
-from core.method import PEFTMethod
+from core.method import PEFTMethod, Scheduled
 from core.optim import steps_of
 
 
@@ -53,7 +53,7 @@ class PSTGraft(Graft):
             return ((~pruned).to(scores.dtype) + (scores - scores.detach())) * changed
 
 
-class PST(PEFTMethod):
+class PST(Scheduled, PEFTMethod):
     """Prunes each weight to a given share while a low-rank change of it and scores of its entries are trained.
 
     Equation: y = (M * W') x + b; W' = W + beta U V; S = |W'| + alpha1 A B + alpha2 (R 1^T + 1 C^T); M = 0 for the
@@ -80,9 +80,11 @@ class PST(PEFTMethod):
         targets: roles to adapt; None is every linear map of the blocks.
     """
 
+    linear_only = True
     mergeable = True
     recommended = {"lr": 3e-5, "weight_decay": 0.0, "head_lr": 1e-3}
     structure_types = {"sparsity": Share}
+    settles_late = True
 
     def __init__(self, sparsity: float = 0.9, initial: float = 0.0, warmup: float = 0.1, cooldown: float = 0.3,
                  rank: int = 8, score_rank: int = 8, alpha1: float = 1.0, alpha2: float = 1.0, beta: float = 1.0,
@@ -104,9 +106,6 @@ class PST(PEFTMethod):
         self.targets = None if targets is None else tuple(targets)
         self.identity_at_start = initial == 0
         self.sparsity = initial
-
-    def check(self, anatomy: Anatomy) -> None:
-        self.need_linear(anatomy)
 
     def build(self, site: Site) -> Graft:
         graft = PSTGraft(site, self.rank, self.score_rank, self.scales, self.spread)

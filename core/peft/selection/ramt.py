@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core.anatomy import Anatomy, Site, dissect
+from core.anatomy import Site, dissect
 from core.errors import ScionError
 from core.graft import Graft
-from core.method import PEFTMethod
+from core.method import AddsLoss, PEFTMethod, Scheduled
 from core.random_state import seeded
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class MaskGraft(Graft):
         tensor.copy_(torch.where(kept, START, 2 * THRESHOLD - START))
 
 
-class RAMT(PEFTMethod):
+class RAMT(Scheduled, AddsLoss, PEFTMethod):
     """Learns which frozen weights to switch off; what contradicts the frozen model is learned less.
 
     Equation: W' = 1[M > 0.005] * W, M = 0.01 at the start, dL/dM = dL/dW' * W. L_a = task + l2 sum |M|_2;
@@ -82,6 +82,7 @@ class RAMT(PEFTMethod):
         teacher: ``start``: with the head as training finds it; ``current``: with the head as it is at each step.
     """
 
+    linear_only = True
     mergeable = True
     recommended = {"lr": 8e-5, "weight_decay": 0.0, "head_lr": 1e-3}
 
@@ -97,9 +98,6 @@ class RAMT(PEFTMethod):
         """What is trained beside the masks, by its names in the module, as it was when training began."""
         self.targets = tuple(targets)
         self.against: list[Tensor] = []  # g_b of the steps' micro-batches so far, summed
-
-    def check(self, anatomy: Anatomy) -> None:
-        self.need_linear(anatomy)
 
     def build(self, site: Site) -> Graft:
         return MaskGraft(site)
@@ -138,7 +136,7 @@ class RAMT(PEFTMethod):
                 layer = "outside" if graft.layer is None else str(graft.layer)
                 off[layer] = off.get(layer, 0) + int((graft.scores <= THRESHOLD).sum())
                 size[layer] = size.get(layer, 0) + graft.scores.numel()
-        masked, everything = sum(off.values()), dissect(self._need_root()).size
+        masked, everything = sum(off.values()), dissect(self.need_root()).size
         return {"sparsity": masked / sum(size.values()), "sparsity_of_all": masked / everything,
                 "sparsity_by_layer": {layer: off[layer] / size[layer] for layer in size}}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -9,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core import graft as grafts
 from core.anatomy import Anatomy, Site, dissect, parameter_sites
 from core.errors import ScionError
 from core.graft import Graft
 from core.graft.sparse import SparseGraft, check_budget
 from core.json_types import Count, Shapes
-from core.method import PEFTMethod, key_of
+from core.method import PEFTMethod, Prepared, check_shapes, membership, shapes_by_site
 from core.method.training_checks import GradientWatch
 from core.peft.weights.lora import LoRAGraft
 
@@ -23,7 +23,7 @@ Plan = dict[str, int]
 """Of each chosen site the number of entries that are trained, or 0 for a low-rank change of the whole."""
 
 
-class SensitivityTuning(PEFTMethod):
+class SensitivityTuning(Prepared, PEFTMethod):
     """Spends a budget where the loss is most sensitive: on single entries, or on LoRA where a matrix has many of them.
 
     Equation: s(w) = sum over batches of (dL/dw)^2. The tau entries with the largest s are selected, k of them in a
@@ -51,6 +51,9 @@ class SensitivityTuning(PEFTMethod):
     mergeable = True
     recommended = {"lr": 1e-3, "weight_decay": 1e-4}
     structure_types = {"plan": dict[str, Count], "shapes": Shapes}
+
+    budget: int
+    """Numbers to train, on this model."""
 
     def __init__(self, density: float | None = None, count: int | None = None, rank: int = 8, ratio: float = 10.0,
                  vector_ratio: float = 5.0, batches: int = 8, batch_size: int = 32,
@@ -97,16 +100,19 @@ class SensitivityTuning(PEFTMethod):
         """How many numbers may be trained."""
         return self.count or int((self.density or 0) * anatomy.size)
 
-    def begin(self, anatomy: Anatomy) -> None:
-        self.budget, candidates = self._budget(anatomy), self.candidates(anatomy)
+    def numbers(self, anatomy: Anatomy) -> dict[str, Any]:
+        budget, candidates = self._budget(anatomy), self.candidates(anatomy)
         if any(site.full_weight.is_meta for site in candidates.values()):  # as large as it would be, spread evenly
             matrices = [site for site in candidates.values() if site.role != "parameter"]
             total = sum(_size(site) for site in matrices)
-            shares = {site.name: min(_size(site), self.budget * _size(site) // total) for site in matrices}
-            self.selected = {name: torch.zeros(share) for name, share in shares.items() if share}
-            self.plan = {name: len(index) for name, index in self.selected.items()}
-        else:
-            self.choose(candidates, lambda site: site.matrix(site.full_weight.detach()).square())
+            shares = {site.name: min(_size(site), budget * _size(site) // total) for site in matrices}
+            selected = {name: torch.zeros(share) for name, share in shares.items() if share}
+            plan = {name: len(index) for name, index in selected.items()}
+            return {"budget": budget, "plan": plan, "selected": selected}
+        looking = copy.copy(self)
+        looking.budget = budget
+        looking.choose(candidates, lambda site: site.matrix(site.full_weight.detach()).square())
+        return {"budget": budget, "plan": looking.plan, "selected": looking.selected}
 
     def cost(self, site: Site, selected: int) -> int:
         """Numbers to train at a site where so many entries are selected."""
@@ -155,11 +161,10 @@ class SensitivityTuning(PEFTMethod):
     def _rebuild(self) -> None:
         """Put what the present plan says in the place of all that stands."""
         for graft in self.grafts:
-            grafts.disconnect(graft)
-            delattr(self.module, key_of(graft.site.name))
-        anatomy = dissect(self._need_root())
+            self.drop_graft(graft)
+        anatomy = dissect(self.need_root())
         for site in self.sites(anatomy):
-            self.add_graft(self._build(site, anatomy))
+            self.add_graft(self.make_graft(site, anatomy))
 
     def param_groups(self) -> list[dict[str, Any]]:  # one, for `prepare` may find matrices alone or vectors alone
         return [{"params": tensors}] if (tensors := list(self.trainable().values())) else []
@@ -173,7 +178,7 @@ class SensitivityTuning(PEFTMethod):
     def prepare(self, batches: Iterable[Any], loss: Callable[[Any], Tensor]) -> None:
         """Select by the gradients of ``loss`` without the method, and begin anew there: ``batches`` are taken together,
         ``batch_size`` at a time, and should hold one example each. What was trained before is gone."""
-        root = self._need_root()
+        root = self.need_root()
         candidates = self.candidates(dissect(root))
         weights = list({id(site.full_weight): site.full_weight for site in candidates.values()}.values())
         squares = {id(weight): torch.zeros_like(weight, dtype=torch.float32) for weight in weights}
@@ -211,30 +216,30 @@ class SensitivityTuning(PEFTMethod):
                              "ddp_find_unused_parameters_true, or call prepare before")
         super().on_fit_start(trainer, pl_module)
 
-    def _prepare(self, trainer: Any, pl_module: Any) -> None:
+    def prepare_in(self, trainer: Any, pl_module: Any) -> None:
         before: list[Tensor] = list(self.trainable().values())
-        super()._prepare(trainer, pl_module)
+        super().prepare_in(trainer, pl_module)
         fresh: list[Any] = list(self.trainable().values())
         if self.prepared and fresh and fresh[0] is not before[0]:
             for optimizer in trainer.optimizers:
-                self.enter_optimizer(optimizer, fresh, beside=before)
-                self.leave_optimizer(optimizer, before)
-            self._gradient_watch = GradientWatch(self)
+                membership.enter(self, optimizer, fresh, beside=before)
+                membership.leave(self, optimizer, before)
+            self.gradient_watch = GradientWatch(self)
 
     # --------------------------------------------------------------------------------- files
 
     def structure(self) -> dict[str, Any]:
-        return {"plan": self.plan, "shapes": self.shapes()}
+        return {"plan": self.plan, "shapes": shapes_by_site(self)}
 
     def restructure(self, structure: dict[str, Any]) -> None:
         plan = structure.get("plan", self.plan)
         if plan != self.plan:
-            unknown = [name for name in plan if name not in self.candidates(dissect(self._need_root()))]
+            unknown = [name for name in plan if name not in self.candidates(dissect(self.need_root()))]
             if unknown:
                 raise ScionError(f"{self.name}: {unknown[0]} does not exist here")
             self.plan, self.selected = plan, {name: torch.zeros(count) for name, count in plan.items() if count}
             self._rebuild()
-        self.check_shapes(structure.get("shapes", {}))
+        check_shapes(self, structure.get("shapes", {}))
 
 
 def _size(site: Site) -> int:

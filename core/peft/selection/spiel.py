@@ -15,7 +15,7 @@ from core.anatomy import Anatomy, Site
 from core.errors import ScionError
 from core.graft import Graft
 from core.graft.sparse import SparseGraft, state_of, state_vectors
-from core.method import PEFTMethod
+from core.method import OwnOptimizer, PEFTMethod, Scheduled
 from core.optim import run_closure
 
 Kind = Literal["AG", "MA"]
@@ -77,7 +77,7 @@ class SpIELSM3(Optimizer):
         return loss
 
 
-class SpIEL(PEFTMethod):
+class SpIEL(Scheduled, OwnOptimizer, PEFTMethod):
     """Changes of a few entries of each weight: the small ones are dropped, others grow where gradients are large.
 
     Equation: y = (W + scatter(I, delta)) x + b. ``window`` steps after every ``interval``-th, the share
@@ -105,8 +105,12 @@ class SpIEL(PEFTMethod):
         momentum: of SM3's steps, in [0, 1); it costs one number for each entry.
     """
 
+    linear_only = True
     mergeable = True
     recommended = {"lr": 1e-4, "weight_decay": 0.0, "head_lr": 1e-3}
+
+    counts_of: dict[str, int]
+    """Entries of each tensor, on this model."""
 
     def __init__(self, density: float | None = None, count: int | None = None, rank: int | None = None,
                  kind: Kind = "AG", interval: int = 20, window: int = 5, share: float = 0.2,
@@ -138,11 +142,10 @@ class SpIEL(PEFTMethod):
     # --------------------------------------------------------------------------------- where
 
     def check(self, anatomy: Anatomy) -> None:
-        self.need_linear(anatomy)
         self._counts(anatomy)
 
-    def begin(self, anatomy: Anatomy) -> None:
-        self.counts_of = self._counts(anatomy)
+    def numbers(self, anatomy: Anatomy) -> dict[str, Any]:
+        return {"counts_of": self._counts(anatomy)}
 
     def _counts(self, anatomy: Anatomy) -> dict[str, int]:
         """How many entries each site has."""
@@ -195,8 +198,12 @@ class SpIEL(PEFTMethod):
         self._watch(self.steps == 0)
         return super().follow(optimizer, total, around)
 
-    def _stop_following(self) -> None:
-        super()._stop_following()
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self._watch(False)  # of a run that an error ended
+        super().on_train_start(trainer, pl_module)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        super().on_train_end(trainer, pl_module)
         self._watch(False)
 
     def _watch(self, on: bool) -> None:

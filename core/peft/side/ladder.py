@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from core.anatomy import Anatomy, Block, BlockDescription, Site, Stack, check_layers, dissect
 from core.errors import ScionError
 from core.graft import Call, Graft, hidden_out
-from core.method import PEFTMethod
+from core.method import PEFTMethod, Plan, Prepared
 from core.peft.side._kv_cache import make_room
 from core.peft.side._narrow import bare_copy, narrow, narrow_entry, set_dropout, slice_parameters, spread
 
@@ -161,7 +161,7 @@ class Tap(Graft):
         return hidden_out(out)
 
 
-class LadderSideTuning(PEFTMethod):
+class LadderSideTuning(Prepared, PEFTMethod):
     """A thin copy of the backbone beside it, fed by the output of each block; nothing runs back through the backbone.
 
     Equation: s_0 = F e + f; s <- SideBlock_i(mu_i s + (1 - mu_i) (D_i h_i + b_i)), mu_i = sigmoid(alpha_i /
@@ -193,6 +193,9 @@ class LadderSideTuning(PEFTMethod):
     needs = ("q", "k", "v", "o", "mlp.up", "mlp.down", "norm1", "norm2")
     inference_cost = "the side network runs along"
     recommended = {"lr": 3e-3, "weight_decay": 0.0}
+
+    switched: list[nn.Module]
+    """Modules of the model that compute otherwise where they are told to keep nothing."""
 
     def __init__(self, reduction: int = 8, drop: Sequence[int] = (), temperature: float = 0.1,
                  init: Literal["magnitude", "fisher", "random"] = "magnitude", samples: int = 1024,
@@ -247,14 +250,14 @@ class LadderSideTuning(PEFTMethod):
                 if site.role in self.needs[:6] and site.kind not in ("linear", "conv1d"):
                     raise ScionError(f"{self.name}: {site.name} is no linear map, of which alone thin copies are made")
 
-    def _fill(self, module: nn.Module, anatomy: Anatomy) -> None:
-        self._places = self._parts(anatomy, lambda weight: weight.detach().double().abs())
-        super()._fill(module, anatomy)
+    def fill(self, module: nn.Module, plan: Plan) -> None:
+        self._places = self._parts(plan.anatomy, lambda weight: weight.detach().double().abs())
+        super().fill(module, plan)
         del self._places
 
-    def begin(self, anatomy: Anatomy) -> None:
-        self._switches = [module for module in anatomy.root.modules()
-                          if any(hasattr(module, name) for name in SWITCHES)]
+    def numbers(self, anatomy: Anatomy) -> dict[str, Any]:
+        switched = [module for module in anatomy.root.modules() if any(hasattr(module, name) for name in SWITCHES)]
+        return {"switched": switched}
 
     def build(self, site: Site) -> Graft:
         parts = self._places[site.name]
@@ -262,7 +265,7 @@ class LadderSideTuning(PEFTMethod):
             for weight in parts.side.parameters():
                 if weight.dim() > 1:
                     nn.init.xavier_uniform_(weight)
-        return Tap(site, parts, self.reduction, self.temperature, self._switches)
+        return Tap(site, parts, self.reduction, self.temperature, self.switched)
 
     def _parts(self, anatomy: Anatomy, importance: Importance) -> dict[str, Parts]:
         """What stands at each site, by the site's name."""
@@ -302,7 +305,7 @@ class LadderSideTuning(PEFTMethod):
     def prepare(self, batches: Iterable[Any], loss: Callable[[Any], Tensor]) -> None:
         """Choose the thin blocks' start by the backbone's Fisher information: the mean square of the gradients of
         ``loss`` on the first ``samples`` of ``batches``, which should hold one example each."""
-        root = self._need_root()
+        root = self.need_root()
         anatomy = dissect(root)
         weights = [p for name, p in root.named_parameters() if p.dim() > 1 and not name.startswith("peft.")]
         squares = {id(weight): torch.zeros_like(weight, dtype=torch.float64) for weight in weights}

@@ -125,6 +125,11 @@ class SideTuning(PEFTMethod):
     recommended = {"lr": 1e-3, "weight_decay": 1e-4}
     start_only = ("pretrained",)  # the adapter holds the trained values
 
+    first_block: Site
+    """What the MLP reads, on this model."""
+    width: int
+    stack: str
+
     def __init__(self, network: Network = "mlp", hidden: int = 64, dim: int | None = None, pretrained: bool = False,
                  **common: Any) -> None:
         super().__init__(**common)
@@ -142,15 +147,15 @@ class SideTuning(PEFTMethod):
                              "meaning")
         return [*([anatomy.inputs] if self.network == "mlp" else []), *anatomy.stem["feature"]]
 
-    def begin(self, anatomy: Anatomy) -> None:
-        self._first = anatomy.stacks[-1].blocks[0].sites["block"]
-        self._width = self.dim or anatomy.blocks[-1].dim
-        self._stack = anatomy.stacks[-1].name
+    def numbers(self, anatomy: Anatomy) -> dict[str, Any]:
+        stack = anatomy.stacks[-1]
+        width = self.dim or anatomy.blocks[-1].dim
+        return {"first_block": stack.blocks[0].sites["block"], "width": width, "stack": stack.name}
 
     def build(self, site: Site) -> Graft:
         if self.network == "alexnet":
-            return SideAlexNet(site, self._width, self.pretrained)
+            return SideAlexNet(site, self.width, self.pretrained)
         if site.role == "inputs":
-            self._padding = Padding(site, self._stack)
+            self._padding = Padding(site, self.stack)
             return self._padding
-        return SideMLP(site, self._first, self._width, self.hidden, self._padding)
+        return SideMLP(site, self.first_block, self.width, self.hidden, self._padding)

@@ -183,6 +183,8 @@ class Prompted(PEFTMethod):
     identity_at_start = False
     inference_cost = "every layer reads `tokens` more tokens"
     tokens: int
+    roles_of: dict[str, tuple[str, Stack, Any]]
+    """What the graft at each site is, of which stack, and what it must know, on this model."""
 
     def prompt_for(self, stack: Stack, dim: int, vocabulary: Tensor | None) -> tuple[Tensor | None, Values | None]:
         """The prompts of a stack: start values [tokens, dim] to be trained, or else a function that makes them.
@@ -194,8 +196,8 @@ class Prompted(PEFTMethod):
         """
         raise NotImplementedError
 
-    def begin(self, anatomy: Anatomy) -> None:
-        self._roles = {site.name: (role, stack, what) for site, role, stack, what in self._places(anatomy)}
+    def numbers(self, anatomy: Anatomy) -> dict[str, Any]:
+        return {"roles_of": {site.name: (role, stack, what) for site, role, stack, what in self._places(anatomy)}}
 
     def sites(self, anatomy: Anatomy) -> list[Site]:
         return [site for site, *_ in self._places(anatomy)]
@@ -232,7 +234,7 @@ class Prompted(PEFTMethod):
                                  "further tokens; take VPT(deep=True), whose prompts are read in every window")
 
     def build(self, site: Site) -> Graft:
-        role, stack, what = self._roles[site.name]
+        role, stack, what = self.roles_of[site.name]
         if role == "memory":
             return Memory(site)
         if role == "leave":

@@ -110,8 +110,8 @@ class PrefixTuning(PEFTMethod):
         self.tokens, self.hidden, self.dropout, self.targets = tokens, hidden, dropout, tuple(targets)
         self.folded = False
 
-    def begin(self, anatomy: Anatomy) -> None:
-        self.folded = False
+    def numbers(self, anatomy: Anatomy) -> dict[str, Any]:
+        return {"folded": False}
 
     def check(self, anatomy: Anatomy) -> None:
         for site in self.sites(anatomy):

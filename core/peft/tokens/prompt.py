@@ -101,14 +101,13 @@ class PTuning(Prompted, PEFTMethod):
         self.tokens, self.encoder, self.hidden = tokens, encoder, hidden
         self.folded = False
 
-    def begin(self, anatomy: Anatomy) -> None:
-        super().begin(anatomy)
-        self.folded = False
+    def numbers(self, anatomy: Anatomy) -> dict[str, Any]:
+        return {**super().numbers(anatomy), "folded": False}
 
     def shared(self, module: nn.Module, sites: list[Site]) -> None:
         self.encoders: dict[str, PromptEncoder] = {}
         for site in sites:
-            role, stack, what = self._roles[site.name]
+            role, stack, what = self.roles_of[site.name]
             if role == "text" or (role == "state" and what[0]):
                 dim = (site.module.get_input_embeddings().weight.shape[1] if role == "text"  # type: ignore[operator]
                        else site.width)

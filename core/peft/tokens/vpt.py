@@ -78,7 +78,7 @@ class VPT(Prompted, PEFTMethod):
         if dropout and not deep:
             raise ScionError("VPT: dropout is for deep prompts")
         self.tokens, self.deep, self.dropout = tokens, deep, dropout
-        self._inputs = 0
+        self.patch_inputs = 0
 
     def sites(self, anatomy: Anatomy) -> list[Site]:
         if not self.deep:
@@ -87,15 +87,15 @@ class VPT(Prompted, PEFTMethod):
             raise ScionError(f"{self.name} needs the role 'attend', which {anatomy.family} does not have")
         return anatomy.sites("attend", self.layers, self.name)
 
-    def begin(self, anatomy: Anatomy) -> None:
-        if not self.deep:
-            super().begin(anatomy)
+    def numbers(self, anatomy: Anatomy) -> dict[str, Any]:
+        found = {} if self.deep else super().numbers(anatomy)
         patches = anatomy.stem.get("patch_embed")
-        self._inputs = patches[0].in_features if patches else 0  # numbers that a patch has
+        found["patch_inputs"] = patches[0].in_features if patches else 0  # numbers that a patch has
+        return found
 
     def _start(self, dim: int) -> Tensor:
         """Xavier-uniform values, a patch's numbers being the inputs."""
-        bound = math.sqrt(6 / ((self._inputs or dim) + dim))
+        bound = math.sqrt(6 / ((self.patch_inputs or dim) + dim))
         return torch.empty(self.tokens, dim).uniform_(-bound, bound)
 
     def prompt_for(self, stack: Stack, dim: int, vocabulary: Tensor | None) -> tuple[Tensor | None, Values | None]:

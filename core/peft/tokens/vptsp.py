@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from core.anatomy import Anatomy, Site
 from core.errors import ScionError
 from core.graft import Attention, Graft
-from core.method import PEFTMethod, key_of
+from core.method import OwnLoss, PEFTMethod, key_of
 from core.peft.selection.bitfit import BitFit
 from core.peft.tokens.vpt import DeepPrompts
 from core.random_state import seeded
@@ -42,7 +42,7 @@ class SwappedPrompts(DeepPrompts):
         return super().attend(q, k, v, mask, x, attention)
 
 
-class VPTSP(PEFTMethod):
+class VPTSP(OwnLoss, PEFTMethod):
     """Deep prompts and biases for retrieval, trained against class proxies that a second pass of the model makes.
 
     Equation: [x_l, _] = L_l([x_{l-1}, P_l]), z = normalise(head(x)); in training, for each sample of class c with the
@@ -103,7 +103,7 @@ class VPTSP(PEFTMethod):
         self.tokens, self.depth, self.step = tokens, depth, step
         self.class_tokens, self.class_depth, self.class_step = class_tokens, class_depth, class_step
         self.beta, self.gate, self.gate_dropout, self.biases, self.bank = beta, gate, gate_dropout, biases, bank
-        self._numbers: dict[str, int] = {}
+        self.number_of: dict[str, int] = {}
 
     # --------------------------------------------------------------------------------- the model
 
@@ -113,17 +113,17 @@ class VPTSP(PEFTMethod):
         sites = anatomy.sites("attend", self.layers, self.name)
         return [site for number, site in enumerate(sites) if self._length(number) or self._class_length(number)]
 
-    def begin(self, anatomy: Anatomy) -> None:
+    def numbers(self, anatomy: Anatomy) -> dict[str, Any]:
         sites = anatomy.sites("attend", self.layers, self.name)
-        self._numbers = {site.name: number for number, site in enumerate(sites)}
+        return {"number_of": {site.name: number for number, site in enumerate(sites)}}
 
     def length(self, site: Site) -> int:
         """Prompts of a layer."""
-        return self._length(self._numbers[site.name])
+        return self._length(self.number_of[site.name])
 
     def class_length(self, site: Site) -> int:
         """Prompts that each class has in a layer."""
-        return self._class_length(self._numbers[site.name])
+        return self._class_length(self.number_of[site.name])
 
     def _length(self, number: int) -> int:
         return _length(number, self.tokens, self.depth, self.step)
@@ -131,12 +131,12 @@ class VPTSP(PEFTMethod):
     def _class_length(self, number: int) -> int:
         return _length(number, self.class_tokens, self.class_depth, self.class_step)
 
-    def moved(self, anatomy: Anatomy) -> list[str]:
+    def base_parameters(self, anatomy: Anatomy) -> list[str]:
         if not self.biases:
             return []
         if not any(name.rpartition(".")[2] == "bias" for name, _ in anatomy.root.named_parameters()):
             raise ScionError(f"{self.name}: {anatomy.family} has no bias to train; set biases to false")
-        return BitFit(layers=self.layers, name=self.name).moved(anatomy)
+        return BitFit(layers=self.layers, name=self.name).base_parameters(anatomy)
 
     def build(self, site: Site) -> Graft:
         # Xavier-normal values of a tensor [1, tokens, dim], as in the paper's code.
@@ -145,7 +145,7 @@ class VPTSP(PEFTMethod):
 
     # --------------------------------------------------------------------------------- training
 
-    def beside(self, pl_module: Any) -> nn.Module | None:
+    def training_module(self, pl_module: Any) -> nn.Module | None:
         from core.tasks.embedding import Embedding  # only where it is trained beside such a task
 
         task = pl_module.task

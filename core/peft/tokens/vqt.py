@@ -13,7 +13,7 @@ from core.anatomy import Anatomy, Site
 from core.errors import ScionError
 from core.graft import Attention, Call, Graft
 from core.json_types import Count
-from core.method import PEFTMethod
+from core.method import AddsLoss, PEFTMethod, Staged
 
 
 class Exchange:
@@ -149,7 +149,7 @@ def unit(feature: Tensor, normalize: bool) -> Tensor:
     return F.normalize(feature, dim=-1) if normalize else feature
 
 
-class VQT(PEFTMethod):
+class VQT(Staged, AddsLoss, PEFTMethod):
     """Learned queries summarise every frozen layer, and only the head reads the summaries.
 
     Equation: O_l = block_l(P_l), where P_l [tokens, dim] attends to the keys and values that layer l makes of its own
@@ -186,6 +186,9 @@ class VQT(PEFTMethod):
     recommended = {"lr": 0.125, "weight_decay": 1e-4}
     structure_types = {"kept": Count, "columns": Count}
 
+    fan: int
+    """Inputs of what makes a token, on this model."""
+
     def __init__(self, tokens: int = 1, dropout: float = 0.1, normalize: bool = True,
                  reduce: Literal["concat", "mean", "sum"] = "concat", lr_factor: float = 1.0,
                  keep: float | None = None, sparsity: float = 1e-4, **common: Any) -> None:
@@ -214,10 +217,10 @@ class VQT(PEFTMethod):
             raise ScionError(f"{self.name}: widens the feature that a head reads, but {type(anatomy.root).__name__} "
                              f"holds its head itself ({inside[0].path}); attach to the module without it")
 
-    def begin(self, anatomy: Anatomy) -> None:
+    def numbers(self, anatomy: Anatomy) -> dict[str, Any]:
         patches = anatomy.stem.get("patch_embed", [])
-        self.stage, self.suggested = "wide", {**self.suggested, "lr": self.first_lr}
-        self.fan = patches[0].in_features if patches and patches[0].kind == "conv" else anatomy.blocks[0].dim
+        fan = patches[0].in_features if patches and patches[0].kind == "conv" else anatomy.blocks[0].dim
+        return {"stage": "wide", "suggested": {**self.suggested, "lr": self.first_lr}, "fan": fan}
 
     def sites(self, anatomy: Anatomy) -> list[Site]:
         return [*anatomy.stem["feature"], *anatomy.sites(("attend", "block"), self.layers, self.name)]
@@ -250,7 +253,7 @@ class VQT(PEFTMethod):
 
     def head_of(self, module: nn.Module) -> Tensor:
         """The weight [outputs, width] of the one linear map around the backbone that reads the wide feature."""
-        inside = {id(parameter) for parameter in self._need_root().parameters()}
+        inside = {id(parameter) for parameter in self.need_root().parameters()}
         found = [parameter for parameter in module.parameters() if id(parameter) not in inside
                  and parameter.dim() == 2 and parameter.shape[1] > sum(self.widths.values())]
         if len(found) != 1:

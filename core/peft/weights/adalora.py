@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from core.anatomy import Site
 from core.errors import ScionError
 from core.graft import Graft
-from core.method import PEFTMethod
+from core.method import AddsLoss, PEFTMethod, Scheduled
 from core.method.low_rank import LowRankMethod
 from core.optim import steps_of
 from core.peft.weights.lora import orthogonality
@@ -39,7 +39,7 @@ class AdaLoRAGraft(Graft):
         return self.scale * self.B, self.E * self.A
 
 
-class AdaLoRA(LowRankMethod, PEFTMethod):
+class AdaLoRA(Scheduled, AddsLoss, LowRankMethod, PEFTMethod):
     """LoRA as singular triplets, of which those with the least importance are zeroed, over all sites together.
 
     Equation: y = W x + s B diag(E) A x, s = alpha / rank; loss + gamma mean (|A A^T - I| + |B^T B - I|).
@@ -66,6 +66,7 @@ class AdaLoRA(LowRankMethod, PEFTMethod):
         targets: roles to adapt.
     """
 
+    settles_late = True
 
     def __init__(self, rank: int = 12, target_rank: int | None = None, warmup: float = 0.1, cooldown: float = 0.5,
                  interval: int = 10, beta: float = 0.85, gamma: float = 0.1, alpha: float | None = None,
@@ -99,7 +100,7 @@ class AdaLoRA(LowRankMethod, PEFTMethod):
     def _grafts(self) -> list[AdaLoRAGraft]:
         return [graft for graft in self.grafts if isinstance(graft, AdaLoRAGraft)]
 
-    def idle(self) -> set[str]:  # of triplets without a singular value
+    def may_lack_gradient(self) -> set[str]:  # of triplets without a singular value
         return {name for name in self.trainable() if name.endswith((".A", ".B"))}
 
     def budget(self, step: int) -> tuple[int, bool]:

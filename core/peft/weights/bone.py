@@ -13,7 +13,7 @@ from core.anatomy import Anatomy, Site
 from core.errors import ScionError
 from core.graft import Graft
 from core.json_types import Shapes
-from core.method import PEFTMethod
+from core.method import PEFTMethod, check_shapes, shapes_by_site
 
 
 class BoneGraft(Graft):
@@ -62,6 +62,7 @@ class Bone(PEFTMethod):
         targets: roles to adapt; None is every linear map of the blocks.
     """
 
+    linear_only = True
     mergeable = True
     recommended = {"lr": 1e-3, "weight_decay": 0.0}
     structure_types = {"shapes": Shapes}
@@ -75,7 +76,6 @@ class Bone(PEFTMethod):
         self.targets = None if targets is None else tuple(targets)
 
     def check(self, anatomy: Anatomy) -> None:
-        self.need_linear(anatomy)
         for site in self.sites(anatomy):
             if self.rank > site.in_features:
                 raise ScionError(f"{self.name}: rank {self.rank} is more than the {site.in_features} inputs of "
@@ -88,10 +88,10 @@ class Bone(PEFTMethod):
         return BoneGraft(site, self.rank, self.columns or site.out_features)
 
     def structure(self) -> dict[str, Any]:
-        return {} if self.columns is None else {"shapes": self.shapes()}
+        return {} if self.columns is None else {"shapes": shapes_by_site(self)}
 
     def restructure(self, structure: dict[str, Any]) -> None:
-        self.check_shapes(structure.get("shapes", {}))
+        check_shapes(self, structure.get("shapes", {}))
 
 
 class BatGraft(Graft):
@@ -131,6 +131,7 @@ class Bat(PEFTMethod):
         targets: roles to adapt; None is every linear map of the blocks.
     """
 
+    linear_only = True
     mergeable = True
     recommended = {"lr": 1e-3, "weight_decay": 0.0}
 
@@ -143,7 +144,6 @@ class Bat(PEFTMethod):
         self.targets = None if targets is None else tuple(targets)
 
     def check(self, anatomy: Anatomy) -> None:
-        self.need_linear(anatomy)
         for site in self.sites(anatomy):
             if site.in_features % self.rank or site.out_features % self.rank:
                 raise ScionError(f"{self.name}: rank {self.rank} does not divide the {site.out_features} x "

@@ -74,6 +74,7 @@ class Consolidator(PEFTMethod):
         init: ``uniform`` or ``zeros``.
     """
 
+    linear_only = True
     mergeable = True
     recommended = {"lr": 1e-3, "weight_decay": 1e-4}
 
@@ -95,7 +96,6 @@ class Consolidator(PEFTMethod):
         return self.groups or max(1, math.gcd(site.in_features, site.out_features) // 2)
 
     def check(self, anatomy: Anatomy) -> None:
-        self.need_linear(anatomy)
         for site in self.sites(anatomy):
             groups = self.groups_at(site)
             if site.in_features % groups or site.out_features % groups:

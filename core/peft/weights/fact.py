@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core.anatomy import Anatomy, Site
+from core.anatomy import Site
 from core.errors import ScionError
 from core.graft import Graft
 from core.method import PEFTMethod
@@ -97,6 +97,7 @@ class FacT(PEFTMethod):
         targets: roles to adapt; None is every linear map of the blocks.
     """
 
+    linear_only = True
     mergeable = True
     recommended = {"lr": 1e-3, "weight_decay": 1e-4}
 
@@ -117,9 +118,6 @@ class FacT(PEFTMethod):
         """Width of a slice, and how many stand in a column and in a row of the site's weight."""
         dim = site.width or min(site.in_features, site.out_features)
         return dim, math.ceil(site.out_features / dim), math.ceil(site.in_features / dim)
-
-    def check(self, anatomy: Anatomy) -> None:
-        self.need_linear(anatomy)
 
     def shared(self, module: nn.Module, sites: list[Site]) -> None:
         self._totals: dict[int, int] = {}

@@ -12,7 +12,7 @@ from core.anatomy import Anatomy, Site
 from core.errors import ScionError
 from core.graft import Graft
 from core.json_types import Shapes
-from core.method import PEFTMethod
+from core.method import PEFTMethod, check_shapes, shapes_by_site
 
 
 class FourierGraft(Graft):
@@ -65,6 +65,7 @@ class FourierFT(PEFTMethod):
         places: seed of the places.
     """
 
+    linear_only = True
     mergeable = True
     recommended = {"lr": 1e-2, "weight_decay": 0.0}
     structure_types = {"shapes": Shapes}
@@ -81,7 +82,6 @@ class FourierFT(PEFTMethod):
         self.identity_at_start = init == "zeros"
 
     def check(self, anatomy: Anatomy) -> None:
-        self.need_linear(anatomy)
         for site in self.sites(anatomy):
             if self.frequencies > site.in_features * site.out_features:
                 raise ScionError(f"{self.name}: {site.name} has {site.in_features * site.out_features} places, fewer "
@@ -91,7 +91,7 @@ class FourierFT(PEFTMethod):
         return FourierGraft(site, self.frequencies, self.scale, self.places, self.init == "normal")
 
     def structure(self) -> dict[str, Any]:
-        return {"shapes": self.shapes()}
+        return {"shapes": shapes_by_site(self)}
 
     def restructure(self, structure: dict[str, Any]) -> None:
-        self.check_shapes(structure.get("shapes", {}))
+        check_shapes(self, structure.get("shapes", {}))

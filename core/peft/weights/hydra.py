@@ -86,6 +86,7 @@ class Hydra(PEFTMethod):
         targets: roles to adapt.
     """
 
+    linear_only = True
     mergeable = True
     recommended = {"lr": 1e-3, "weight_decay": 1e-4}
 
@@ -102,7 +103,6 @@ class Hydra(PEFTMethod):
         self.bias, self.targets = bias, tuple(targets)
 
     def check(self, anatomy: Anatomy) -> None:
-        self.need_linear(anatomy)
         for site in self.sites(anatomy):
             if getattr(site.module, "groups", 1) > 1:
                 raise ScionError(f"{self.name}: {site.name} is a grouped convolution, which has no low-rank branch")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from core.anatomy import Anatomy, Site
+from core.anatomy import Site
 from core.errors import ScionError
 from core.graft import Graft
 from core.method import PEFTMethod
@@ -46,6 +46,7 @@ class LoHa(PEFTMethod):
         targets: roles to adapt; None is every linear map of the blocks.
     """
 
+    linear_only = True
     mergeable = True
     recommended = {"lr": 1e-3, "weight_decay": 0.0}
 
@@ -58,9 +59,6 @@ class LoHa(PEFTMethod):
             raise ScionError(f"LoHa: alpha {alpha} must be positive")
         self.rank, self.alpha = rank, rank if alpha is None else alpha
         self.targets = None if targets is None else tuple(targets)
-
-    def check(self, anatomy: Anatomy) -> None:
-        self.need_linear(anatomy)
 
     def build(self, site: Site) -> Graft:
         return LoHaGraft(site, self.rank, self.alpha / self.rank)

@@ -63,6 +63,7 @@ class LoKr(PEFTMethod):
         targets: roles to adapt; None is every linear map of the blocks.
     """
 
+    linear_only = True
     mergeable = True
     structure_types = {"scales_whole": bool}
     recommended = {"lr": 1e-3, "weight_decay": 0.0}
@@ -79,11 +80,8 @@ class LoKr(PEFTMethod):
         self.scales_whole = True
         """Whether whole inner matrices are multiplied by alpha / rank too; not so in files of earlier versions."""
 
-    def check(self, anatomy: Anatomy) -> None:
-        self.need_linear(anatomy)
-
-    def begin(self, anatomy: Anatomy) -> None:
-        self.scales_whole = True
+    def numbers(self, anatomy: Anatomy) -> dict[str, Any]:
+        return {"scales_whole": True}
 
     def structure(self) -> dict[str, Any]:
         return {"scales_whole": True} if self.scales_whole else {}

@@ -113,6 +113,7 @@ class OFT(PEFTMethod):
             what is longer counts as if it were as long.
     """
 
+    linear_only = True
     mergeable = True
     recommended = {"lr": 1e-3, "weight_decay": 0.0}
 
@@ -128,7 +129,6 @@ class OFT(PEFTMethod):
         self.targets = None if targets is None else tuple(targets)
 
     def check(self, anatomy: Anatomy) -> None:
-        self.need_linear(anatomy)
         for site in self.sites(anatomy):
             if site.in_features % self.block:
                 raise ScionError(f"{self.name}: block {self.block} does not divide the {site.in_features} inputs of "
@@ -196,6 +196,7 @@ class BOFT(PEFTMethod):
         targets: roles to adapt; None is every linear map of the blocks.
     """
 
+    linear_only = True
     mergeable = True
     recommended = {"lr": 1e-3, "weight_decay": 0.0}
 
@@ -208,7 +209,6 @@ class BOFT(PEFTMethod):
         self.targets = None if targets is None else tuple(targets)
 
     def check(self, anatomy: Anatomy) -> None:
-        self.need_linear(anatomy)
         for site in self.sites(anatomy):
             doublings = self.factors - 1
             if doublings >= site.in_features.bit_length() or site.in_features % (self.block * 2 ** doublings):

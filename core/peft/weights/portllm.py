@@ -84,7 +84,7 @@ class PortLLM(PEFTMethod):
                             for graft in self.grafts if isinstance(graft, PatchGraft)}}
 
     def restructure(self, structure: dict[str, Any]) -> None:
-        root = self._need_root()
+        root = self.need_root()
         parameters = dict(root.named_parameters())
         present = {graft.site.name for graft in self.grafts}
         fresh: dict[str, list[Tensor]] = {}

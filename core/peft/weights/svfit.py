@@ -12,7 +12,7 @@ from core.anatomy import Anatomy, Site
 from core.errors import ScionError
 from core.graft import Graft
 from core.json_types import Count, Shapes
-from core.method import PEFTMethod
+from core.method import PEFTMethod, check_shapes, shapes_by_site
 
 TOLERANCE = 1e-2
 """How far the two probes of a basis may lie apart, for each root of its rank."""
@@ -95,6 +95,7 @@ class SVFit(PEFTMethod):
         save_basis: whether files hold U_r, V_r and S_r too, (in + out + 1) numbers for each of sigma's.
     """
 
+    linear_only = True
     mergeable = True
     structure_types = {"shapes": Shapes, "ranks": dict[str, Count], "stored": bool, "basis": dict[str, list[float]]}
     recommended = {"lr": 1e-2, "weight_decay": 0.0, "head_lr": 1e-3}
@@ -113,14 +114,13 @@ class SVFit(PEFTMethod):
         self.stored = save_basis
 
     def check(self, anatomy: Anatomy) -> None:
-        self.need_linear(anatomy)
         for site in self.sites(anatomy):
             if self.rank is not None and self.rank > min(site.in_features, site.out_features):
                 raise ScionError(f"{self.name}: rank {self.rank} is more than the {site.out_features} x "
                                  f"{site.in_features} weight at {site.name} has")
 
-    def begin(self, anatomy: Anatomy) -> None:
-        self.stored = self.save_basis
+    def numbers(self, anatomy: Anatomy) -> dict[str, Any]:
+        return {"stored": self.save_basis}
 
     def build(self, site: Site) -> Graft:
         return SVFitGraft(site, self.rank, self.energy, self.stored)
@@ -130,7 +130,7 @@ class SVFit(PEFTMethod):
         return [graft for graft in self.grafts if isinstance(graft, SVFitGraft)]
 
     def structure(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"shapes": self.shapes()}
+        found: dict[str, Any] = {"shapes": shapes_by_site(self)}
         if self.energy is not None:
             found["ranks"] = {graft.site.name: len(graft.S) for graft in self._grafts}
         if self.stored:
@@ -138,7 +138,7 @@ class SVFit(PEFTMethod):
         return {**found, "basis": {graft.site.name: graft.probes for graft in self._grafts}}
 
     def restructure(self, structure: dict[str, Any]) -> None:
-        self.check_shapes(structure.get("shapes", {}))
+        check_shapes(self, structure.get("shapes", {}))
         basis: dict[str, list[float]] | None = structure.get("basis")
         if basis is None:  # so do all files of earlier versions
             self.stored = True

@@ -13,7 +13,7 @@ from core.anatomy import Site
 from core.errors import ScionError
 from core.graft import Graft
 from core.json_types import Few
-from core.method import PEFTMethod, home_of
+from core.method import AddsLoss, PEFTMethod, Scheduled, home_of
 from core.method.low_rank import LowRankMethod
 from core.optim import steps_of
 from core.peft.weights.lora import orthogonality
@@ -79,7 +79,7 @@ class TriAdaptLoRAGraft(Graft):
         return self.scale * torch.cat(list(self.B), dim=1), self.core() @ torch.cat(list(self.A))
 
 
-class TriAdaptLoRA(LowRankMethod, PEFTMethod):
+class TriAdaptLoRA(Scheduled, AddsLoss, LowRankMethod, PEFTMethod):
     """A low-rank change with a dense core, which starts at rank 1 and grows at the sites whose core grows fastest.
 
     Equation: y = W x + b + s B (C_low + C_up) A x, s = alpha / (R + 1e-5), C triangular in blocks. At a check, a site's

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from core.anatomy import Anatomy, Site
+from core.anatomy import Site
 from core.errors import ScionError
 from core.graft import Graft
 from core.method import PEFTMethod
@@ -78,6 +78,7 @@ class VeRA(PEFTMethod):
         targets: roles to adapt; None is every linear map of the blocks.
     """
 
+    linear_only = True
     mergeable = True
     recommended = {"lr": 1e-2, "weight_decay": 0.0, "head_lr": 1e-3}
     structure_types = {"stored": bool}
@@ -89,9 +90,6 @@ class VeRA(PEFTMethod):
             raise ScionError(f"VeRA: rank {rank} must be at least 1, start {start} not zero")
         self.rank, self.first = rank, start
         self.targets = None if targets is None else tuple(targets)
-
-    def check(self, anatomy: Anatomy) -> None:
-        self.need_linear(anatomy)
 
     def shared(self, module: nn.Module, sites: list[Site]) -> None:
         widths = max(site.in_features for site in sites), max(site.out_features for site in sites)

@@ -22,7 +22,9 @@ from core.cli.commands import save_plain
 from core.errors import ScionError
 from core.peft import make
 from core.tasks import Classification
-from core.training.finetuner import FineTuner, build, load_run, spec
+from core.training.finetuner import FineTuner
+from core.training.load_run import load_run
+from core.training.recorded_model import build, spec
 from core.training.run import save_run_adapter
 from domains.vision import TimmBackbone, backbones
 

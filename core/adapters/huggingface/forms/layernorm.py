@@ -19,16 +19,19 @@ class LayerNormForm(PeftForm):
 
     def write(self, methods: list[PEFTMethod], wrapped: WrappedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
         parameters = dict(wrapped.root.named_parameters())
-        moved = {wrapped.name(name).rpartition("."): parameters[name] for method in methods for name in method.start}
-        return ({"target_modules": wrapped.pattern({path for path, _, _ in moved})},
-                {f"{MODEL}{path}{self.mark}{leaf}": tensor for (path, _, leaf), tensor in moved.items()})
+        paths, tensors = set(), {}
+        for name in [name for method in methods for name in method.base_at_start]:
+            path, _, leaf = wrapped.name(name).rpartition(".")
+            paths.add(path)
+            tensors[f"{MODEL}{path}{self.mark}{leaf}"] = parameters[name]
+        return {"target_modules": wrapped.pattern(paths)}, tensors
 
     def fits(self, site: Site) -> bool:
         return site.role in NORMS
 
     def collect(self, method: PEFTMethod, plan: FolderPlan, config: dict[str, Any], given: dict[str, Tensor]
                 ) -> dict[str, Tensor]:
-        site_of = {site.name: site for site in dissect(method._need_root()).all_sites()}
+        site_of = {site.name: site for site in dissect(method.need_root()).all_sites()}
         return {f"{site_of[name].path}.{theirs.rpartition('.')[2]}": tensor for name, part in plan.parts.items()
                 for theirs, tensor in part.items()}
 

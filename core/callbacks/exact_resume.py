@@ -12,7 +12,7 @@ epoch), the place in the data, the last values that were logged, and the methods
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import lightning.pytorch as L
 import torch
@@ -23,6 +23,64 @@ from lightning.pytorch.loops.training_epoch_loop import RestartStage as BatchRes
 from lightning.pytorch.plugins.precision import DoublePrecision
 
 from core.random_state import part_random_states, random_states, restore_random_states
+
+
+@runtime_checkable
+class KeepsRunningState(Protocol):
+    """A LightningModule that adds something up over an epoch."""
+
+    def running_state(self) -> dict[str, Any]:
+        """What a checkpoint in mid-epoch must hold of this process."""
+        ...
+
+    def load_running_state(self, state: dict[str, Any]) -> None:
+        """Undo of `running_state`; an empty one changes nothing."""
+        ...
+
+
+class ExactResume(L.Callback):
+    """Keeps in checkpoints what makes a resumed run go on exactly, and restores it.
+
+    One of these belongs to a Trainer, behind all callbacks that draw random numbers when training starts; `ensure` adds
+    it. A LightningModule with running sums of its own (`KeepsRunningState`, as `core.FineTuner` is) gets them back as
+    well.
+    """
+
+    def __init__(self) -> None:
+        self.resume: dict[str, Any] | None = None
+        """What the checkpoint holds that this run goes on from."""
+
+    @classmethod
+    def ensure(cls, trainer: L.Trainer) -> None:
+        """Add one to ``trainer`` where it has none."""
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        if not any(isinstance(callback, cls) for callback in callbacks):
+            callbacks.append(cls())
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.resume = None
+        convert_early(trainer, pl_module)  # all methods are attached: they begin with the weights as they are
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.resume = checkpoint.get("resume")
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        keep_open(trainer, self.resume)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        resume, self.resume = self.resume, None
+        if resume is not None:
+            own = restore(trainer, resume)
+            if isinstance(pl_module, KeepsRunningState):
+                pl_module.load_running_state(own)
+        elif isinstance(pl_module, KeepsRunningState):
+            go_on_with_loops(trainer)
+            part_random_states(trainer.global_rank)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if "optimizer_states" in checkpoint:  # else it holds weights only, from which no run goes on
+            own = pl_module.running_state() if isinstance(pl_module, KeepsRunningState) else {}
+            save(trainer, checkpoint, own)
 
 
 def gather(value: Any, trainer: L.Trainer) -> list[Any]:

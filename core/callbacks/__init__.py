@@ -1,0 +1,1 @@
+"""Callbacks of a Trainer that are no methods."""
