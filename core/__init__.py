@@ -10,11 +10,11 @@ from core.former_names import install
 if TYPE_CHECKING:
     from core.adapters.huggingface.convert import to_peft
     from core.adapters.load import load_adapter
-    from core.adapters.weight_delta import Patch
     from core.anatomy import dissect
     from core.cost import describe
     from core.errors import ScionError
     from core.graft import checkpoint_activations
+    from core.patch import Patch
     from core.training.finetuner import FineTuner
     from core.training.load_run import load_run
 
@@ -24,7 +24,7 @@ __all__ = ["FineTuner", "Patch", "ScionError", "checkpoint_activations", "descri
 
 _HOMES = {
     "FineTuner": "core.training.finetuner",
-    "Patch": "core.adapters.weight_delta",
+    "Patch": "core.patch",
     "ScionError": "core.errors",
     "checkpoint_activations": "core.graft",
     "describe": "core.cost",

@@ -18,7 +18,7 @@ FORMER = {
     "imports": "cli.fast_imports", "interop": "adapters.huggingface.convert", "labelled": "data.labelled",
     "low_rank": "method.low_rank", "many_runs": "training.many_runs", "merging": "method.merging",
     "module": "training.finetuner", "narrow": "peft.side._narrow", "network": "data.download",
-    "patch": "adapters.weight_delta", "patch_commands": "cli.patch", "pictures": "training.gallery",
+    "patch_commands": "cli.patch", "pictures": "training.gallery",
     "prompts": "peft.tokens._sequence", "reading": "adapters.reading", "rehearsal": "adapters.rehearsal",
     "run": "training.run", "run_folder": "training.run_folder", "run_log": "training.run_log",
     "saving": "method.saving", "schema": "json_types", "sparse": "graft.sparse", "spec": "record",

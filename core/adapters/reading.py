@@ -24,7 +24,7 @@ from core.graft import Graft
 from core.json_types import Digest, check
 from core.method import Home, PEFTMethod, Spec, check_structure, decode_extra_state, uncompiled
 from core.method.bases import check_base
-from core.method.beside import OUTSIDE
+from core.method.beside import OUTSIDE, ModelRecord
 from core.method.contents import live_tensors, packings_on
 from core.method.fingerprint import fingerprint
 from core.method.saving import FORMAT, RECORD, TENSORS
@@ -48,20 +48,6 @@ def read_adapter(source: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]
 
 
 # ------------------------------------------------------------------------------------------------- reading
-
-
-Part = dict[str, Any]
-"""A backbone or a task: ``{"class": "audio:AST", arguments}``; see `core.training.finetuner.spec`."""
-
-
-class ModelRecord(TypedDict):
-    """How to build what the methods stand on, and the task's head."""
-
-    backbone: Part | None
-    task: Part | None
-    classes: list[str]
-    multilabel: bool
-    seed: int
 
 
 BaseRecord = TypedDict("BaseRecord", {"class": str, "fingerprint": Digest})

@@ -20,8 +20,8 @@ from core.errors import ScionError, printable
 if TYPE_CHECKING:
     from torch import nn
 
-    from core.adapters.weight_delta import Patch
     from core.backbone import Backbone
+    from core.patch import Patch
     from core.training.finetuner import FineTuner
 
 
@@ -34,7 +34,7 @@ def take(run: str, out: str, rank: int | None = None) -> int:
         out: a folder to make.
         rank: keep this rank of each matrix's change; None keeps all.
     """
-    from core.adapters.weight_delta import Patch  # start-up time
+    from core.patch import Patch  # start-up time
     from core.training.load_run import load_run  # start-up time
 
     target = check_free(out)
@@ -55,7 +55,7 @@ def apply(patch: str, base: str, out: str, scale: float = 1.0) -> int:
         out: a folder to make; it gets what `core.cli.commands.merge` writes.
         scale: factor of the patch.
     """
-    from core.adapters.weight_delta import Patch  # start-up time
+    from core.patch import Patch  # start-up time
 
     target, loaded = check_free(out), Patch.load(patch)
     try:
@@ -85,7 +85,7 @@ def add(one: str, other: str, out: str, scales: tuple[float, float] = (1.0, 1.0)
         scales: factors of the two.
         head: where both have a head: the ``first``, the ``second``, or ``none`` of them stays.
     """
-    from core.adapters.weight_delta import Patch  # start-up time
+    from core.patch import Patch  # start-up time
 
     target = check_free(out)
     first, second = Patch.load(one), Patch.load(other)

@@ -17,7 +17,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.config.schema import Optimizer, Schedule, check, check_trainer_shape, cut, short
+from core.component import cut, short
+from core.config.schema import Optimizer, Schedule, check, check_trainer_shape
 from core.errors import ScionError, called, listed, nearest, one_line
 from core.json_types import shown, wanted
 from core.record import is_finite, signature, types_of

@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from core.component import short
 from core.config import build
 from core.config.document import find, parse, read
 from core.config.overrides import Change, CommandLine, assign, command_line, in_order, path_of, whole_first
-from core.config.schema import COMPONENTS, Over, Per, check, check_whole, component, normal, normal_value, short
+from core.config.schema import COMPONENTS, Over, Per, check, check_whole, component, normal, normal_value
 from core.errors import ScionError, listed, nearest
 from core.json_types import shown
 

@@ -9,8 +9,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from core.component import short
 from core.config.document import parse
-from core.config.schema import COMPONENTS, KEYS, STAGE_KEYS, component, normal_stage, normal_value, place_of, short
+from core.config.schema import COMPONENTS, KEYS, STAGE_KEYS, component, normal_stage, normal_value, place_of
 from core.errors import ScionError, listed, nearest
 from core.json_types import shown
 

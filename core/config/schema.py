@@ -3,19 +3,16 @@
 Every class is ``{class_path, init_args}`` there, every optimizer and schedule a mapping.
 """
 
+
 import copy
 import re
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
+from core.component import ClassName, Component, class_and_arguments, cut, short
 from core.errors import ScionError, listed, nearest
 from core.json_types import Rule, UnknownKey, fields_of, mismatch, shown
 
 LONGEST_NAME = 64
-
-
-def is_class_name(name: str) -> bool:
-    """Whether ``name`` can be that of a class, bare or as a full path."""
-    return len(name) <= 255 and all(part.isidentifier() for part in name.split("."))
 
 
 def is_file_name(name: str) -> bool:
@@ -23,7 +20,6 @@ def is_file_name(name: str) -> bool:
     return re.fullmatch(rf"[A-Za-z0-9_-]{{1,{LONGEST_NAME}}}", name) is not None
 
 
-ClassName = Annotated[str, Rule(is_class_name, "the name of a class")]
 StageName = Annotated[str, Rule(is_file_name, f"a name of letters, digits, '-' and '_', at most {LONGEST_NAME}")]
 DomainName = Annotated[str, Rule(lambda name: name == "" or name.isidentifier() and name.isascii() and len(name) <= 64,
                                  "the name of a domain, as audio")]
@@ -35,16 +31,6 @@ Whole = Annotated[int, Rule(lambda value: value >= 0, "a whole number of at leas
 Limit = Annotated[int, Rule(lambda value: value == -1 or value >= 1, "a whole number of at least 1 or -1 (no limit)")]
 All = Annotated[int, Rule(lambda value: value >= -1, "a whole number of at least 0 or -1 (all)")]
 Seed = Annotated[int, Rule(lambda value: 0 <= value < 2**32, "a whole number from 0 to 4294967295")]
-
-
-class ClassAndArguments(TypedDict):
-    """A class in normal form."""
-
-    class_path: ClassName
-    init_args: dict[str, Any]
-
-
-Component = Annotated[ClassAndArguments, Rule(bool, "a class, as LoRA or {class: LoRA, rank: 16}")]
 
 
 Stack = Annotated[list[Component], Rule(bool, "a list of methods; an empty one would train nothing: LinearProbe is the "
@@ -208,52 +194,22 @@ def _check_trainers(config: dict[str, Any]) -> None:
         check_trainer_shape(stage.get("trainer", {}), f"stages.{name}.trainer")
 
 
-def short(text: str) -> str:
-    """Text in quotes, cut where it is long."""
-    return repr(text) if len(text) <= 60 else f"{text[:57]!r}..."
-
-
-def cut(text: str) -> str:
-    """Text, cut where it is long."""
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
 # ------------------------------------------------------------------------------------------------- the normal form
 
 
 def component(value: Any, key: str) -> Any:
-    """A class and its arguments in normal form; a list for a stack of methods.
+    """A class and its arguments in normal form (`core.component`); a list for a stack of methods.
 
     Raises:
         ScionError: the value names no class, or has keys beside ``class_path`` that would be dropped.
     """
     if isinstance(value, list) and key.rpartition(".")[2] == "peft":
-        found: Any = [component(one, f"{key}[{i}]") for i, one in enumerate(value)]
-        check(found, Stack, key)
-        return found
-    if isinstance(value, str):
-        value = {"class_path": value}
-    if not isinstance(value, dict) or not value.keys() & {"class_path", "class"}:
-        instead = ("write a method's name: LinearProbe trains the head alone, FullFineTuning everything"
-                   if key == "peft" and value is None else "write a name, or class_path and init_args")
-        raise ScionError(f"{key}: {shown(value)} names no class; {instead}")
-    name = value.get("class_path", value.get("class"))
-    rest = {argument: one for argument, one in value.items() if argument not in ("class_path", "class", "init_args")}
-    if "class_path" in value and "class" in value:
-        raise ScionError(f"{key}: both class_path and class; write one of them")
-    if "init_args" in value and "class" in value:
-        raise ScionError(f"{key}: init_args belongs to class_path; beside class the arguments stand themselves")
-    if "class_path" in value and rest:
-        raise ScionError(f"{key}: {listed(rest, 4)} beside class_path; write {{class_path: {name}, init_args: "
-                         f"{{...}}}}, or {{class: {name}, {next(iter(rest))}: ...}}")
-    arguments = value.get("init_args") if "class_path" in value else rest
-    if key == "peft" and isinstance(name, str) and "," in name:
-        names = ", ".join(part.strip() for part in name.split(","))
-        raise ScionError(f"{key}: {short(name)} must be the name of a class; a stack of methods is written "
-                         f"[{cut(names)}]")
-    found = {"class_path": name, "init_args": {} if arguments is None else arguments}
+        stack = [component(one, f"{key}[{i}]") for i, one in enumerate(value)]
+        check(stack, Stack, key)
+        return stack
+    found = class_and_arguments(value, key)
     check(found, Component, key)
-    return {"class_path": name, "init_args": dict(found["init_args"])}
+    return {"class_path": found["class_path"], "init_args": dict(found["init_args"])}
 
 
 def normal_value(slot: str, value: Any) -> Any:

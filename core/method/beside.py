@@ -5,7 +5,7 @@ A `core.FineTuner` says itself what that is; of any other module it is what is t
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol, TypedDict, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,41 @@ from core.tensors import check_fit, check_values
 
 OUTSIDE = "outside."
 """Prefix, in an adapter, of tensors that belong to the module around the backbone."""
+
+
+Part = dict[str, Any]
+"""A backbone or a task: ``{"class": "audio:AST", arguments}``; see `core.training.recorded_model.spec`."""
+
+
+class ModelRecord(TypedDict):
+    """How to build what the methods stand on, and the task's head."""
+
+    backbone: Part | None
+    task: Part | None
+    classes: list[str]
+    multilabel: bool
+    seed: int
+
+
+@runtime_checkable
+class KnowsItsHead(Protocol):
+    """A module around a backbone that says itself what is beside that, as `core.FineTuner` does."""
+
+    def parameters_beside(self) -> dict[str, nn.Parameter]:
+        """What inference needs beside the backbone, by its names in the module."""
+        ...
+
+    def tensors_beside(self) -> dict[str, Tensor]:
+        """The same, under the names and in the form that an adapter gives them."""
+        ...
+
+    def load_beside(self, tensors: dict[str, Tensor], where: str, write: bool = True) -> None:
+        """Copy such tensors into it; with ``write=False`` only say what is wrong with them."""
+        ...
+
+    def model_record(self) -> dict[str, Any]:
+        """How to build backbone and head (`ModelRecord`)."""
+        ...
 
 
 def path_of(root: nn.Module, module: nn.Module) -> str:
@@ -32,9 +67,8 @@ def path_of(root: nn.Module, module: nn.Module) -> str:
 
 def tensors_beside(module: nn.Module, root: nn.Module) -> dict[str, Tensor]:
     """The tensors to save of what stands in ``module`` beside ``root``, under their names in an adapter."""
-    own: Any = getattr(module, "tensors_beside", None)
-    if own is not None:
-        return own()
+    if isinstance(module, KnowsItsHead):
+        return module.tensors_beside()
     return {f"{OUTSIDE}{name}": tensor.detach() for name, tensor in _trained(module, root).items()}
 
 
@@ -44,9 +78,8 @@ def load_beside(module: nn.Module, root: nn.Module, tensors: dict[str, Tensor], 
     Raises:
         ScionError: missing, extra or misshapen tensors, or values that are not finite; nothing is written then.
     """
-    own: Any = getattr(module, "load_beside", None)
-    if own is not None:
-        own(tensors, where, write)
+    if isinstance(module, KnowsItsHead):
+        module.load_beside(tensors, where, write)
         return
     given = {name.removeprefix(OUTSIDE): tensor for name, tensor in tensors.items() if name.startswith(OUTSIDE)}
     here = _all(module, root)

@@ -103,6 +103,11 @@ class MethodOnModel(MethodDefinition):
         check_roles(self.config.get("targets") or (), roles, family, self.name)
         check_layers(self.layers, blocks, family, self.name)
 
+    @property
+    def members(self) -> list[PEFTMethod]:
+        """The methods that a composition is made of; none for any other method."""
+        return []
+
     # ------------------------------------------------------------------------------- attaching
 
     @property

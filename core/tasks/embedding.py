@@ -218,10 +218,14 @@ class Embedding(Task):
             raise ScionError("model.task: Embedding measures with pytorch-metric-learning, which is not installed: "
                              "pip install 'scion-peft[vision]'")
         self.classes = list(classes)
-        self.head = projection(dim, self.dim, self.norm)
+        self.head = self.new_head(dim)
         self.proxies = nn.Parameter(nn.init.xavier_uniform_(torch.empty(len(classes), self.dim)) / 8)
         self.metrics = self._collections({"retrieval": Retrieval(self.ks)})
         self.metrics["train_"] = MetricCollection({})  # shuffled batches of a changing model: nothing to retrieve from
+
+    def new_head(self, dim: int) -> nn.Module:
+        """Another head like the task's, for features [batch, dim]."""
+        return projection(dim, self.dim, self.norm)
 
     def forward(self, features: Tensor) -> Tensor:
         """features [batch, features] -> unit vectors [batch, dim]"""

@@ -29,7 +29,7 @@ from core.training.epoch import EpochTotals
 from core.training.finite import Losses, check_trained, stop_unless_finite, what_is_not_finite
 from core.training.head_files import load_outside, outside
 from core.training.optimizers import groups_of, make_optimizer
-from core.training.recorded_model import build, spec
+from core.training.recorded_model import build, model_record, spec
 
 
 class FineTuner(EpochTotals):
@@ -155,6 +155,15 @@ class FineTuner(EpochTotals):
         """Parameters that inference does not need: the task's, and what stands beside the model."""
         own = [p for name, p in self.task.named_parameters() if name.partition(".")[0] in self.task.training_only]
         return [*own, *self.aside.parameters()]
+
+    def parameters_beside(self) -> dict[str, nn.Parameter]:
+        """What inference needs beside the backbone, by its names here."""
+        left_out = {id(p) for p in [*self.backbone.parameters(), *self.beside_inference()]}
+        return {name: p for name, p in self.named_parameters() if id(p) not in left_out}
+
+    def model_record(self) -> dict[str, Any]:
+        """How to build the backbone and the task (`core.training.recorded_model`)."""
+        return model_record(self)
 
     def tensors_beside(self) -> dict[str, Tensor]:
         """What stands beside the backbone, as an adapter holds it (`core.method.beside`)."""

@@ -25,8 +25,7 @@ def outside(tuner: FineTuner) -> dict[str, Tensor]:
 
 
 def _around(tuner: FineTuner) -> dict[str, Tensor]:
-    inside = {id(p) for p in [*tuner.backbone.parameters(), *tuner.beside_inference()]}
-    return {f"{OUTSIDE}{name}": p.detach() for name, p in tuner.named_parameters() if id(p) not in inside}
+    return {f"{OUTSIDE}{name}": p.detach() for name, p in tuner.parameters_beside().items()}
 
 
 def _packings(tuner: FineTuner) -> dict[str, Graft]:

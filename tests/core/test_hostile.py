@@ -25,9 +25,9 @@ from core import load_adapter
 from core.adapters.huggingface.convert import CONFIG, to_peft
 from core.adapters.huggingface.convert import TENSORS as THEIR_TENSORS
 from core.adapters.load import RECORD, TENSORS, save_adapter
-from core.adapters.weight_delta import Patch
 from core.errors import ScionError
 from core.method import PEFTMethod
+from core.patch import Patch
 from core.peft import LoRA, Quantize  # type: ignore[attr-defined]
 from core.record import types_of
 from tests.methods import METHODS, Cell

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from core.adapters.weight_delta import Patch
 from core.backbone import Backbone
 from core.cli import main
 from core.errors import ScionError
+from core.patch import Patch
 from core.peft import make as make_method
 from core.tasks import Classification
 from core.training.finetuner import FineTuner

@@ -12,8 +12,8 @@ from torch import nn
 
 from core import load_adapter
 from core.adapters.load import fingerprint
-from core.adapters.weight_delta import Patch, residual_report
 from core.errors import ScionError
+from core.patch import Patch, residual_report
 from core.peft import method_class
 from tests.models import batch, make
 from tests.toolkit import distance, outputs, randomize, same, snapshot, trace

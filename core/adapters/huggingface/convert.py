@@ -18,7 +18,6 @@ from core.adapters.huggingface.forms import all_forms, form_of
 from core.adapters.huggingface.wrapped import WrappedModel
 from core.adapters.reading import load_tensors, open_adapter, refusal, restore
 from core.adapters.rehearsal import hollow, is_small, reach, rehearsing, twin
-from core.compose import SideBySide
 from core.errors import ScionError, listed, one_line
 from core.files import read_json, write_json
 from core.graft import Carrier
@@ -76,8 +75,8 @@ def to_peft(adapter: str | Path | PEFTMethod | Sequence[PEFTMethod], model: nn.M
 
 def _check_alone(method: PEFTMethod) -> None:
     """Refuse a method whose tensors do not say alone what it does."""
-    if isinstance(method, SideBySide):
-        raise ScionError(f"{method.name}: a peft adapter holds one method, and this is {len(method.methods)}; export "
+    if method.members:
+        raise ScionError(f"{method.name}: a peft adapter holds one method, and this is {len(method.members)}; export "
                          "them one by one")
     for graft in method.grafts:
         if Carrier.of(graft) is not None:

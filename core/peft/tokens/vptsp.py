@@ -146,10 +146,8 @@ class VPTSP(OwnLoss, PEFTMethod):
     # --------------------------------------------------------------------------------- training
 
     def training_module(self, pl_module: Any) -> nn.Module | None:
-        from core.tasks.embedding import Embedding  # only where it is trained beside such a task
-
         task = pl_module.task
-        if not isinstance(task, Embedding) or self.beta == 1:
+        if not hasattr(task, "new_head") or self.beta == 1:  # no task with proxies (`core.tasks.Embedding`)
             return None
         trainer = getattr(pl_module, "_trainer", None)
         if trainer is not None and trainer.world_size > 1:
@@ -157,8 +155,9 @@ class VPTSP(OwnLoss, PEFTMethod):
                              f"{trainer.world_size}; set trainer.devices to 1")
         sizes = [(self.class_length(graft.site), graft.site.width) for graft in self.grafts]
         with seeded(self.seed, self.name, "beside"):
-            return SemanticPath(sizes, len(task.classes), self.class_tokens, pl_module.feature_dim, task.dim, task.norm,
-                                self.gate, self.gate_dropout, self.bank)
+            return SemanticPath(sizes, len(task.classes), self.class_tokens,
+                                lambda: task.new_head(pl_module.feature_dim), task.dim, self.gate, self.gate_dropout,
+                                self.bank)
 
     def training_loss(self, pl_module: Any, batch: Any, outputs: Any) -> Tensor | None:
         path = pl_module.aside[key_of(self.name)] if key_of(self.name) in pl_module.aside else None
@@ -220,17 +219,15 @@ class SemanticPath(nn.Module):
 
     running: Tensor
 
-    def __init__(self, sizes: list[tuple[int, int]], classes: int, tokens: int, features: int, dim: int, norm: bool,
-                 kind: str, dropout: float, bank: bool) -> None:
-        from core.tasks.embedding import projection  # only where it is trained beside such a task
-
+    def __init__(self, sizes: list[tuple[int, int]], classes: int, tokens: int, make_head: Callable[[], nn.Module],
+                 dim: int, kind: str, dropout: float, bank: bool) -> None:
         super().__init__()
         self.sizes = sizes
         # Xavier-normal values of a tensor [classes, tokens, dim], as in the paper's code.
         start = [torch.randn(classes, count * width) * math.sqrt(2 / (width * (tokens + classes)))
                  for count, width in sizes]
         self.table = (Bank if bank else nn.Embedding).from_pretrained(torch.cat(start, 1), freeze=False, sparse=True)
-        self.head = projection(features, dim, norm)
+        self.head = make_head()
         self.gate = Gate(dim, kind, dropout)
         self.register_buffer("running", F.normalize(nn.init.xavier_uniform_(torch.empty(classes, dim)), dim=-1))
 

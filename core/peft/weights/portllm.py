@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.adapters.weight_delta import Patch
 from core.anatomy import Anatomy, Site, parameter_sites
 from core.errors import ScionError
 from core.graft import Graft
 from core.json_types import Count
 from core.method import PEFTMethod
+from core.patch import Patch
 
 
 class PatchGraft(Graft):

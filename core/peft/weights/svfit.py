@@ -153,4 +153,4 @@ class SVFit(PEFTMethod):
             if any(abs(one - other) > near for one, other in zip(saved, graft.probes, strict=False)):
                 raise ScionError(f"{self.name}: the singular vectors of {graft.site.weight_name} here are not those "
                                  "that sigma was trained with: save it with save_basis=True, or carry its change to "
-                                 "another base as a patch (core.adapters.weight_delta.Patch.take)")
+                                 "another base as a patch (core.patch.Patch.take)")

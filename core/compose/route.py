@@ -1,0 +1,86 @@
+"""Methods side by side, one at a time or each for its own rows of a batch."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from core import graft as grafts
+from core.anatomy import Anatomy
+from core.compose.side_by_side import SideBySide
+from core.errors import ScionError, nearest
+from core.graft import Graft, route_rows
+from core.method import key_of, methods_on
+
+if TYPE_CHECKING:
+    pass
+
+
+class Route(SideBySide):
+    """Several variants of the same backbone, of which one is in the forward, or each row of a batch has its own.
+
+    Equation: f(x_i) = f_{r(i)}(x_i), for the route r of the batch
+    Trains: the sum of its methods
+    Merges: no, it has several weights
+    Source: batch splitting as in AdapterHub's Parallel and in S-LoRA
+
+    Args:
+        methods: the variants, each with a name of its own; the first is active until ``route`` says otherwise.
+    """
+
+    inference_cost = "each variant computes its own rows"
+
+    def arrange(self, module: nn.Module, anatomy: Anatomy) -> None:
+        for i, method in enumerate(self.methods):
+            for graft in self.branch(method):
+                graft.active = i == 0
+
+    def standing(self, module: nn.Module) -> list[Graft]:
+        children = dict(module.named_children())
+        return [graft for method in self.methods if key_of(method.name) in children
+                for graft in method.standing(children[key_of(method.name)])]
+
+    @contextlib.contextmanager
+    def route(self, variant: str | Tensor | Sequence[int]) -> Iterator[None]:
+        """Within this context the named variant is in the forward, or row i of a batch sees variant ``variant[i]``.
+
+        Raises:
+            ScionError: no such variant.
+        """
+        root = self.need_root()
+        names = [method.name for method in self.methods]
+        states = [graft.active for graft in self.grafts]
+        route = None
+        if isinstance(variant, str):
+            if variant not in names:
+                raise ScionError(f"{self.name}: no variant is called {variant!r}{nearest(variant, names)}; there are "
+                                 f"{names}")
+        else:
+            route = torch.as_tensor(variant, device=next(self.module.parameters()).device).long()
+            if route.dim() != 1 or (route.numel() and not 0 <= int(route.min()) <= int(route.max()) < len(names)):
+                raise ScionError(f"{self.name}: a route is one index a row, 0 to {len(names) - 1}")
+            for other in methods_on(root):
+                if any(graft.folds for graft in other.grafts):
+                    raise ScionError(f"{self.name}: {other.name} lets several streams ride in the batch, whose rows "
+                                     "are then no samples to route; route the whole batch by name")
+        try:
+            for i, method in enumerate(self.methods):
+                branch = self.branch(method)
+                for graft in branch:
+                    graft.active = route is not None or method.name == variant
+                route_rows(branch, route, i)
+            self._refresh()
+            yield
+        finally:
+            route_rows(self.grafts, None)
+            for graft, state in zip(self.grafts, states, strict=True):
+                graft.active = state
+            self._refresh()
+
+    def _refresh(self) -> None:
+        for graft in self.grafts:
+            grafts.refresh(graft)

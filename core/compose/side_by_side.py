@@ -1,0 +1,229 @@
+"""What compositions share: several methods, each in a branch of its own of the composition's module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from core import peft
+from core.adapters.reading import method_of, read_adapter, refusal, rehearse
+from core.anatomy import Anatomy
+from core.component import Component, class_and_arguments
+from core.errors import ScionError, listed
+from core.graft import Graft
+from core.json_types import check
+from core.method import AddsLoss, OwnOptimizer, PEFTMethod, Plan, key_of
+from core.method.fingerprint import fingerprint
+from core.record import plain
+from core.tensors import check_fit, check_values
+
+if TYPE_CHECKING:
+    import lightning.pytorch as L
+
+
+class Trained(NamedTuple):
+    """What a folder holds of a trained method."""
+
+    folder: str
+    base: str
+    """The fingerprint of its base."""
+    tensors: dict[str, Tensor]
+    """By their names in the method's module."""
+    spec: dict[str, Any]
+
+
+class SideBySide(AddsLoss, PEFTMethod):
+    """What compositions share: several methods, each in a branch of its own of the composition's module."""
+
+    plans: dict[str, Plan]
+    """What each of the methods will be on this model."""
+
+    def __init__(self, methods: Sequence[Any], **common: Any) -> None:
+        super().__init__(**common)
+        kind = type(self).__name__
+        self.trained: dict[str, Trained] = {}
+        """What there is of those methods that come from folders, by their names."""
+        self.methods: list[PEFTMethod] = [self._method(entry) for entry in methods]
+        names = [method.name for method in self.methods]
+        if not names or len(set(names)) < len(names):
+            raise ScionError(f"{kind}: the methods need names of their own, got {names}; give name=... to each")
+        if self.layers is not None:
+            raise ScionError(f"{kind}: layers belong to its methods, not to itself")
+        for method in self.methods:
+            if method.moves_base or method.norms:
+                raise ScionError(f"{kind}: {method.name} trains the backbone itself, which all rows of a batch share")
+            if not method.by_rows:
+                raise ScionError(f"{kind}: {method.name} changes every tensor, and all rows of a batch share some of "
+                                 "them (positions, a class token)")
+            if method.prepares:
+                raise ScionError(f"{kind}: {method.name} computes start values from data, alone on its backbone")
+        self.config["methods"] = [method if isinstance(entry, PEFTMethod) or method.name not in self.trained else entry
+                                  for entry, method in zip(methods, self.methods, strict=True)]
+        self.identity_at_start = not self.trained and all(method.identity_at_start for method in self.methods)
+
+    def _method(self, entry: Any) -> PEFTMethod:
+        if isinstance(entry, PEFTMethod):
+            return entry
+        kind = type(self).__name__
+        check(entry, str | dict[str, Any], kind, "methods")
+        if isinstance(entry, str) or "adapter" in entry:
+            return self._from_folder({"adapter": entry} if isinstance(entry, str) else entry)
+        part = class_and_arguments(entry, kind)
+        check(part, Component, kind)
+        return peft.make(part["class_path"], part["init_args"])
+
+    @property
+    def members(self) -> list[PEFTMethod]:
+        return self.methods
+
+    def _from_folder(self, entry: dict[str, Any]) -> PEFTMethod:
+        kind, folder = type(self).__name__, str(entry["adapter"])
+        if unknown := sorted(set(entry) - {"adapter", "name"}):
+            raise ScionError(f"{kind}: {folder}: a trained method takes a name of its own, not {unknown[0]!r}")
+        record, tensors = read_adapter(folder)
+        names = [spec["name"] for spec in record["methods"]]
+        if len(names) != 1:
+            raise ScionError(f"{kind}: {folder} holds {len(names)} methods ({listed(names)}), one is wanted")
+        spec = record["methods"][0]
+        check(entry.get("name"), str | None, kind, "name")
+        method = method_of(spec, name=entry.get("name") or spec["name"])
+        stage = _stage(spec.get("structure", {}))
+        if stage and stage != _stage(plain(method.structure())):
+            raise ScionError(f"{kind}: {folder}: {spec['name']} was saved in a later stage than {spec['class']} "
+                             "begins with, and cannot take part")
+        prefix = f"peft.{key_of(spec['name'])}."
+        own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        self.trained[method.name] = Trained(folder, record["base"]["fingerprint"], own, spec)
+        return method
+
+    # --------------------------------------------------------------------------------- attaching
+
+    def numbers(self, anatomy: Anatomy) -> dict[str, Any]:
+        plans = {method.name: method.plan_on(anatomy) for method in self.methods}
+        self._check_bases(anatomy)
+        return {"plans": plans}
+
+    def _check_bases(self, anatomy: Anatomy) -> None:
+        if not self.trained or any(p.is_meta for p in anatomy.root.parameters()):
+            return
+        home: Any = getattr(anatomy.root, "peft", None)
+        here = fingerprint(anatomy.root, anatomy.head_names()) if home is None else home.fingerprint
+        for trained in self.trained.values():
+            if trained.base != here:
+                raise ScionError(f"{self.name}: {trained.folder} belongs to another base (fingerprint {trained.base}, "
+                                 f"here {here})")
+
+    def feature_dim(self, dim: int, anatomy: Anatomy) -> int:
+        widths = {method.name: method.feature_dim(dim, anatomy) for method in self.methods}
+        if len(set(widths.values())) > 1:
+            raise ScionError(f"{self.name}: one head cannot read features of different widths: {widths}")
+        return widths[self.methods[0].name]
+
+    def check_outline(self, roles: Sequence[str], blocks: int, family: str) -> None:
+        for method in self.methods:
+            method.check_outline(roles, blocks, family)
+
+    def fill(self, module: nn.Module, plan: Plan) -> None:
+        anatomy = plan.anatomy
+        for method in self.methods:
+            branch = nn.Module()
+            if method.name in self.trained:
+                self._rehearse(method.name, anatomy)
+            own = self.plans[method.name]
+            vars(method).update(own.numbers)
+            method.fill(branch, own)
+            method.module = branch
+            if method.name in self.trained:
+                method.restructure(self.trained[method.name].spec.get("structure", {}))
+                self._load(method.name, branch)
+            if not method.is_trained:
+                branch.requires_grad_(False)
+            module.add_module(key_of(method.name), branch)
+        self.arrange(module, anatomy)
+
+    def _rehearse(self, name: str, anatomy: Anatomy) -> None:
+        """Refuse a trained method that would be larger than its file (see `core.adapters.rehearsal`)."""
+        trained = self.trained[name]
+        spec: Any = {**trained.spec, "name": "rehearsed"}
+        tensors = {f"peft.rehearsed.{key}": tensor for key, tensor in trained.tensors.items()}
+        try:
+            rehearse([spec], tensors, anatomy.root, trained.folder)
+        except Exception as error:
+            what = str(refusal(error)).removeprefix(f"{trained.folder}: ")
+            raise ScionError(f"{self.name}: {trained.folder}: {what}") from error
+
+    def _load(self, name: str, branch: nn.Module) -> None:
+        folder, tensors = self.trained[name].folder, self.trained[name].tensors
+        into = {key: tensor for key, tensor in branch.state_dict().items() if not key.endswith("_extra_state")}
+        packed = {key: (graft, into.pop(key)) for path, graft in branch.named_modules() if isinstance(graft, Graft)
+                  for key in (f"{path}.{part}" for part in graft.packed) if key not in tensors}
+        parts = {key: graft.pack(tensor) for key, (graft, tensor) in packed.items()}
+        into |= {f"{key}.{part}": tensor for key, found in parts.items() for part, tensor in found.items()}
+        for key in sorted(into.keys() | tensors.keys()):
+            one, two = (list(side[key].shape) if key in side else "absent" for side in (tensors, into))
+            if one != two:
+                raise ScionError(f"{self.name}: {folder}: {key} is {one} in the file, {two} here")
+        limits = {f"{path}.{key}": limit for path, graft in branch.named_modules() if isinstance(graft, Graft)
+                  for key, limit in graft.limits().items()}
+        for key, tensor in into.items():
+            check_fit(tensors[key], tensor, key, f"{self.name}: {folder}")
+            check_values(tensors[key], tensor, key, f"{self.name}: {folder}", limits.get(key))
+        with torch.no_grad():
+            for key, tensor in into.items():
+                tensor.copy_(tensors[key])
+            for key, (graft, tensor) in packed.items():
+                graft.unpack({part: tensors[f"{key}.{part}"] for part in parts[key]}, tensor)
+
+    def arrange(self, module: nn.Module, anatomy: Anatomy) -> None:
+        """Say which of the grafts in the filled branches stand at sites, and how."""
+
+    def branch(self, method: PEFTMethod) -> list[Graft]:
+        """The grafts of one of its methods."""
+        return method.standing(method.module)
+
+    def structure(self) -> dict[str, Any]:
+        found = {method.name: method.structure() for method in self.methods}
+        own = {name: structure for name, structure in found.items() if structure}
+        return {"methods": own} if own else {}
+
+    def restructure(self, structure: dict[str, Any]) -> None:
+        for method in self.methods:
+            alone, method.root = method.root, self.root  # some look at the model that they stand on
+            try:
+                method.restructure(structure.get("methods", {}).get(method.name, {}))
+            finally:
+                method.root = alone
+
+    def spec(self) -> dict[str, Any]:  # what is saved holds the tensors, wherever a folder is by then
+        found = super().spec()
+        return {**found, "config": {**found["config"], "methods": [
+            {"class": spec["class"], **spec["config"], "name": spec["name"]}
+            for spec in (method.spec() for method in self.methods)]}}
+
+    # --------------------------------------------------------------------------------- in training
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        for method in self.methods if stage == "fit" and self.is_trained else ():
+            if method.is_trained and (method.is_scheduled or isinstance(method, OwnOptimizer) or method.stages):
+                raise ScionError(f"{self.name}: {method.name} steers its own training, which has no place here: train "
+                                 "it alone, and give its folder, or trainable: false")
+        super().setup(trainer, pl_module, stage)
+
+    @property
+    def adds_loss(self) -> bool:
+        return any(method.adds_loss for method in self.methods)
+
+    def loss_terms(self, module: Any, batch: Any, outputs: Any) -> Tensor | None:
+        terms = [term for method in self.methods
+                 if (term := method.loss_terms(module, batch, outputs)) is not None]
+        return torch.stack(terms).sum() if terms else None
+
+
+def _stage(structure: dict[str, Any]) -> dict[str, Any]:
+    """What of a structure says how far a method has come, and not on which weights."""
+    found = {key: _stage(value) if isinstance(value, dict) else value for key, value in structure.items()
+             if key not in ("shapes", "basis", "stored", "ranks")}
+    return {key: value for key, value in found.items() if value != {}}

@@ -1,0 +1,152 @@
+"""Two methods that share a sequence, each for its own part of it."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from core.anatomy import Anatomy, Site
+from core.compose.joined import Joined, JoinedMethods
+from core.errors import ScionError, nearest
+from core.graft import Graft
+
+if TYPE_CHECKING:
+    pass
+
+
+class SplitGraft(Joined):
+    """The first graft's output at positions below the sample's boundary, the second's from there on."""
+
+    momentary = (*Graft.momentary, "start")
+    start: int | Tensor | None = None
+    """First position of the second graft: one for all samples, or [batch]."""
+
+    def before(self, x: Tensor) -> Tensor:
+        return self._split(*(part(x, verb="before") for part in self.parts))
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        return self._split(*(part(x, y, verb="after") for part in self.parts))
+
+    def _split(self, first: Tensor, second: Tensor) -> Tensor:
+        start, name = self.start, self.site.name
+        if start is None:
+            raise ScionError("Split: nothing says where the sequence is split: give by=..., or run within at(...)")
+        if first.dim() != 3:
+            raise ScionError(f"Split: {name} has states of shape {list(first.shape)}, not [batch, positions, channels]")
+        if isinstance(start, Tensor):
+            start = start if self.batch is None else start[self.batch]
+            times, rest = divmod(len(first), max(1, len(start)))
+            if rest:
+                raise ScionError(f"Split: {len(start)} samples are split, but {len(first)} rows arrive at {name}")
+            start = start.repeat_interleave(times)[:, None, None]
+        return torch.where(torch.arange(first.shape[1], device=first.device)[:, None] < start, first, second)
+
+
+class Boundary(Graft):
+    """Reads from the model's inputs where each sample's second part begins, and leaves them as they are."""
+
+    def __init__(self, site: Site, by: str, separator: int | None, splits: Sequence[SplitGraft]) -> None:
+        super().__init__(site)
+        self.by, self.separator, self.splits = by, separator, list(splits)
+        self.wanted, self.position = read_by(site, by)
+
+    def notice(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        ids = args[self.position] if self.position < len(args) else kwargs.get(self.wanted)
+        if ids is None:
+            raise ScionError(f"Split: by={self.by!r} reads the model's {self.wanted}, which were not given")
+        if self.by == "token_type":
+            second = ids == 1
+        else:  # what follows the first separator, or the first run of them
+            separators = ids == self.separator
+            second = (separators.cumsum(-1) > 0) & ~separators
+        start = (second.cumsum(-1) == 0).sum(-1)
+        for graft in self.splits:
+            graft.start = start
+
+
+def read_by(site: Site, by: str) -> tuple[str, int]:
+    """Name and place of the model's argument that says where to split; "" where it has none."""
+    names = list(inspect.signature(site.module.forward).parameters)
+    wanted = "token_type_ids" if by == "token_type" else "input_ids"
+    return (wanted, names.index(wanted)) if wanted in names else ("", 0)
+
+
+class Split(JoinedMethods):
+    """Two methods that share a sequence: the first for its beginning, the second for the rest (query and document).
+
+    Equation: h_t is method 1's for positions t < s, and method 2's for t >= s, at each of their sites
+    Trains: the sum of its methods
+    Merges: no, positions have weights of their own
+    Source: Litschko et al. 2022, COLING (modular rerankers), where s is the first token of type 1. It belongs to whole
+        sequences: a decoder with a cache sees single positions
+
+    Args:
+        methods: two, each with a name of its own, that stand at the same sites.
+        by: the position s; or ``token_type``, the first token of type 1; or ``separator``, what follows the first
+            separator or run of separators; None leaves it to ``at``.
+        separator: the separator's id.
+    """
+
+    inference_cost = "both methods compute all positions"
+    refusal = "cannot be split by positions; what changes states in the blocks or at the embedding can"
+
+    def __init__(self, methods: Sequence[Any], by: int | str | None = None, separator: int | None = None, **common: Any
+                 ) -> None:
+        super().__init__(methods, **common)
+        if len(self.methods) != 2:
+            raise ScionError(f"Split: two methods share a sequence, got {len(self.methods)}")
+        if isinstance(by, bool) or not (by is None or by in ("token_type", "separator") or (
+                isinstance(by, int) and by >= 0)):
+            raise ScionError(f"Split: by {by!r} is no position, nor 'token_type' or 'separator'"
+                             f"{nearest(str(by), ('token_type', 'separator'))}")
+        if (by == "separator") != (separator is not None):
+            raise ScionError(f"Split: by='separator' and separator=<its id> go together, got by={by!r} and "
+                             f"separator={separator}")
+        self.by, self.separator = by, separator
+
+    def check(self, anatomy: Anatomy) -> None:
+        super().check(anatomy)
+        if isinstance(self.by, str) and not read_by(anatomy.inputs, self.by)[0]:
+            raise ScionError(f"{self.name}: no input of {anatomy.family} says where to split by {self.by!r}")
+
+    def fits(self, part: Graft) -> bool:
+        return part.site.block is not None or part.site.role == "embed"
+
+    def join(self, site: Site, parts: list[Graft]) -> Joined:
+        graft = SplitGraft(site, parts)
+        graft.start = self.by if isinstance(self.by, int) else None
+        return graft
+
+    def arrange(self, module: nn.Module, anatomy: Anatomy) -> None:
+        super().arrange(module, anatomy)
+        if isinstance(self.by, str):
+            splits = [graft for graft in self.standing(module) if isinstance(graft, SplitGraft)]
+            module.boundary = Boundary(anatomy.inputs, self.by, self.separator, splits)
+
+    @contextlib.contextmanager
+    def at(self, positions: int | Tensor | Sequence[int]) -> Iterator[None]:
+        """Within this context sample i is split at ``positions[i]``, or all at one position."""
+        self.need_root()
+        start: int | Tensor = positions if isinstance(positions, int) else torch.as_tensor(
+            positions, device=next(self.module.parameters()).device).long()
+        if (isinstance(start, Tensor) and start.dim() != 1) or bool((torch.as_tensor(start) < 0).any()):
+            raise ScionError(f"{self.name}: positions are one index a sample, from 0")
+        splits = [graft for graft in self.grafts if isinstance(graft, SplitGraft)]
+        readers = [graft for graft in self.grafts if isinstance(graft, Boundary)]
+        states = [graft.start for graft in splits], [graft.active for graft in readers]
+        try:
+            for graft in splits:
+                graft.start = start
+            for graft in readers:
+                graft.active = False
+            yield
+        finally:
+            for graft, before in zip(splits, states[0], strict=True):
+                graft.start = before
+            for graft, active in zip(readers, states[1], strict=True):
+                graft.active = active

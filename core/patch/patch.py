@@ -1,0 +1,284 @@
+"""Patches: what attached methods change in a model, as numbers to add to it, or to another base of the same shapes.
+
+    patch = Patch.take(model)                      # model with LoRA attached and trained
+    patch.save("boolq")
+    applied = Patch.load("boolq").apply(newer)     # merged into the new base, with a warning that it is another
+    applied.remove()                               # and bit for bit out again
+    (0.5 * patch + other).apply(newer)
+
+A head that was trained with the methods travels along, also one beside the backbone: take the patch from the
+`FineTuner` and apply it to one. A patch knows the architecture that it belongs to, and is refused on any other.
+
+A change is dense, or low-rank where the method says so. It is frozen to numbers on the base that it was trained on: of
+a method whose formula reads the weight (DoRA), the numbers are carried, not the formula. Source: Khan et al. 2024
+(PortLLM), arXiv:2410.10870, where it was made for LoRA.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from core.anatomy import dissect
+from core.errors import ScionError, listed
+from core.method import methods_on, uncompiled
+from core.method.beside import OUTSIDE, KnowsItsHead
+from core.method.fingerprint import Fingerprint, fingerprint
+from core.patch.change import PatchData
+from core.patch.files import read_files, write_files
+from core.patch.take import architecture_of, take_from
+from core.tensors import check_fit, check_values
+
+
+class Patch(PatchData):
+    """Changes by parameter name, and the base that they were trained on."""
+
+    # --------------------------------------------------------------------------------- making one
+
+    @classmethod
+    def take(cls, model: nn.Module, rank: int | None = None) -> Patch:
+        """What the methods attached to ``model`` change; the model stays as it is.
+
+        Args:
+            model: a backbone with mergeable methods attached, or the LightningModule around one: the head of that is
+                taken along.
+            rank: keep this rank of each matrix's change; None keeps all.
+
+        Raises:
+            ScionError: no method, or one that cannot be merged, or not without new parameters.
+        """
+        return cls(**vars(take_from(model, rank)))
+
+    # --------------------------------------------------------------------------------- arithmetic
+
+    def __mul__(self, factor: float) -> Patch:
+        return replace(self, changes={name: change.scaled(factor) for name, change in self.changes.items()})
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> Patch:
+        return self * -1.0
+
+    def __add__(self, other: Patch) -> Patch:
+        """The sum of both; a task head in both refuses, for heads do not add up."""
+        both = [*(self.head.keys() & other.head.keys()), *(self.beside.keys() & other.beside.keys())]
+        if both:
+            raise ScionError(f"two patches bring the task head {listed(sorted(both), 2)}, and heads do not add up: "
+                             "take one of them without its head (without_head(); on the command line --head)")
+        if self.architecture and other.architecture and self.architecture != other.architecture:
+            raise ScionError(f"the patches belong to two architectures, {self.architecture} and {other.architecture}")
+        changes = dict(self.changes)
+        for name, change in other.changes.items():
+            if name in changes and changes[name].shape != change.shape:
+                raise ScionError(f"the patches do not fit: {name} is {list(changes[name].shape)} and "
+                                 f"{list(change.shape)}")
+            changes[name] = changes[name].plus(change) if name in changes else change
+        return Patch(changes, self.base if Fingerprint(self.base) == Fingerprint(other.base) else "",
+                     {**self.head, **other.head}, self.architecture or other.architecture,
+                     {**self.beside, **other.beside}, (self if self.beside or not other.beside else other).model)
+
+    def __sub__(self, other: Patch) -> Patch:
+        return self + (-other).without_head()
+
+    def without_head(self) -> Patch:
+        """The changes of the backbone alone."""
+        return replace(self, head={}, beside={})
+
+    # --------------------------------------------------------------------------------- applying
+
+    def check(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The parameters of the backbone ``model`` that the patch means; every one of its entries must have its place.
+
+        Raises:
+            ScionError: a name that is missing, a shape that differs, another architecture though all names fit, values
+                that are not finite.
+        """
+        parameters = dict(model.named_parameters())
+        wanted = {**{name: change.shape for name, change in self.changes.items()},
+                  **{name: tuple(tensor.shape) for name, tensor in self.head.items()}}
+        missing = [name for name in wanted if name not in parameters]
+        if missing:
+            raise ScionError(f"the patch belongs to another architecture: {listed(missing, 3)} is not here")
+        for name, shape in wanted.items():
+            if tuple(parameters[name].shape) != shape:
+                raise ScionError(f"the patch belongs to another architecture: {name} is {list(shape)} in the patch, "
+                                 f"{list(parameters[name].shape)} here")
+        here = architecture_of(model)
+        if self.architecture and here != self.architecture:
+            raise ScionError(f"the patch belongs to another architecture: {self.architecture}, and this is {here}; "
+                             "class, names and shapes of all parameters must be the same")
+        for name, change in self.changes.items():
+            if not all(bool(torch.isfinite(part).all()) for part in (change.up, change.down) if part is not None):
+                raise ScionError(f"the patch holds values that are not finite, at {name}")
+        anatomy = dissect(model)
+        base = fingerprint(model, without=anatomy.head_names())
+        if self.base and base != self.base:
+            warnings.warn(f"the patch is carried from base {self.base} to {base}", stacklevel=3)
+        return {name: parameters[name] for name in wanted}
+
+    def warn_of_head(self) -> None:
+        """Say that what belongs beside the backbone is not applied."""
+        if self.beside:
+            warnings.warn(f"the patch's head ({listed(sorted(self.beside), 2)}) is not applied: it belongs beside the "
+                          "backbone; apply the patch to the FineTuner, or module, around it", stacklevel=3)
+
+    @torch.no_grad()
+    def apply(self, model: nn.Module, scale: float = 1.0, keep: bool = True) -> Applied:
+        """Add ``scale`` times the patch to the weights of ``model``, one parameter at a time; all or nothing.
+
+        Args:
+            model: plain, of the patch's architecture; or the LightningModule around such a backbone, whose head is
+                replaced by that of the patch.
+            scale: factor of the patch.
+            keep: keep the weights as they were, to take the patch out again; False needs no more memory than the
+                largest change.
+
+        Returns:
+            What takes it out again, bit for bit (where ``keep``).
+        """
+        model = uncompiled(model)
+        if methods_on(model):
+            raise ScionError("the model has methods attached: apply the patch before them")
+        prefix, root = self._backbone_in(model)
+        places = {f"{prefix}{name}": parameter for name, parameter in self.check(root).items()}
+        around: dict[str, nn.Parameter] = {}
+        if model is root:
+            self.warn_of_head()
+        else:
+            around = self._places_beside(model)
+        before: dict[str, Tensor] = {}
+        if keep:
+            before = {name: parameter.detach().clone() for name, parameter in around.items()}
+        try:
+            for name, parameter in places.items():
+                if keep:
+                    before[name] = parameter.detach().clone()
+                own = name.removeprefix(prefix)
+                if own in self.head:
+                    parameter.copy_(self.head[own])
+                else:
+                    wide = torch.promote_types(parameter.dtype, torch.float32)
+                    change = scale * self.changes[own].dense().to(parameter.device, wide)
+                    parameter.copy_(parameter.to(wide) + change)
+            places |= around
+            self._write_beside(model, around)
+        except BaseException:
+            for name, kept in before.items():
+                places[name].copy_(kept)
+            raise
+        return Applied(model, before, {name: places[name].detach().clone() for name in before}, keep)
+
+    def _backbone_in(self, model: nn.Module) -> tuple[str, nn.Module]:
+        """What stands before the names of the backbone's parameters in ``model``, and the backbone: ``model`` itself,
+        or its ``.backbone`` or ``.model`` where it has a head beside that."""
+        names = {name for name, _ in model.named_parameters()}
+        wanted = [*self.changes, *self.head]
+        for name in ("backbone", "model"):
+            inner = getattr(model, name, None)
+            if isinstance(inner, nn.Module) and not names.issuperset(wanted):
+                inner = uncompiled(inner)
+                [path] = [path for path, module in model.named_modules() if module is inner]
+                return f"{path}.", inner
+        return "", model
+
+    def _places_beside(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The parameters beside the backbone that the patch replaces; whatever is wrong with them is told here.
+
+        Raises:
+            ScionError: the head of ``model`` is for other classes, or of another shape.
+        """
+        if not self.beside:
+            return {}
+        where = "the patch's head"
+        parameters = dict(model.named_parameters())
+        try:
+            for name, tensor in self.beside.items():
+                check_values(tensor, tensor, name, where)
+            if isinstance(model, KnowsItsHead):
+                self._check_classes(model.model_record(), where)
+                model.load_beside(self._named_beside(), where, write=False)
+                return model.parameters_beside()
+            for name, tensor in self.beside.items():
+                if name not in parameters:
+                    raise ScionError(f"{where}: {name} is not in {type(model).__name__}")
+                check_fit(tensor, parameters[name], name, where)
+        except ScionError as error:
+            raise ScionError(f"{error}; give the backbone alone to apply the patch without its head") from None
+        return {name: parameters[name] for name in self.beside}
+
+    def _check_classes(self, here: dict[str, Any], where: str) -> None:
+        own, others = self.model.get("classes", []), here.get("classes", [])
+        if own and others and own != others:
+            raise ScionError(f"{where}: it is for the classes {listed(own, 4)}, the model's for {listed(others, 4)}")
+
+    def _write_beside(self, model: nn.Module, places: dict[str, nn.Parameter]) -> None:
+        if isinstance(model, KnowsItsHead) and places:
+            model.load_beside(self._named_beside(), "the patch's head")
+            return
+        for name, parameter in places.items():
+            parameter.copy_(self.beside[name])
+
+    def _named_beside(self) -> dict[str, Tensor]:
+        return {f"{OUTSIDE}{name}": tensor for name, tensor in self.beside.items()}
+
+    # --------------------------------------------------------------------------------- files
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``patch.safetensors`` and ``patch.json`` into ``folder``. The record names every tensor."""
+        return write_files(self, folder)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Patch:
+        """The patch in ``folder``.
+
+        Raises:
+            ScionError: no patch, or a damaged one: also one whose record and tensors do not name each other in full.
+        """
+        return cls(**vars(read_files(folder)))
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A patch in a model."""
+
+    model: nn.Module
+    before: dict[str, Tensor]
+    after: dict[str, Tensor]
+    kept: bool = True
+
+    @torch.no_grad()
+    def remove(self) -> None:
+        """Put the weights back, bit for bit.
+
+        Raises:
+            ScionError: they have changed since: take out first what was added later; or they were not kept.
+        """
+        if not self.kept:
+            raise ScionError("the weights were not kept when the patch was applied (keep=False)")
+        parameters = dict(self.model.named_parameters())
+        for name, value in self.after.items():
+            if not torch.equal(parameters[name].detach(), value):
+                raise ScionError(f"{name} has changed since the patch was applied; remove what came later first")
+        for name, value in self.before.items():
+            parameters[name].copy_(value)
+
+
+def residual_report(old: Patch, new: Patch, model: nn.Module, tolerance: float = 1e-6) -> dict[str, dict[str, float]]:
+    """For each parameter, how far the patch trained on the old base is from the one trained on ``model``: the norm of
+    C = new - old, its share of |W + old|, its largest entry, and its rank. A report, no test: two equally good runs
+    from different starts may be far apart."""
+    found: dict[str, dict[str, float]] = {}
+    for name in old.changes.keys() & new.changes.keys():
+        one, other = old.changes[name].dense(), new.changes[name].dense()
+        rest = other - one
+        whole = model.get_parameter(name).detach().to(one) + one
+        found[name] = {"norm": float(rest.norm()), "share": float(rest.norm() / whole.norm()),
+                       "largest": float(rest.abs().max()),
+                       "rank": float(torch.linalg.matrix_rank(rest.flatten(1), rtol=tolerance))
+                       if rest.dim() > 1 else 1.0}
+    return found

@@ -1,0 +1,108 @@
+"""What attached methods change, taken from a model as a patch."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from core.anatomy import dissect
+from core.errors import ScionError, listed
+from core.method import home_in, methods_on, uncompiled
+from core.method.beside import OUTSIDE, KnowsItsHead
+from core.patch.change import Change, PatchData
+
+
+def take_from(model: nn.Module, rank: int | None = None) -> PatchData:
+    """What the methods attached to ``model`` change (see `Patch.take`)."""
+    if rank is not None and rank < 1:
+        raise ScionError(f"Patch.take: rank {rank} must be at least 1")
+    around = uncompiled(model)
+    methods = methods_on(around)
+    if not methods:
+        raise ScionError("Patch.take: no method is attached to this model, so there is nothing to take")
+    _, root = home_in(around)  # type: ignore[misc]
+    if any(method.root is not root for method in methods):
+        raise ScionError("Patch.take: methods are attached to several modules in this model; give one of them")
+    home = root.get_submodule("peft")
+    base, heads = str(home.fingerprint), list(home.heads)  # type: ignore[arg-type]
+    parameters = dict(root.named_parameters())
+    head = {name: parameters[name].detach().cpu().clone() for name in heads if parameters[name].requires_grad}
+    architecture = architecture_of(root)
+    changes: dict[str, Change] = {}
+    before = {name: p.detach().clone() for name, p in parameters.items() if not name.startswith("peft.")}
+    before.update({name: start.to(parameters[name]) for m in methods for name, start in m.base_at_start.items()})
+    low = _factors(root)
+    merged = []
+    try:
+        for method in methods:
+            method.merge()
+            merged.append(method)
+        _check_nothing_new(root, before)
+        for name, start in before.items():
+            now = root.get_parameter(name).detach()
+            if name not in heads and not torch.equal(now, start):
+                change = low.get(name) or Change((now.double() - start.double()).float().cpu(), None,
+                                                 tuple(start.shape))
+                changes[name] = change if rank is None else change.truncated(rank)
+    finally:
+        for method in reversed(merged):
+            method.unmerge()
+    patch = PatchData(changes, base, head, architecture)
+    return patch if around is root else replace(patch, **_surroundings(around, root))
+
+
+def architecture_of(model: nn.Module) -> str:
+    """The class that a backbone is described as, and a digest of the names and shapes of all its parameters: equal for
+    two models of one architecture, whatever their values. A task head and what methods have added do not count."""
+    anatomy = dissect(model)
+    heads = anatomy.head_names()
+    parts = sorted(f"{name}{list(p.shape)}" for name, p in model.named_parameters()
+                   if name not in heads and not name.startswith("peft."))
+    digest = hashlib.sha256("\n".join([anatomy.family, *parts]).encode()).hexdigest()
+    return f"{anatomy.family} {digest[:16]}"
+
+
+def _surroundings(around: nn.Module, root: nn.Module) -> dict[str, Any]:
+    """What a patch holds of the module around the backbone: what is trained beside it, and how both are built."""
+    found: dict[str, Any] = {}
+    if isinstance(around, KnowsItsHead):
+        beside = {name.removeprefix(OUTSIDE): tensor for name, tensor in around.tensors_beside().items()}
+        found["model"] = around.model_record()
+    else:
+        inside = {id(p) for p in root.parameters()}
+        beside = {name: p for name, p in around.named_parameters() if id(p) not in inside and p.requires_grad}
+    found["beside"] = {name: tensor.detach().cpu().clone() for name, tensor in beside.items()}
+    return found
+
+
+def _check_nothing_new(root: nn.Module, before: dict[str, Tensor]) -> None:
+    """Refuse methods whose merging has made parameters that the base does not have."""
+    made = [name for name, _ in root.named_parameters() if name not in before and not name.startswith("peft.")]
+    if made:
+        raise ScionError(f"Patch.take: merging makes {listed(made, 2)}, which the base does not have, and a patch adds "
+                         "to what is there alone; save the merged model instead")
+
+
+def _factors(model: nn.Module) -> dict[str, Change]:
+    """Low-rank changes, exact, of parameters that grafts with ``factors`` alone change."""
+    found: dict[str, Change] = {}
+    spoiled: set[str] = set()
+    for method in methods_on(model):
+        spoiled |= set(method.base_at_start)
+        for graft in method.grafts:
+            site, name = graft.site, graft.site.weight_name
+            parts = graft(verb="factors")
+            if parts is None or site.kind == "conv1d":
+                spoiled.add(name)
+                continue
+            up, down = (part.detach().float().cpu() for part in parts)
+            if site.rows is not None:
+                rows = torch.zeros(site.full_weight.shape[0], up.shape[1])
+                up = site.rows.put(rows, up)
+            change = Change(up, down, tuple(site.full_weight.shape))
+            found[name] = found[name].plus(change) if name in found else change
+    return {name: change for name, change in found.items() if name not in spoiled}
