@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 DESCRIPTION = """\
 Scion: graft small trainable parts onto large frozen models.
@@ -239,31 +240,52 @@ def _dispatch(arguments: argparse.Namespace, rest: list[str]) -> int:
     if arguments.command in ("merge", "predict") or getattr(arguments, "action", None) == "take":
         _glance(arguments.run)
     _quick_imports()
-    from core.cli import commands  # start-up time
+    return _call(arguments, rest) or 0
 
-    if arguments.command == "describe":
-        return commands.describe(arguments.config, rest, arguments.json, arguments.trust) or 0
-    if arguments.command == "methods":
-        return commands.methods(arguments.name, arguments.json, family=arguments.family, kind=arguments.kind,
-                                mergeable=arguments.mergeable, planned=arguments.planned) or 0
-    if arguments.command == "roles":
-        return commands.roles(arguments.model) or 0
-    if arguments.command == "merge":
-        return commands.merge(arguments.run, arguments.out) or 0
-    if arguments.command == "export":
-        return commands.export(arguments.adapter, arguments.out, arguments.model) or 0
-    if arguments.command == "import":
-        return commands.import_(arguments.folder, arguments.out, arguments.model) or 0
-    if arguments.command == "patch":
-        from core.cli import patch as patch_commands  # start-up time
 
-        if arguments.action == "take":
-            return patch_commands.take(arguments.run, arguments.out, arguments.rank) or 0
-        if arguments.action == "apply":
-            return patch_commands.apply(arguments.patch, arguments.base, arguments.out, arguments.scale) or 0
-        return patch_commands.add(arguments.one, arguments.other, arguments.out, tuple(arguments.scale),
-                                  arguments.head) or 0
-    return commands.predict(arguments.run, arguments.files, arguments.json, arguments.trust) or 0
+def _call(arguments: Any, rest: list[str]) -> int | None:
+    """Call the function of a command; each is imported only when it is asked for."""
+    command = arguments.command
+    if command == "describe":
+        from core.cli.describe import describe  # start-up time
+
+        return describe(arguments.config, rest, arguments.json, arguments.trust)
+    if command == "methods":
+        from core.cli.methods import methods  # start-up time
+
+        return methods(arguments.name, arguments.json, family=arguments.family, kind=arguments.kind,
+                       mergeable=arguments.mergeable, planned=arguments.planned)
+    if command == "roles":
+        from core.cli.roles import roles  # start-up time
+
+        return roles(arguments.model)
+    if command == "merge":
+        from core.cli.merge import merge  # start-up time
+
+        return merge(arguments.run, arguments.out)
+    if command == "export":
+        from core.cli.export import export  # start-up time
+
+        return export(arguments.adapter, arguments.out, arguments.model)
+    if command == "import":
+        from core.cli.export import import_  # start-up time
+
+        return import_(arguments.folder, arguments.out, arguments.model)
+    if command == "patch":
+        return _call_patch(arguments)
+    from core.cli.predict import predict  # start-up time
+
+    return predict(arguments.run, arguments.files, arguments.json, arguments.trust)
+
+
+def _call_patch(arguments: Any) -> int | None:
+    from core.cli import patch  # start-up time
+
+    if arguments.action == "take":
+        return patch.take(arguments.run, arguments.out, arguments.rank)
+    if arguments.action == "apply":
+        return patch.apply(arguments.patch, arguments.base, arguments.out, arguments.scale)
+    return patch.add(arguments.one, arguments.other, arguments.out, tuple(arguments.scale), arguments.head)
 
 
 def _glance(run: str) -> None:

@@ -6,15 +6,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.cli.commands import (
-    check_free,
-    merge_methods,
-    model_of,
-    new_folder,
-    save_library_model,
-    save_plain,
-    says_what_failed,
-)
+from core.cli.failures import says_what_failed
+from core.cli.merge import merge_methods, save_library_model, save_plain
+from core.cli.models import model_of
+from core.cli.new_folder import check_free, new_folder
 from core.errors import ScionError, printable
 
 if TYPE_CHECKING:

@@ -21,11 +21,13 @@ the points, and ``build`` the objects. Everything before ``build`` works on plai
 that a mistake is told at once.
 """
 
-from core.config.build import OUR_ARGUMENTS, check_optimizer, check_trainer, find_class, make, rehearse, typed
+from core.config.build import find_class, make, typed
+from core.config.checks import rehearse
 from core.config.document import dump, find, parse, read
 from core.config.grid import Point, label, points
 from core.config.overrides import assign
 from core.config.schema import KEYS, STAGE_KEYS, component, normal
+from core.config.trainer_checks import OUR_ARGUMENTS, check_optimizer, check_trainer
 
 __all__ = ["KEYS", "OUR_ARGUMENTS", "STAGE_KEYS", "Point", "assign", "check_optimizer", "check_trainer", "component",
            "dump", "find", "find_class", "label", "make", "normal", "parse", "points", "read", "rehearse", "typed"]

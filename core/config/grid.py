@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from core.component import short
-from core.config import build
+from core.config.build import choices
+from core.config.checks import check_points
 from core.config.document import find, parse, read
 from core.config.overrides import Change, CommandLine, assign, command_line, in_order, path_of, whole_first
 from core.config.schema import COMPONENTS, Over, Per, check, check_whole, component, normal, normal_value
@@ -175,7 +176,7 @@ class Grid:
             labels = {one.key: label(component(one.value, one.key) if one.key in COMPONENTS else one.value)
                       for one in at}
             found.append(Point(config, str(self.file), self.domain(config), labels))
-        build.check_points(found)
+        check_points(found)
         _tell_apart(found)
         return found
 
@@ -198,7 +199,7 @@ class Grid:
                              "known; list them")
         config = self.config([], [])
         check_whole(config)
-        return build.choices(config["data"], name, self.domain(config))
+        return choices(config["data"], name, self.domain(config))
 
     def settings(self, config: dict[str, Any]) -> list[Change]:
         """What ``per`` says for the values that ``config`` has."""

@@ -9,8 +9,8 @@ from dataclasses import fields
 from typing import Any
 
 from core.config import Point, dump, find_class
-from core.config.build import SET_BY_RUN
 from core.config.keys import KEYS
+from core.config.trainer_checks import SET_BY_RUN
 from core.report.cards import argument_help, arguments, sections
 
 

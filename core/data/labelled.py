@@ -8,47 +8,21 @@ unreadable files, tables and lists.
 
 from __future__ import annotations
 
-import csv
-import hashlib
-import io
-import json
 import os
 import warnings
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from core.data import DataModule, Source, seed_of
 from core.data.download import Archive, download, reachable
-from core.errors import ScionError, listed, nearest, one_line
-from core.files import files_below, open_regular, read_text
-
-PARTS = ("train", "validation", "test")
-Parts = dict[str, list[int]]
-"""Rows of the samples by set; ``validation`` is left out where the protocol has none."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One file of a data set, or a part of it.
-
-    Args:
-        file: where it lies.
-        name: the file within the data set, the same on every machine; what is drawn by chance is drawn by it. What
-            follows an ``@`` is a place within the file.
-        labels: its classes; one, but for multi-label data.
-        group: the number of its fold, or the set that it belongs to; None where neither is given.
-    """
-
-    file: Path
-    name: str
-    labels: tuple[str, ...]
-    group: int | str | None = None
+from core.data.lists import contents_of, is_folder
+from core.data.reading import check_name, noted, plainly
+from core.data.sample import PARTS, Parts
+from core.errors import ScionError, listed
+from core.files import files_below
 
 
 class LabelledData(DataModule):
@@ -193,7 +167,7 @@ class LabelledData(DataModule):
         found = []
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
             child = folder / entry.name
-            if not _is_folder(entry) or child.name[0] == "." or child.name == "__MACOSX":
+            if not is_folder(entry) or child.name[0] == "." or child.name == "__MACOSX":
                 continue
             if entry.is_symlink() and Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(child)):
                 reason: dict[int, str] = {}
@@ -349,9 +323,6 @@ class LabelledData(DataModule):
         return kept, [f"{name} ({counts[name]})" for name in self.classes if counts[name] < self.shots]
 
 
-# ------------------------------------------------------------------------------------------------- choosing
-
-
 def few(rows: list[int], names: Sequence[str], labels: Sequence[tuple[str, ...]], shots: int, seed: int) -> list[int]:
     """``shots`` of ``rows`` for each class, in ascending order; all where a class has no more.
 
@@ -377,208 +348,3 @@ def few(rows: list[int], names: Sequence[str], labels: Sequence[tuple[str, ...]]
                 kept.add(row)
                 have.update(labels[row])
     return sorted(kept)
-
-
-def check_folds(fold: int, validation_fold: int | str | None, count: int) -> None:
-    """Refuse folds that a benchmark with ``count`` of them does not have."""
-    if not 1 <= fold <= count:
-        raise ScionError(f"data.fold: {fold} is not one of the folds 1 to {count}")
-    if validation_fold == fold:
-        raise ScionError(f"data.validation_fold: {fold} is the test fold; take another, next, or null")
-    if validation_fold is not None and validation_fold != "next" and validation_fold not in range(1, count + 1):
-        raise ScionError(f"data.validation_fold: {validation_fold} is not next, null or one of the folds 1 to {count}")
-
-
-def by_folds(samples: list[Any], fold: int, validation_fold: int | str | None) -> Parts:
-    """``fold`` to test, ``validation_fold`` (``next``: the one after ``fold``; None: none) to validate, the rest to
-    train."""
-    folds = sorted({int(sample.group or 0) for sample in samples})
-    if fold not in folds:
-        raise ScionError(f"data.fold: {fold} is not among the folds of the table ({listed(folds)})")
-    held = folds[(folds.index(fold) + 1) % len(folds)] if validation_fold == "next" else validation_fold
-    if held is not None and (held not in folds or held == fold):
-        raise ScionError(f"data.validation_fold: {held} is not among the other folds of the table ({listed(folds)})")
-    found: Parts = {which: [] for which in PARTS if which != "validation" or held is not None}
-    for row, sample in enumerate(samples):
-        found["test" if sample.group == fold else "validation" if sample.group == held else "train"].append(row)
-    return found
-
-
-# ------------------------------------------------------------------------------------------------- tables and folders
-
-
-def folder_with(root: Path, marker: str, inside: Sequence[str], title: str) -> Path:
-    """``root``, or a folder of one of the names ``inside`` it, that holds ``marker``."""
-    if not os.path.isdir(root):
-        raise ScionError(f"data.root: no folder {root}")
-    for folder in (root, *(root / name for name in inside)):
-        if os.path.exists(folder / marker):
-            return folder
-    raise ScionError(f"data.root: no {marker} in {root} (wanted: {title}'s layout, see the domain's README.md; "
-                     "files of your own: folder.yaml)")
-
-
-END = "the end of the table"
-
-
-def read_csv(file: Path, columns: Sequence[str] = ()) -> list[dict[str, str]]:
-    """The rows of a table with a header, values without blanks around them; commas, semicolons or tabs between them.
-
-    Raises:
-        ScionError: the file cannot be read, lacks one of ``columns``, has no rows, or ends within quotation marks.
-    """
-    text = read_text(file)
-    header = next(iter(io.StringIO(text, newline="")), "")
-    # read after the table: where a mark of quotation is not closed it is not found as a row of its own
-    lines = csv.reader(chain(io.StringIO(text, newline=""), [END]), delimiter=max(",;\t", key=header.count))
-    rows: list[list[str]] = []
-    begins, last = 0, 0
-    try:
-        for row in lines:
-            begins, last = last + 1, lines.line_num
-            rows.append(row)
-    except csv.Error as error:
-        raise ScionError(f"{file}, line {lines.line_num}: cannot be read as a table ({error})") from None
-    if rows.pop() != [END]:
-        raise ScionError(f"{file}, line {begins}: a mark of quotation is opened and not closed")
-    rows = [row for row in rows if row]
-    names = [name.strip() for name in rows[0]] if rows else []
-    twice = next((name for name, times in Counter(names).items() if name and times > 1), None)
-    if twice is not None:
-        raise ScionError(f"{file}: two columns are called {twice!r}; which one is meant?")
-    lacking = [column for column in columns if column not in names]
-    if lacking:
-        raise ScionError(f"{file}: {'empty' if not names else 'no column ' + listed(lacking)}"
-                         f"{nearest(lacking[0], names)}; wanted are the columns {listed(columns)}")
-    if not names:
-        raise ScionError(f"{file}: empty; a table with a header wanted")
-    if len(rows) == 1:
-        raise ScionError(f"{file}: no rows below the header")
-    return [dict(zip(names, (value.strip() for value in row), strict=False)) for row in rows[1:]]
-
-
-class Numbered:
-    """Classes that a table gives as a number and a name, which must agree on every line."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        self.names: dict[int, str] = {}
-
-    def add(self, line: int, number: int, name: str) -> None:
-        if self.names.setdefault(number, name) != name:
-            raise ScionError(f"{self.file}, line {line}: target {number} is {name!r} here and {self.names[number]!r} "
-                             "above")
-
-    def order(self) -> list[str]:
-        """The names in the order of their numbers, at least two."""
-        names = [self.names[number] for number in sorted(self.names)]
-        if len(set(names)) < len(names):
-            raise ScionError(f"{self.file}: {len(names)} targets but {len(set(names))} category names")
-        return at_least_two(names, self.file)
-
-
-def at_least_two(classes: list[str], where: object) -> list[str]:
-    """``classes``, refused where there is nothing to tell apart."""
-    if len(classes) < 2:
-        raise ScionError(f"{where}: {'one class only' if classes else 'no classes'} ({listed(classes)}), at least two "
-                         "wanted")
-    return classes
-
-
-def ordered(names: Iterable[str]) -> list[str]:
-    """Names without repetition, in the order of their numbers where all of them are whole numbers, else of letters."""
-    found = sorted(set(names))
-    # Python makes no number of thousands of digits
-    return sorted(found, key=int) if all(name.isdecimal() and len(name) < 100 for name in found) else found
-
-
-def as_text(name: str) -> str:
-    """A name of a folder as text: bytes of it that are none are spelled out."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
-
-
-def contents_of(root: Path, classes: Sequence[str], samples: Sequence[Any], parts: Parts) -> str:
-    """A short hash of which files are in which set with which labels, and of their sizes.
-
-    Files are named as the data set names them, so that it is the same wherever the folder lies.
-    """
-    sets = {row: which for which, rows in parts.items() for row in rows}
-    digest = hashlib.sha256(json.dumps(list(classes)).encode())
-    for row, sample in enumerate(samples):
-        name = sample.name
-        if os.path.isabs(name):
-            name = os.path.relpath(sample.file, root)
-        try:
-            size = os.stat(sample.file).st_size
-        except OSError:
-            size = None
-        digest.update(json.dumps([name, size, sample.labels, sample.group, sets.get(row)]).encode())
-    return digest.hexdigest()[:16]
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()  # unlike the path, it knows even where nothing may be looked at
-    except OSError:
-        return False
-
-
-# ------------------------------------------------------------------------------------------------- files
-
-
-@contextmanager
-def noted(bad: dict[int, str], row: int, skip_bad: bool) -> Iterator[None]:
-    """What is wrong with a file goes into ``bad``, or stops all with a hint."""
-    try:
-        yield
-    except ScionError as error:
-        if not skip_bad:
-            raise ScionError(f"{error} (data.skip_bad: true leaves such files out)") from None
-        bad[row] = one_line(error)
-
-
-@contextmanager
-def plainly() -> Iterator[None]:
-    """What the system says of files and memory as one line."""
-    try:
-        yield
-    except OSError as error:
-        raise ScionError(f"data: {error.filename or 'a file'} cannot be read ({error.strerror or error})") from None
-    except (MemoryError, RuntimeError) as error:
-        if not _short_of_memory(error):
-            raise
-        raise ScionError(one_line(f"data: not enough memory ({error})")) from None
-
-
-@contextmanager
-def naming(file: Path) -> Iterator[None]:
-    """Where memory is short while ``file`` is read, say so. That is not the file's fault: it is not left out for it."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not _short_of_memory(error):
-            raise
-        raise MemoryError(f"while {file} was read") from None
-
-
-def _short_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or "can't allocate memory" in str(error)  # the latter is torch's
-
-
-def check_name(file: Path) -> None:
-    """Refuse what no file can be called: lists in JSON and MATLAB's form may hold any characters."""
-    try:
-        if b"\0" not in os.fsencode(file):
-            return
-    except UnicodeEncodeError:
-        pass
-    raise ScionError(f"{one_line(file)}: no name of a file, it holds characters that none can have")
-
-
-def readable(file: str | Path) -> bool:
-    """Whether a file can be opened now. What cannot, for it is not there or not allowed, may be there another time."""
-    try:
-        with open_regular(file):
-            return True
-    except (OSError, ScionError):
-        return False

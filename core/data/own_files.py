@@ -13,7 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from core.data.labelled import PARTS, LabelledData, Parts, Sample, as_text, at_least_two, ordered, read_csv
+from core.data.labelled import LabelledData
+from core.data.lists import as_text, at_least_two, ordered, read_csv
+from core.data.sample import PARTS, Parts, Sample
 from core.errors import ScionError, listed, nearest, one_line
 from core.random_state import seed_of
 

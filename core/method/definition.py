@@ -52,8 +52,6 @@ class Declarations:
     defaults."""
     former_options: ClassVar[dict[str, Any]] = {}
     """Options that files of earlier versions name, with the one value that they had there."""
-    renamed_options: ClassVar[dict[str, str]] = {}
-    """Options by names of earlier versions, with the present ones."""
     hf_form: ClassVar[Any] = None
     """How Hugging Face peft writes a method of another distribution, a `core.adapters.huggingface.form.PeftForm`; those
     of this one are in `core.adapters.huggingface.forms`."""

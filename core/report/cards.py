@@ -48,9 +48,9 @@ def arguments(cls: type) -> list[dict[str, Any]]:
 
 def _inherits(cls: type, name: str) -> bool:
     """Whether ``name`` comes from a parent method (DoRA's rank from LoRA), not from what all methods share."""
-    from core.method import PEFTMethod  # start-up time
+    from core.method.definition import MethodDefinition  # start-up time
 
-    return name not in inspect.signature(PEFTMethod.__init__).parameters
+    return name not in inspect.signature(MethodDefinition.__init__).parameters
 
 
 def argument_help(doc: str) -> dict[str, str]:

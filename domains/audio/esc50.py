@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from core.data.download import Archive
-from core.data.labelled import Numbered, Parts, by_folds, check_folds, folder_with, read_csv
+from core.data.folds import by_folds, check_folds, folder_with
+from core.data.lists import Numbered, read_csv
+from core.data.sample import Parts
 from core.errors import ScionError, listed
 from domains.audio.clips import AudioData, Clip
 

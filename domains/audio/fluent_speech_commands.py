@@ -14,7 +14,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from core.data.labelled import Parts, at_least_two, folder_with, read_csv
+from core.data.folds import folder_with
+from core.data.lists import at_least_two, read_csv
+from core.data.sample import Parts
 from core.errors import ScionError, listed
 from domains.audio.clips import AudioData, Clip
 

@@ -15,7 +15,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from core.data.download import Archive
-from core.data.labelled import Parts, as_text, at_least_two, folder_with
+from core.data.folds import folder_with
+from core.data.lists import as_text, at_least_two
+from core.data.sample import Parts
 from core.errors import ScionError
 from core.files import read_text
 from domains.audio.clips import AudioData, Clip

@@ -21,7 +21,9 @@ from typing import Any
 from torch import Tensor
 
 from core.data import Source
-from core.data.labelled import Parts, Sample, as_text, at_least_two, folder_with
+from core.data.folds import folder_with
+from core.data.lists import as_text, at_least_two
+from core.data.sample import Parts, Sample
 from core.errors import ScionError, listed, nearest
 from core.files import read_text
 from domains.vision.images import Augment, ImageData, Normalise, Resize

@@ -27,7 +27,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from core.data import Source, file_cache, seed_of
-from core.data.labelled import LabelledData, Parts, Sample, few, naming, noted, plainly, readable
+from core.data.labelled import LabelledData, few
+from core.data.reading import naming, noted, plainly, readable
+from core.data.sample import Parts, Sample
 from core.errors import ScionError, listed, nearest
 from core.files import is_absent, open_regular
 from core.json_types import Rule, check

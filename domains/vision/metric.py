@@ -31,8 +31,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from core.data import ClassSampler, EpochSampler, Source, seed_of
-from core.data.labelled import Numbered, Parts, Sample, as_text, folder_with, ordered
+from core.data.folds import folder_with
+from core.data.lists import Numbered, as_text, ordered
 from core.data.own_files import SETS
+from core.data.sample import Parts, Sample
 from core.errors import ScionError, listed, nearest
 from core.files import open_regular, read_text
 from domains.vision.images import Augment, ImageData, Normalise, Resize

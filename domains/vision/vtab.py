@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from core.data import Source
-from core.data.labelled import Parts, Sample
+from core.data.sample import Parts, Sample
 from core.errors import ScionError, listed, nearest
 from core.files import read_text
 from domains.vision.images import ImageData, Normalise

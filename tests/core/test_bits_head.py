@@ -20,7 +20,7 @@ from core import FineTuner, load_adapter
 from core.adapters.load import TENSORS
 from core.anatomy import parameter_sites
 from core.cli import main
-from core.cli.commands import save_plain
+from core.cli.merge import save_plain
 from core.config import make
 from core.data import EpochLoader, EpochSampler
 from core.errors import ScionError
@@ -30,7 +30,7 @@ from core.peft.weights.quantize import QuantizedGraft
 from core.tasks import Classification, Task
 from core.training.head_files import load_outside, outside
 from core.training.load_run import load_run
-from core.training.run import save_run_adapter
+from core.training.run_record import save_run_adapter
 from tests.core.test_commands import base, config, sounds  # noqa: F401
 from tests.sheets.training import Deep
 from tests.toolkit import trainer

@@ -21,7 +21,7 @@ from core.peft import make
 from core.tasks import Classification
 from core.training.finetuner import FineTuner
 from core.training.load_run import load_run
-from core.training.run import save_run_adapter
+from core.training.run_record import save_run_adapter
 
 FRAMES = 48
 
@@ -262,7 +262,7 @@ def test_an_interrupted_merge_leaves_nothing(finished: Path, tmp_path: Path, mon
     def fail(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands, "save_plain", fail)
+    monkeypatch.setattr("core.cli.merge.save_plain", fail)
     with pytest.raises(KeyboardInterrupt):
         commands.merge(str(finished), str(tmp_path / "out"))
     assert not list(tmp_path.iterdir())

@@ -21,7 +21,7 @@ from core.tasks import Embedding
 from core.tasks.embedding import BOTH, ENTRIES, GALLERY, QUERY, Retrieval, neighbours, proxy_anchor
 from core.training.finetuner import FineTuner
 from core.training.head_files import outside
-from core.training.run import count
+from core.training.run_record import count
 from tests.models import batch, make
 
 CLASSES = [f"bird {i}" for i in range(6)]

@@ -20,7 +20,7 @@ from core.patch import Patch
 from core.peft import make as make_method
 from core.tasks import Classification
 from core.training.finetuner import FineTuner
-from core.training.run import save_run_adapter
+from core.training.run_record import save_run_adapter
 from tests.models import make
 from tests.toolkit import randomize, same, snapshot
 

@@ -213,7 +213,7 @@ def test_other_data_than_before(point_of: PointOf, tmp_path: Path, monkeypatch: 
 
 def test_records_are_json(point_of: PointOf, tmp_path: Path) -> None:
     """Numbers that JSON does not have are null."""
-    from core.training.run import _finite
+    from core.training.run_record import _finite
 
     execute(point_of(*SHORT), tmp_path / "run")
     for name in ("metrics.json", "history.json"):

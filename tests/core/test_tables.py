@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from core.data.labelled import ordered, read_csv
+from core.data.lists import ordered, read_csv
 from core.errors import ScionError
 from core.files import files_below, read_text
 

@@ -13,14 +13,14 @@ import torch
 from torch import nn
 
 from core import cli, dissect, load_adapter, load_run, peft
-from core.config.build import check_trainer
 from core.config.grid import points
+from core.config.trainer_checks import check_trainer
 from core.errors import ScionError
 from core.peft.weights.lora import LoRA
 from core.tasks import Classification
 from core.training.finetuner import FineTuner
-from core.training.run import save_run_adapter
 from core.training.run_log import RunLog
+from core.training.run_record import save_run_adapter
 from tests.models import batch, make, tied_llama
 from tests.toolkit import distance, randomize
 

@@ -24,7 +24,7 @@ from core.tasks.embedding import proxy_anchor
 from core.training.finetuner import FineTuner
 from core.training.head_files import outside
 from core.training.load_run import load_run
-from core.training.run import count, save_run_adapter
+from core.training.run_record import count, save_run_adapter
 from tests.models import batch, make
 from tests.toolkit import distance, outputs, randomize, seeded, trainer
 

@@ -21,7 +21,7 @@ from core.peft import method_class
 from core.peft.weights.quantize import QuantizedGraft, positive_levels
 from core.tasks import Classification
 from core.training.head_files import outside
-from core.training.run import save_run_adapter
+from core.training.run_record import save_run_adapter
 from tests.models import batch, make
 from tests.sheets.training import run
 from tests.toolkit import distance, outputs, randomize

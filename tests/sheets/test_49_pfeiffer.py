@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from core.anatomy import dissect
 from core.graft import checkpoint_activations
+from core.method.on_model import activate
 from core.peft import method_class
 from tests.models import batch, make
 from tests.toolkit import distance, outputs, randomize
@@ -45,7 +46,7 @@ def test_1_post_norm_stack(names: tuple[str, ...]) -> None:
     outputs(model, batch("bert"))
     handles = [(seen[2 * i][0], seen[2 * i + 1][1]) for i in range(len(layers))]
     for method in methods:  # the frozen layer alone, for the sheet's own equation
-        method._activate([False] * len(method.grafts))
+        activate(method.grafts, [False] * len(method.grafts))
     for i, (x, out) in enumerate(handles):
         with torch.no_grad():
             assert distance(out, _written_out(methods, x, layers[i], i)) < 1e-12

@@ -18,14 +18,14 @@ from timm.models import save_for_hf
 from torch import Tensor
 
 from core.anatomy import dissect
-from core.cli.commands import save_plain
+from core.cli.merge import save_plain
 from core.errors import ScionError
 from core.peft import make
 from core.tasks import Classification
 from core.training.finetuner import FineTuner
 from core.training.load_run import load_run
 from core.training.recorded_model import build, spec
-from core.training.run import save_run_adapter
+from core.training.run_record import save_run_adapter
 from domains.vision import TimmBackbone, backbones
 
 VIT, SWIN = "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"

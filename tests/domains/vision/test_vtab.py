@@ -14,6 +14,7 @@ import yaml
 from core.config import points
 from core.errors import ScionError
 from core.training import run
+from core.training.checkpoints import AtomicCheckpointIO
 from domains.vision import mini
 from domains.vision.vtab import TASKS, VTAB1k
 from tests.domains.vision.conftest import write_picture, write_task
@@ -277,7 +278,7 @@ def test_killed_in_its_second_task_a_run_goes_on(vtab: Tree, tmp_path: Path, mon
         "--data.root", str(root), "--data.augment", "crop_flip", "--data.batch_size", "4", "--over",
         "data.task=cifar,dtd", *QUICK, "--trainer.checkpoint_every_n_steps", "2"])
     assert run.run(found, str(tmp_path / "whole")) == 0
-    save = run.AtomicCheckpointIO.save_checkpoint
+    save = AtomicCheckpointIO.save_checkpoint
     written = 0
 
     def dying(self: Any, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
@@ -288,7 +289,7 @@ def test_killed_in_its_second_task_a_run_goes_on(vtab: Tree, tmp_path: Path, mon
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(run.AtomicCheckpointIO, "save_checkpoint", dying)
+        patch.setattr(AtomicCheckpointIO, "save_checkpoint", dying)
         with pytest.raises(Killed):
             run.run(found, str(tmp_path / "broken"))
     assert written > 2

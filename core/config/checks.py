@@ -1,0 +1,170 @@
+"""What can be said against a configuration without building it, and a rehearsal of all that needs no data."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from core.component import cut, short
+from core.config.build import find_class, make, typed
+from core.config.trainer_checks import check_length, check_optimizer, check_trainer
+from core.errors import ScionError, called, listed
+from core.json_types import shown
+
+if TYPE_CHECKING:
+    from core.config.grid import Point
+    from core.method import PEFTMethod
+
+
+def check_points(points: Iterable[Point]) -> None:
+    """What can be said against configurations without building anything: names, folders, what would be lost."""
+    for point in points:
+        stages = point.config.get("stages") or {}
+        _check_stages(stages)
+        for name, stage in stages.items() or [("", {})]:
+            try:
+                _check_stage({**point.config, **stage})
+            except ScionError as error:
+                raise ScionError(f"stages.{name}.{error}" if name else str(error)) from None
+        if point.domain and not _has_domain(point.domain):
+            raise ScionError(f"domain: no domain is called {short(point.domain)}")
+
+
+@functools.cache
+def _has_domain(name: str) -> bool:
+    return name.isidentifier() and importlib.util.find_spec(f"domains.{name}") is not None
+
+
+def _check_stages(stages: dict[str, Any]) -> None:
+    folded: dict[str, str] = {}
+    for name in stages:
+        other = folded.setdefault(name.casefold(), name)
+        if other != name:
+            raise ScionError(f"stages: {other} and {name} are one folder where capitals do not count; choose other "
+                             "names")
+    earlier: list[str] = []
+    for name, stage in stages.items():
+        start = stage.get("start", "previous")
+        if start not in ("previous", "base", *earlier):
+            raise ScionError(f"stages.{name}.start: {short(start)} is neither 'previous', 'base' nor an earlier stage "
+                             f"({listed(earlier)})")
+        earlier.append(name)
+
+
+def _check_stage(config: dict[str, Any]) -> None:
+    """Refuse what one fit cannot have; its shape is known to be right."""
+    _check_names(_methods(config))
+    rate = config["optimizer"].get("lr", "auto")
+    for method in _methods(config):
+        _check_method(method)
+        if rate != "auto" and method["init_args"].get("lr") is not None:
+            raise ScionError(f"peft.lr: optimizer.lr is {rate} for all methods, and this one's would be lost; write "
+                             "optimizer.lr: auto, or leave it out")
+    root = config["data"]["init_args"].get("root")
+    if isinstance(root, str):
+        try:
+            there = Path(root).exists()
+        except (OSError, ValueError):
+            there = False
+        if not there:
+            raise ScionError(f"data.root: no folder {root if len(root) <= 300 else short(root)}")
+    schedule = config["lr_scheduler"]
+    if schedule.get("name") == "constant" and schedule.get("final"):
+        raise ScionError(f"lr_scheduler.final: a constant rate ends as it began, and not at {schedule['final']} of it; "
+                         "leave it out")
+    both = [key for key in ("lr", "weight_decay", "params") if key in config["optimizer"].get("options", {})]
+    if both:
+        raise ScionError(f"optimizer.options.{both[0]}: write optimizer.{both[0]}")
+    trainer = config["trainer"]
+    check_length(trainer)
+    if trainer.get("checkpoint_every_n_steps") and trainer.get("enable_checkpointing") is False:
+        raise ScionError("trainer.checkpoint_every_n_steps: enable_checkpointing is false; write one of the two")
+    if config["select"] == "best" and trainer.get("limit_val_batches") == 0:
+        raise ScionError("select: 'best' is chosen by the validation set, and trainer.limit_val_batches is 0")
+
+
+def _methods(config: dict[str, Any]) -> list[dict[str, Any]]:
+    return config["peft"] if isinstance(config["peft"], list) else [config["peft"]]
+
+
+def _check_names(methods: list[dict[str, Any]]) -> None:
+    """Refuse a stack in which two methods have one name."""
+    names = [method["init_args"].get("name") or method["class_path"].rpartition(".")[2] for method in methods]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ScionError(f"peft: two methods are called {shown(twice)}; give one of them another name, as in {{class: "
+                         f"{cut(str(twice))}, name: second}}")
+
+
+def _check_method(method: dict[str, Any]) -> None:
+    from core.peft import options  # start-up time
+
+    name, arguments = method["class_path"], method["init_args"]
+    if "." not in name:
+        known = options(name)  # says so where there is no such method
+        for option in arguments:
+            if option not in known:
+                raise ScionError(f"peft.{cut(option)}: {name} has no option {short(option)}"
+                                 f"{called(option, known)}; it has {listed(known, 40)}")
+    if arguments.get("on") not in (None, "backbone"):
+        raise ScionError(f"peft.on: a run attaches its methods to the backbone, and not to {shown(arguments['on'])}; "
+                         "leave it out")
+
+
+def _check_own_stages(methods: list[PEFTMethod], listed_stages: bool) -> None:
+    """Refuse methods that would not come through all of their stages."""
+    staged = [method for method in methods if method.stages]
+    if staged and listed_stages:
+        raise ScionError(f"stages: {staged[0].name} has stages of its own ({listed(staged[0].stages)}), and a run goes "
+                         "through those or through listed ones")
+    other = [method for method in staged if method.stages != staged[0].stages]
+    if other:
+        raise ScionError(f"peft: {staged[0].name} has the stages {listed(staged[0].stages)} and {other[0].name} "
+                         f"{listed(other[0].stages)}; one run goes through the same for all")
+
+
+def rehearse(points: Iterable[Point]) -> None:
+    """Build what needs neither data nor a backbone, and throw it away: what is wrong is told before anything is
+    written. The same part of several points is built once.
+
+    Raises:
+        ScionError: the first mistake.
+    """
+    from core.backbone import Backbone  # start-up time
+    from core.data import DataModule  # start-up time
+    from core.method import PEFTMethod  # start-up time
+    from core.tasks import Task  # start-up time
+
+    done: set[str] = set()
+
+    def once(*parts: Any) -> bool:
+        text = json.dumps(parts, sort_keys=True, default=str)
+        is_new = text not in done
+        done.add(text)
+        return is_new
+
+    fits = [({**point.config, **stage}, point.domain) for point in points
+            for stage in (point.config.get("stages") or {"": {}}).values()]
+    for config, domain in fits:
+        check_trainer(config["trainer"])
+        if once("peft", config["peft"], domain, "stages" in config):
+            methods = [make(part, "peft", domain, PEFTMethod) for part in _methods(config)]
+            _check_own_stages(methods, "stages" in config)
+        if once("data", config["data"], domain):
+            make(config["data"], "data", domain, DataModule)
+        task = config["model"].get("task")
+        if task and once("task", task, domain):
+            make(task, "model.task", domain, Task)
+        backbone = config["model"]["backbone"]
+        if once("backbone", backbone, domain):
+            cls = find_class(backbone["class_path"], "model.backbone", domain)
+            if not issubclass(cls, Backbone):
+                raise ScionError(f"model.backbone: {backbone['class_path']} is no Backbone")
+            typed(cls, backbone["init_args"], "model.backbone")
+    for config, _ in fits:  # last: torch imports its compiler with the first optimizer
+        check_optimizer(config["optimizer"], config["lr_scheduler"])

@@ -1,0 +1,108 @@
+"""The objects of one run, from its configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+
+from core.backbone import Backbone
+from core.config import Point, check_optimizer, check_trainer, find_class, make, typed
+from core.config.optimizer import OptimizerSettings, ScheduleSettings
+from core.data import DataModule
+from core.method import PEFTMethod
+from core.record import signature
+from core.tasks import Task
+from core.training.finetuner import FineTuner
+
+
+@dataclass
+class Assembly:
+    """The objects of one run; the methods are made but not attached."""
+
+    data: DataModule
+    backbone: Backbone
+    task: Task
+    methods: list[PEFTMethod]
+    tuner: FineTuner
+
+
+def assemble(point: Point, config: dict[str, Any] | None = None, read: bool = True,
+             methods: list[PEFTMethod] | None = None) -> Assembly:
+    """Build what a configuration asks for.
+
+    An argument of the backbone that is None is taken from the datamodule where that has an attribute of its name.
+
+    Args:
+        point: the run.
+        config: of a stage of it; None is the run's.
+        read: whether the data is read, for it knows the classes; else only as far as it can name them without its
+            samples.
+        methods: those of the configuration, where they are made already.
+    """
+    config = config or point.config
+    seed = config["seed_everything"]
+    L.seed_everything(seed, verbose=False)
+    # What is wrong is told as early as it can be known: before the backbone's library is imported, before the backbone
+    # is built, before the data is read.
+    check_trainer(config["trainer"], construct=read)
+    if read:
+        check_optimizer(config["optimizer"], config["lr_scheduler"])
+    if methods is None:
+        methods = make_methods(config, point.domain)
+    data: DataModule = make(config["data"], "data", point.domain, DataModule)
+    if data.seed is None:
+        data.seed = seed
+    part = config["model"]["backbone"]
+    cls = find_class(part["class_path"], "model.backbone", point.domain)
+    _check_outline(cls, part, methods)
+    task: Task = make(config["model"].get("task") or {"class_path": "Classification", "init_args": {}}, "model.task",
+                      point.domain, Task)
+    classes = data.peek()
+    if classes is not None:
+        task.check(classes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        backbone: Backbone = make(part, "model.backbone", point.domain, Backbone, **_of_data(cls, part, data))
+    for method in methods:
+        method.plan_for(backbone)
+    if read or classes is None:
+        data.setup("fit")
+        classes = data.classes
+    L.seed_everything(seed, verbose=False)
+    optimizer = OptimizerSettings(**typed(OptimizerSettings, config["optimizer"], "optimizer"))
+    schedule = ScheduleSettings(**typed(ScheduleSettings, config["lr_scheduler"], "lr_scheduler"))
+    checkpointing = config["model"].get("checkpointing", False)
+    tuner = FineTuner(backbone, task, classes, data.multilabel, optimizer, schedule, checkpointing, seed)
+    return Assembly(data, backbone, task, methods, tuner)
+
+
+def _check_outline(cls: type, part: dict[str, Any], methods: list[PEFTMethod]) -> None:
+    """Refuse methods that this backbone cannot have, as far as its name says."""
+    outline = cls.outline(str(part["init_args"].get("name", "auto"))) if issubclass(cls, Backbone) else None
+    if outline:
+        for method in methods:
+            method.check_outline(*outline, cls.__name__)
+
+
+def _of_data(cls: type, part: dict[str, Any], data: DataModule) -> dict[str, Any]:
+    """Arguments of the backbone that nobody has set and that the data know (their sampling rate, say)."""
+    found = {}
+    for name, parameter in signature(cls).parameters.items():
+        is_open = parameter.default is None and part["init_args"].get(name) is None
+        if is_open and getattr(data, name, None) is not None:
+            found[name] = getattr(data, name)
+    return found
+
+
+def make_methods(config: dict[str, Any], domain: str) -> list[PEFTMethod]:
+    """The methods of a configuration, in order; random values follow the run's seed where they have none of their
+    own."""
+    parts = config["peft"] if isinstance(config["peft"], list) else [config["peft"]]
+    methods = []
+    for part in parts:
+        seed = {} if "seed" in part["init_args"] else {"seed": config["seed_everything"]}
+        methods.append(make(part, "peft", domain, PEFTMethod, **seed))
+    return methods
