@@ -84,7 +84,7 @@ def _check(site: Site, family: str) -> None:
                          "are listed in docs/families.md")
     if site.rows is not None:
         rows = site.rows.stop if site.rows.index is None else 1 + max(site.rows.index)
-        whole = 0 if site.kind == "module" else site.full_weight.shape[site._out_axis]
+        whole = 0 if site.kind == "module" else site.full_weight.shape[site.out_axis]
         if rows > whole:
             raise ScionError(f"{who} {site.name} at row {rows - 1} of {site.path}, which has {whole} rows")
     if site.heads is not None and site.kind != "module" and site.role.rpartition(".")[2] in ("q", "k", "v"):

@@ -300,7 +300,7 @@ class DataModule(Recorded, LightningDataModule, ABC):
         self.source: Source = source
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.skipped = []
-        self._loaded = False
+        self.is_loaded = False
 
     @abstractmethod
     def load(self) -> None:
@@ -366,9 +366,9 @@ class DataModule(Recorded, LightningDataModule, ABC):
                 and not any(part.startswith(".") for part in file.relative_to(folder).parts)]
 
     def setup(self, stage: str | None = None) -> None:
-        if not self._loaded:
+        if not self.is_loaded:
             self.load()
-            self._loaded = True
+            self.is_loaded = True
             _tell_skipped(self.skipped)
 
     def loader(self, dataset: Dataset, train: bool) -> EpochLoader:

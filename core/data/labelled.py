@@ -25,21 +25,8 @@ from core.errors import ScionError, listed
 from core.files import files_below
 
 
-class LabelledData(DataModule):
-    """Files with labels, or the mini in their place.
-
-    A subclass names its benchmark in the attributes below and defines ``layout``, ``table`` and ``parts``.
-
-    Args:
-        root: folder of the data in its published layout; None takes the copy in the cache, or downloads it where it is
-            published for that.
-        source: see ``DataModule``.
-        shots: few-shot: so many training samples of each class, drawn by the seed, the same for every method, and a
-            larger number contains a smaller one's. Validation and test stay whole. Null takes all.
-        skip_bad: leave out unreadable files and list them in ``skipped``, instead of stopping at the first.
-        cache: folder of downloads and of what is computed from files; null is ``$SCION_CACHE`` or ``~/.cache/scion``.
-        batch_size, num_workers, seed: see ``DataModule``.
-    """
+class BenchmarkDeclarations:
+    """What a benchmark says of its files."""
 
     domain: ClassVar[str]
     """Its folder in the cache."""
@@ -66,6 +53,24 @@ class LabelledData(DataModule):
     """What its mini is called."""
     every_class: ClassVar[bool] = True
     """Whether each class has to be trained; a sample drawn from many classes may miss some."""
+
+
+class LabelledData(BenchmarkDeclarations, DataModule):
+    """Files with labels, or the mini in their place.
+
+    A subclass names its benchmark in the attributes of `BenchmarkDeclarations`, and defines ``layout``, ``table`` and
+    ``parts``.
+
+    Args:
+        root: folder of the data in its published layout; None takes the copy in the cache, or downloads it where it is
+            published for that.
+        source: see ``DataModule``.
+        shots: few-shot: so many training samples of each class, drawn by the seed, the same for every method, and a
+            larger number contains a smaller one's. Validation and test stay whole. Null takes all.
+        skip_bad: leave out unreadable files and list them in ``skipped``, instead of stopping at the first.
+        cache: folder of downloads and of what is computed from files; null is ``$SCION_CACHE`` or ``~/.cache/scion``.
+        batch_size, num_workers, seed: see ``DataModule``.
+    """
 
     def __init__(self, root: str | None = None, source: Source = "auto", shots: int | None = None,
                  skip_bad: bool = False, cache: str | None = None, batch_size: int = 32, num_workers: int = 0,
@@ -180,7 +185,7 @@ class LabelledData(DataModule):
 
     @property
     def listing(self) -> str:
-        if not self._loaded:
+        if not self.is_loaded:
             self.setup()
         return self._contents or super().listing
 

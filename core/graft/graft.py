@@ -47,8 +47,8 @@ class Attention:
         return self.keys_of(tokens)
 
 
-class Graft(nn.Module):
-    """Base of all grafts; a subclass defines any of the four verbs, and ``merged`` where it can be written into W."""
+class GraftDeclarations:
+    """What a graft says of itself, for the hooks, merging and files."""
 
     reads_weight: bool = False
     """Its function depends on the frozen weight itself, so that nothing may be merged into that while it stands."""
@@ -78,6 +78,10 @@ class Graft(nn.Module):
     packed: tuple[str, ...] = ()
     """Its tensors that files hold in another form; it defines ``pack`` and ``unpack`` then. Checkpoints hold
     the form in use, since training goes on from there."""
+
+
+class Graft(GraftDeclarations, nn.Module):
+    """Base of all grafts; a subclass defines any of the four verbs, and ``merged`` where it can be written into W."""
 
     def __init__(self, site: Site) -> None:
         super().__init__()

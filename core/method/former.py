@@ -78,22 +78,22 @@ class FormerNames(MethodOnModel):
         linear_only(self.name, self.sites(anatomy), anatomy.all_sites())
 
     def shapes(self) -> dict[str, list[int]]:
-        return shapes_by_site(self._self)
+        return shapes_by_site(self.as_peft_method)
 
     def check_shapes(self, saved: dict[str, list[int]]) -> None:
-        check_shapes(self._self, saved)
+        check_shapes(self.as_peft_method, saved)
 
     def live_tensors(self) -> dict[str, Tensor]:
-        return live_tensors(self._self)
+        return live_tensors(self.as_peft_method)
 
     def live_buffers(self) -> dict[str, Tensor]:
-        return live_buffers(self._self)
+        return live_buffers(self.as_peft_method)
 
     def all_packings(self) -> dict[str, Any]:
-        return packings_on(self._self)
+        return packings_on(self.as_peft_method)
 
     def rewind_buffers(self) -> None:
-        rewind_buffers(self._self)
+        rewind_buffers(self.as_peft_method)
 
     def loss_terms(self, module: Any, batch: Any, outputs: Any) -> Tensor | None:
         return None

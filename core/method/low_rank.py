@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from core.errors import ScionError
 from core.method import PEFTMethod
+from core.method.options import at_least, positive, probability
 
 
 class LowRankMethod(PEFTMethod):
@@ -27,12 +27,9 @@ class LowRankMethod(PEFTMethod):
     def __init__(self, rank: int, alpha: float | None = None, dropout: float = 0.0,
                  targets: Sequence[str] | None = ("q", "v"), **common: Any) -> None:
         super().__init__(**common)
-        if rank < 1:
-            raise ScionError(f"{type(self).__name__}: rank {rank} must be at least 1")
-        if not 0 <= dropout < 1:
-            raise ScionError(f"{type(self).__name__}: dropout {dropout} must lie in [0, 1)")
-        if alpha is not None and alpha <= 0:
-            raise ScionError(f"{type(self).__name__}: alpha {alpha} must be positive")
+        at_least(1, type(self).__name__, rank=rank)
+        probability(type(self).__name__, dropout=dropout)
+        positive(type(self).__name__, alpha=alpha)
         self.rank, self.dropout = rank, dropout
         self.targets = None if targets is None else tuple(targets)
         self.alpha = rank if alpha is None else alpha

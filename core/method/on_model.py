@@ -5,51 +5,34 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from core import graft as grafts
-from core.anatomy import NORMS, Anatomy, Site, check_layers, check_roles, dissect
+from core.anatomy import NORMS, Anatomy, check_layers, check_roles, dissect
 from core.errors import ScionError, listed
 from core.graft import Graft
 from core.method import contents, merging
-from core.method.attached import Home, key_of
+from core.method.attached import Home
 from core.method.bases import check_base, check_quantized, check_sites
 from core.method.beside import OUTSIDE, path_of, tensors_beside
-from core.method.definition import MethodDefinition, device_and_dtype_beside
-from core.method.membership import Membership
 from core.method.options import linear_only
 from core.method.plan import Plan
 from core.method.saving import save_adapter
 from core.method.state import MethodModule, spec_of
 from core.method.training_checks import check_model, check_optimizers, shapes_of, warn_of_recomputing, watch_steps
-from core.random_state import seeded
+from core.method.with_grafts import MethodWithGrafts
 
 if TYPE_CHECKING:
     from core.method.base import PEFTMethod
 
 
-class MethodOnModel(MethodDefinition):
+class MethodOnModel(MethodWithGrafts):
     """What users do with a method and a model; see `PEFTMethod`."""
-
-    def __init__(self, **common: Any) -> None:
-        super().__init__(**common)
-        self.place = 0  # in the order of attachment
-        self.module: nn.Module = MethodModule(self._self)  # in a composition, its part of the composition's module
-        self.buffers_at_start: dict[str, Tensor] = {}  # of the base, where its parts are in train mode
-        self.shapes_at_start: dict[str, list[int]] = {}  # of the sites' weights, by name
-        self.norm_names: list[str] = []
-        self.membership = Membership()
-        self.lightning_module: weakref.ref[nn.Module] | None = None  # what a Trainer trains it in
-
-    @property
-    def _self(self) -> PEFTMethod:
-        return cast("PEFTMethod", self)
 
     # ------------------------------------------------------------------------------- looking
 
@@ -75,7 +58,7 @@ class MethodOnModel(MethodDefinition):
         norms = self._norm_names(anatomy)
         base = list(dict.fromkeys([*planned.base_parameters(anatomy), *norms]))
         check_quantized(anatomy.root, sites, [name for name in base if name not in norms], self.name)
-        check_sites(self._self, sites)
+        check_sites(self.as_peft_method, sites)
         return Plan(anatomy, tuple(sites), tuple(base), tuple(norms), numbers)
 
     def _check_needs(self, anatomy: Anatomy) -> None:
@@ -103,27 +86,7 @@ class MethodOnModel(MethodDefinition):
         check_roles(self.config.get("targets") or (), roles, family, self.name)
         check_layers(self.layers, blocks, family, self.name)
 
-    @property
-    def members(self) -> list[PEFTMethod]:
-        """The methods that a composition is made of; none for any other method."""
-        return []
-
     # ------------------------------------------------------------------------------- attaching
-
-    @property
-    def attached(self) -> bool:
-        """Whether the method is on a model now."""
-        return self.root is not None and self.merged is None
-
-    def need_root(self) -> nn.Module:
-        """The model that the method is attached to.
-
-        Raises:
-            ScionError: there is none yet.
-        """
-        if self.root is None:
-            raise ScionError(f"{self.name} is not attached to a model yet: call attach(model) first")
-        return self.root
 
     def attach(self, model: nn.Module) -> PEFTMethod:
         """Freeze ``model`` (the first method does), insert the grafts, and return the method.
@@ -133,13 +96,13 @@ class MethodOnModel(MethodDefinition):
         """
         model = uncompiled(model)
         if self.root is model:
-            return self._self
+            return self.as_peft_method
         home = self._home_for(model)
         plan = self.plan_for(model)
         others = list(home.methods.values()) if home is not None else []
         self._check_owners(plan, others)
         vars(self).update(plan.numbers)
-        module = MethodModule(self._self)
+        module = MethodModule(self.as_peft_method)
         self.fill(module, plan)
         self._check_batch(module, others)
         if self.trains_backbone and not plan.base_parameters and not any(True for _ in module.parameters()):
@@ -155,15 +118,15 @@ class MethodOnModel(MethodDefinition):
         self.place = home.attached
         self.base_at_start = {name: copy_on_cpu(parameters[name]) for name in plan.base_parameters}
         self.buffers_at_start = self._moving_buffers(home)
-        home.add(self._self)
-        self.shapes_at_start = shapes_of(self._self)
+        home.add(self.as_peft_method)
+        self.shapes_at_start = shapes_of(self.as_peft_method)
         self.connect()
         for name in plan.base_parameters:
             parameters[name].requires_grad_(self.is_trained)
         if not self.is_trained:
             module.requires_grad_(False)
         model.train(model.training)
-        return self._self
+        return self.as_peft_method
 
     def _home_for(self, model: nn.Module) -> Home | None:
         """Where the methods on ``model`` are, None before the first; refuses a model that cannot have this one."""
@@ -225,105 +188,21 @@ class MethodOnModel(MethodDefinition):
         return {name: copy_on_cpu(buffer) for name, buffer in home.root.named_buffers()
                 if name in kept and name not in taken and not name.startswith("peft.")}
 
-    # ------------------------------------------------------------------------------- its grafts
-
-    @property
-    def grafts(self) -> list[Graft]:
-        """The method's grafts, in the order of their sites."""
-        return self.standing(self.module)
-
-    def standing(self, module: nn.Module) -> list[Graft]:
-        """Of all grafts in ``module`` those that are at sites themselves (in a composition some only take part)."""
-        return [child for child in module.modules() if isinstance(child, Graft)]
-
-    def fill(self, module: nn.Module, plan: Plan) -> None:
-        """Put the method's shared tensors and grafts into ``module``."""
-        with seeded(self.seed, self.name):
-            self.shared(module, list(plan.sites))
-        device, dtype = device_and_dtype_beside(next(plan.anatomy.root.parameters()))
-        module.to(device=device, dtype=dtype)
-        for site in plan.sites:
-            module.add_module(key_of(site.name), self.make_graft(site, plan.anatomy))
-
-    def make_graft(self, site: Site, anatomy: Anatomy) -> Graft:
-        """`build` with its seed, on the device and in a type that fit the site."""
-        with seeded(self.seed, self.name, site.name):
-            graft = self.build(site)
-        tensor = next(site.module.parameters(), None)
-        if tensor is None:  # a dropout, an identity: as in its block
-            around = site.module if site.block is None else anatomy.blocks[site.block].module
-            tensor = next(around.parameters(), next(anatomy.root.parameters()))
-        device, dtype = device_and_dtype_beside(tensor)
-        return graft.to(device=device, dtype=dtype)
-
-    def add_graft(self, graft: Graft) -> None:
-        """Give an attached method one more graft, on the device of its site's tensor and in a type that it can train
-        in: for methods whose grafts are not known when they are attached."""
-        device, dtype = device_and_dtype_beside(graft.site.full_weight)
-        graft.to(device=device, dtype=dtype).requires_grad_(self.is_trained)
-        graft.place = self.place
-        self.module.add_module(key_of(graft.site.name), graft)
-        grafts.connect(graft)
-
-    def drop_graft(self, graft: Graft) -> None:
-        """Take one graft from an attached method."""
-        grafts.disconnect(graft)
-        delattr(self.module, key_of(graft.site.name))
-
-    def connect(self) -> None:
-        """Let the grafts act at their sites."""
-        for graft in self.grafts:
-            graft.place = self.place
-            grafts.connect(graft)
-
-    def disconnect(self) -> None:
-        """Let them act no more."""
-        for graft in self.grafts:
-            grafts.disconnect(graft)
-
     # ------------------------------------------------------------------------------- what it holds
-
-    @property
-    def prefix(self) -> str:
-        """Start of the names of the method's tensors in the root's state dict."""
-        return f"peft.{key_of(self.name)}."
-
-    def trainable(self) -> dict[str, Tensor]:
-        root = self.need_root()
-        if not self.is_trained or not self.attached:
-            return {}
-        parameters = dict(root.named_parameters())
-        found: dict[str, Tensor] = {name: parameters[name] for name in self.base_at_start}
-        for name, tensor in self.module.named_parameters():
-            if tensor.requires_grad:
-                found[f"{self.prefix}{name}"] = tensor
-        return found
-
-    def may_have_zero_gradient(self) -> set[str]:
-        """Names of trained tensors whose gradient may be zero by their place (a key's bias, an embedding's row that no
-        sample looks up): the base's own, and chosen entries of them."""
-        entries = {id(p) for graft in self.grafts if graft.entries for p in graft.parameters()}
-        return {*self.base_at_start, *(name for name, tensor in self.trainable().items() if id(tensor) in entries)}
-
-    def packings(self) -> dict[str, Graft]:
-        """Tensors (by their names in the root; another method's, even) whose stored form is not the one in use; by
-        default those that the method's grafts declare."""
-        return {f"{self.prefix}{path}.{name}": graft for path, graft in self.module.named_modules()
-                if isinstance(graft, Graft) for name in graft.packed}
 
     def tensors(self) -> dict[str, Tensor]:
         """All that must be stored to rebuild the method on its base: its own tensors and the base tensors it moved.
         What some method packs is here in its stored form."""
-        return contents.stored_tensors(self._self)
+        return contents.stored_tensors(self.as_peft_method)
 
     def counts(self) -> dict[str, int]:
         """Trained parameters by owner: ``method``, ``norms`` (the option), ``head`` (inside the model), and ``stored``,
         the numbers that the method's file holds."""
-        return contents.counts(self._self)
+        return contents.counts(self.as_peft_method)
 
     def spec(self) -> dict[str, Any]:
         """How to make this method again, as JSON: the class's name in the registry, its arguments, its structure."""
-        return spec_of(self._self)
+        return spec_of(self.as_peft_method)
 
     def save(self, folder: str | Path, module: nn.Module | None = None) -> Path:
         """Write ``adapter.safetensors`` and ``adapter.json`` into ``folder``; `core.load_adapter` reads them.
@@ -335,20 +214,21 @@ class MethodOnModel(MethodDefinition):
         """
         root = self.need_root()
         if module is not None:
-            return save_adapter([self._self], folder, tensors_beside(module, root), beside=path_of(root, module))
+            beside = tensors_beside(module, root)
+            return save_adapter([self.as_peft_method], folder, beside, beside=path_of(root, module))
         around = None if self.lightning_module is None else self.lightning_module()
         left_out = [] if around is None else [name.removeprefix(OUTSIDE) for name in tensors_beside(around, root)]
         if left_out:
             warnings.warn(f"{self.name}: {listed(left_out, 3)} of {type(around).__name__} is trained beside the model "
                           "and not saved: method.save(folder, module) writes it along", stacklevel=2)
-        return save_adapter([self._self], folder)
+        return save_adapter([self.as_peft_method], folder)
 
     # ------------------------------------------------------------------------------- switching, merging, taking off
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
         """The model without this method: its grafts are off and base tensors that it moved are at their start."""
-        with contents.base_at_start(self._self):
+        with contents.base_at_start(self.as_peft_method):
             states = [graft.active for graft in self.grafts]
             try:
                 activate(self.grafts, [False] * len(states))
@@ -369,7 +249,7 @@ class MethodOnModel(MethodDefinition):
             ScionError: the method cannot be merged, a weight is tied to another, or values are not finite; nothing has
                 changed then.
         """
-        merging.merge(self._self)
+        merging.merge(self.as_peft_method)
 
     def unmerge(self) -> None:
         """Restore the weights bit for bit and put the method back.
@@ -377,7 +257,7 @@ class MethodOnModel(MethodDefinition):
         Raises:
             ScionError: the weights have changed since, by a later merge or by training.
         """
-        merging.unmerge(self._self)
+        merging.unmerge(self.as_peft_method)
 
     def freeze(self) -> None:
         """Keep the method in the forward, but train it no longer."""
@@ -397,9 +277,9 @@ class MethodOnModel(MethodDefinition):
             with torch.no_grad():
                 for name, value in self.base_at_start.items():
                     parameters[name].copy_(value)
-            contents.rewind_buffers(self._self)
+            contents.rewind_buffers(self.as_peft_method)
             home: Home = root.peft  # type: ignore[assignment]
-            home.take_off(self._self)
+            home.take_off(self.as_peft_method)
         self.root, self.merged = None, None
 
     def check_training(self, *optimizers: torch.optim.Optimizer) -> None:
@@ -416,10 +296,10 @@ class MethodOnModel(MethodDefinition):
             ScionError: names the tensors and the likely reason.
         """
         root = self.need_root()
-        check_model(self._self)
-        check_optimizers(self._self, optimizers)
+        check_model(self.as_peft_method)
+        check_optimizers(self.as_peft_method, optimizers)
         warn_of_recomputing(root, self.name)
-        watch_steps(self._self, optimizers)
+        watch_steps(self.as_peft_method, optimizers)
 
 
 def activate(some: Sequence[Graft], states: Sequence[bool]) -> None:

@@ -34,10 +34,11 @@ def not_negative(who: str, **options: Any) -> None:
         raise ScionError(f"{who}: {_listed(given)} must not be negative")
 
 
-def probability(who: str, **options: float) -> None:
-    """Refuse options outside [0, 1), as of a dropout."""
-    if any(not 0 <= value < 1 for value in options.values()):
-        raise ScionError(f"{who}: {_listed(options)} must lie in [0, 1)")
+def probability(who: str, **options: float | None) -> None:
+    """Refuse options outside [0, 1), as of a dropout; None passes."""
+    given = {name: value for name, value in options.items() if value is not None}
+    if any(not 0 <= value < 1 for value in given.values()):
+        raise ScionError(f"{who}: {_listed(given)} must lie in [0, 1)")
 
 
 def one_of(choices: Iterable[str], who: str, **options: str) -> None:

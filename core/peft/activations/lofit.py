@@ -14,6 +14,7 @@ from core.errors import ScionError
 from core.graft import Graft
 from core.json_types import Count
 from core.method import AddsLoss, PEFTMethod, Staged
+from core.method.options import not_negative
 from core.random_state import seeded
 
 LEARNING_RATES = {"heads": 5e-3, "offsets": 1e-2}
@@ -105,8 +106,7 @@ class LoFiT(Staged, AddsLoss, PEFTMethod):
         super().__init__(**common)
         if heads is not None and heads < 1:
             raise ScionError(f"LoFiT: heads {heads} must be at least 1, or None")
-        if l1 < 0 or spread < 0:
-            raise ScionError(f"LoFiT: l1 {l1} and spread {spread} must not be negative")
+        not_negative("LoFiT", l1=l1, spread=spread)
         self.heads, self.l1, self.spread = heads, l1, spread
         self.targets = tuple(targets)
         self.identity_at_start = spread == 0

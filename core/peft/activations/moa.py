@@ -14,6 +14,7 @@ from core.anatomy import Anatomy, Site
 from core.errors import ScionError
 from core.graft import Graft, Tap
 from core.method import PEFTMethod
+from core.method.options import at_least
 
 Kind = Literal["soft", "dense"]
 
@@ -103,8 +104,7 @@ class MixtureOfAdapters(PEFTMethod):
         super().__init__(**common)
         if kind not in get_args(Kind):
             raise ScionError(f"MixtureOfAdapters: kind {kind!r} is not one of {', '.join(get_args(Kind))}")
-        if adapters < 1 or slots < 1:
-            raise ScionError(f"MixtureOfAdapters: adapters {adapters} and slots {slots} must be at least 1")
+        at_least(1, "MixtureOfAdapters", adapters=adapters, slots=slots)
         if reduction <= 0 or (bottleneck is not None and bottleneck < 1):
             raise ScionError(f"MixtureOfAdapters: reduction {reduction} must be positive, bottleneck {bottleneck} at "
                              "least 1")

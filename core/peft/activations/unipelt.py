@@ -36,9 +36,9 @@ class GatedLoRA(LoRAGraft):
         super().__init__(site, rank, 1.0, 0.0)
         self.gate = Gate(site.in_features)
 
-    def after(self, x: Tensor, y: Tensor) -> Tensor:
+    def delta(self, x: Tensor) -> Tensor:
         x = x.to(self.A.dtype)
-        return self.site.put(y, self.site.take(y) + self.gate(x) * self.site.low_rank(x, self.A, self.B))
+        return self.gate(x) * self.site.low_rank(x, self.A, self.B)
 
     def merged(self, weight: Tensor) -> Tensor:
         raise ScionError("GatedLoRA cannot be merged: its gate depends on the input")

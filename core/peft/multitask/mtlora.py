@@ -14,6 +14,7 @@ from core.anatomy import Anatomy, Block, Site, renamed
 from core.errors import ScionError
 from core.graft import Graft
 from core.method import PEFTMethod, key_of
+from core.method.options import at_least, probability
 from core.peft.weights.lora import LoRAGraft
 
 SPLIT = ("o", "cross.o")
@@ -184,12 +185,10 @@ class MTLoRA(PEFTMethod):
         names = tuple(tasks)
         if isinstance(tasks, str) or not names or len({"shared", *names}) != len(names) + 1 or not all(names):
             raise ScionError(f"MTLoRA: tasks {tasks!r} must be a list of different names, none of them 'shared'")
-        if rank < 1 or task_rank < 1:
-            raise ScionError(f"MTLoRA: rank {rank} and task_rank {task_rank} must be at least 1")
+        at_least(1, "MTLoRA", rank=rank, task_rank=task_rank)
         if scale == 0:
             raise ScionError(f"MTLoRA: scale {scale} must not be zero")
-        if not 0 <= dropout < 1:
-            raise ScionError(f"MTLoRA: dropout {dropout} must lie in [0, 1)")
+        probability("MTLoRA", dropout=dropout)
         if downsample not in ("train", "lora"):
             raise ScionError(f"MTLoRA: downsample {downsample!r} is not 'train' or 'lora'")
         if mode not in ("matrix", "matrixv2"):

@@ -13,6 +13,7 @@ from torch.optim import AdamW, Optimizer
 from core.anatomy import Anatomy, Site
 from core.errors import ScionError
 from core.method import OwnOptimizer
+from core.method.options import at_least, positive
 from core.optim import run_closure
 from core.peft.selection.full import FullFineTuning
 
@@ -106,10 +107,8 @@ class GaLore(OwnOptimizer, FullFineTuning):
     def __init__(self, rank: int = 128, scale: float = 0.25, interval: int = 200, targets: Sequence[str] | None = None,
                  exclude: Sequence[str] = (), **common: Any) -> None:
         super().__init__(exclude, **common)
-        if rank < 1 or interval < 1:
-            raise ScionError(f"GaLore: rank {rank} and interval {interval} must be at least 1")
-        if scale <= 0:
-            raise ScionError(f"GaLore: scale {scale} must be positive")
+        at_least(1, "GaLore", rank=rank, interval=interval)
+        positive("GaLore", scale=scale)
         self.rank, self.scale, self.interval, self.roles = rank, scale, interval, targets
         self.projected: list[str] = []
 

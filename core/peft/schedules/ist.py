@@ -14,6 +14,7 @@ from core.anatomy import dissect
 from core.errors import ScionError, listed
 from core.graft import Graft
 from core.method import Home, PEFTMethod, Scheduled, sample_name, training_batch
+from core.method.options import not_negative
 from core.random_state import seed_of
 
 
@@ -53,8 +54,7 @@ class IST(Scheduled, PEFTMethod):
         if candidates < 2 or refresh < 1 or samples < 1:
             raise ScionError(f"IST: candidates {candidates} must be at least 2, refresh {refresh} and samples "
                              f"{samples} at least 1")
-        if mu < 0 or suppression < 0:
-            raise ScionError(f"IST: mu {mu} and suppression {suppression} must not be negative")
+        not_negative("IST", mu=mu, suppression=suppression)
         self.share, self.suppressed, self.suppression = share, suppressed, suppression
         self.candidates, self.refresh, self.mu, self.samples = candidates, refresh, mu, samples
         self.importance = torch.zeros(0)

@@ -15,6 +15,7 @@ from core.graft import Graft
 from core.graft.sparse import SparseGraft, check_budget
 from core.json_types import Shapes
 from core.method import PEFTMethod, check_shapes, shapes_by_site
+from core.method.options import at_least
 from core.peft.activations.houlsby import BottleneckGraft
 from core.peft.selection.full import all_parameters
 from core.peft.weights.lora import LoRAGraft
@@ -166,8 +167,7 @@ class TensorAPET(PEFTMethod):
         check_budget("TensorAPET", density, count)
         self.density, self.count = 0.003 if density is None and count is None else density, count
         self.targets = tuple(targets)
-        if rank < 1 or bottleneck < 1:
-            raise ScionError(f"TensorAPET: rank {rank} and bottleneck {bottleneck} must be at least 1")
+        at_least(1, "TensorAPET", rank=rank, bottleneck=bottleneck)
         self.rank, self.bottleneck, self.exclude = rank, bottleneck, tuple(exclude)
         self.added: list[str] = []
         self.drawn: list[str] = []

@@ -12,6 +12,7 @@ from core.anatomy import Anatomy, parameter_sites
 from core.errors import ScionError
 from core.graft.sparse import DESCRIBED, SparseGraft, check_budget, described, entries_of
 from core.method import AddsLoss, PEFTMethod, Staged
+from core.method.options import not_negative
 from core.peft.selection.full import all_parameters
 
 
@@ -50,8 +51,7 @@ class LTSFT(Staged, AddsLoss, PEFTMethod):
                  l1_sparse: float = 0.0, exclude: Sequence[str] = (), **common: Any) -> None:
         super().__init__(**common)
         check_budget("LTSFT", density, count)
-        if l1_dense < 0 or l1_sparse < 0:
-            raise ScionError(f"LTSFT: l1_dense {l1_dense} and l1_sparse {l1_sparse} must not be negative")
+        not_negative("LTSFT", l1_dense=l1_dense, l1_sparse=l1_sparse)
         self.density, self.count = 0.05 if density is None and count is None else density, count
         self.l1 = {"dense": l1_dense, "sparse": l1_sparse}
         self.exclude = tuple(exclude)

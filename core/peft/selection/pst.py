@@ -13,6 +13,7 @@ from core.errors import ScionError
 from core.graft import Graft
 from core.json_types import Share
 from core.method import PEFTMethod, Scheduled
+from core.method.options import not_negative
 from core.optim import steps_of
 
 
@@ -99,8 +100,7 @@ class PST(Scheduled, PEFTMethod):
         if rank < 1 or score_rank < 1 or spread <= 0:
             raise ScionError(f"PST: rank {rank} and score_rank {score_rank} must be at least 1, spread {spread} "
                              "positive")
-        if alpha1 < 0 or alpha2 < 0 or beta < 0:
-            raise ScionError(f"PST: alpha1 {alpha1}, alpha2 {alpha2} and beta {beta} must not be negative")
+        not_negative("PST", alpha1=alpha1, alpha2=alpha2, beta=beta)
         self.final, self.initial, self.warmup, self.cooldown = sparsity, initial, warmup, cooldown
         self.rank, self.score_rank, self.scales, self.spread = rank, score_rank, (beta, alpha1, alpha2), spread
         self.targets = None if targets is None else tuple(targets)

@@ -16,6 +16,7 @@ from core.errors import ScionError
 from core.graft import Graft
 from core.graft.sparse import SparseGraft, state_of, state_vectors
 from core.method import OwnOptimizer, PEFTMethod, Scheduled
+from core.method.options import at_least
 from core.optim import run_closure
 
 Kind = Literal["AG", "MA"]
@@ -121,8 +122,7 @@ class SpIEL(Scheduled, OwnOptimizer, PEFTMethod):
             raise ScionError(f"SpIEL: give one of density ({density}), count ({count}) and rank ({rank})")
         if density is not None and not 0 < density <= 1:
             raise ScionError(f"SpIEL: density {density} must lie in (0, 1]")
-        if (count is not None and count < 1) or (rank is not None and rank < 1):
-            raise ScionError(f"SpIEL: count {count} and rank {rank} must be at least 1")
+        at_least(1, "SpIEL", count=count, rank=rank)
         if not 1 <= window < interval:
             raise ScionError(f"SpIEL: window {window} must be at least 1 and below interval {interval}")
         if not 0 < share <= 1:

@@ -14,6 +14,7 @@ from core.anatomy import Anatomy, Block, BlockDescription, Site, Stack, check_la
 from core.errors import ScionError
 from core.graft import Call, Graft, hidden_out
 from core.method import PEFTMethod, Plan, Prepared
+from core.method.options import probability
 from core.peft.side._kv_cache import make_room
 from core.peft.side._narrow import bare_copy, narrow, narrow_entry, set_dropout, slice_parameters, spread
 
@@ -206,8 +207,7 @@ class LadderSideTuning(Prepared, PEFTMethod):
                              f"temperature {temperature} positive")
         if init not in ("magnitude", "fisher", "random"):
             raise ScionError(f"LadderSideTuning: init {init!r} must be 'magnitude', 'fisher' or 'random'")
-        if dropout is not None and not 0 <= dropout < 1:
-            raise ScionError(f"LadderSideTuning: dropout {dropout} must lie in [0, 1)")
+        probability("LadderSideTuning", dropout=dropout)
         self.reduction, self.drop, self.temperature = reduction, tuple(drop), temperature
         self.init, self.samples, self.dropout = init, samples, dropout
 

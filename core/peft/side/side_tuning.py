@@ -13,6 +13,7 @@ from core.anatomy import Anatomy, Site
 from core.errors import ScionError
 from core.graft import Graft, Tap
 from core.method import PEFTMethod
+from core.method.options import at_least
 
 Network = Literal["mlp", "alexnet"]
 
@@ -135,8 +136,7 @@ class SideTuning(PEFTMethod):
         super().__init__(**common)
         if network not in get_args(Network):
             raise ScionError(f"SideTuning: network {network!r} is not one of {', '.join(get_args(Network))}")
-        if hidden < 1 or (dim is not None and dim < 1):
-            raise ScionError(f"SideTuning: hidden {hidden} and dim {dim} must be at least 1")
+        at_least(1, "SideTuning", hidden=hidden, dim=dim)
         if pretrained and network != "alexnet":
             raise ScionError("SideTuning: pretrained is for network='alexnet'")
         self.network, self.hidden, self.dim, self.pretrained = network, hidden, dim, pretrained

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from core.anatomy import Anatomy, Site, Stack
 from core.errors import ScionError
 from core.method import PEFTMethod
+from core.method.options import at_least
 from core.peft.tokens._sequence import Prompted, PromptGraft, Values
 
 COUNTS = ("num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules")
@@ -38,8 +39,7 @@ class PromptTuning(Prompted, PEFTMethod):
 
     def __init__(self, tokens: int = 20, init: Literal["vocabulary", "normal"] = "vocabulary", **common: Any) -> None:
         super().__init__(**common)
-        if tokens < 1:
-            raise ScionError(f"PromptTuning: tokens {tokens} must be at least 1")
+        at_least(1, "PromptTuning", tokens=tokens)
         if init not in ("vocabulary", "normal"):
             raise ScionError(f"PromptTuning: init {init!r} is not one of vocabulary, normal")
         self.tokens, self.init = tokens, init
@@ -94,8 +94,7 @@ class PTuning(Prompted, PEFTMethod):
     def __init__(self, tokens: int = 20, encoder: Literal["mlp", "lstm"] = "mlp", hidden: int | None = None,
                  **common: Any) -> None:
         super().__init__(**common)
-        if tokens < 1 or (hidden is not None and hidden < 1):
-            raise ScionError(f"PTuning: tokens {tokens} and hidden {hidden} must be at least 1")
+        at_least(1, "PTuning", tokens=tokens, hidden=hidden)
         if encoder not in ("mlp", "lstm"):
             raise ScionError(f"PTuning: encoder {encoder!r} is not one of mlp, lstm")
         self.tokens, self.encoder, self.hidden = tokens, encoder, hidden

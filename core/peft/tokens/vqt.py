@@ -14,6 +14,7 @@ from core.errors import ScionError
 from core.graft import Attention, Call, Graft
 from core.json_types import Count
 from core.method import AddsLoss, PEFTMethod, Staged
+from core.method.options import not_negative, positive
 
 
 class Exchange:
@@ -197,12 +198,10 @@ class VQT(Staged, AddsLoss, PEFTMethod):
             raise ScionError(f"VQT: tokens {tokens} must be at least 1, dropout {dropout} lie in [0, 1)")
         if reduce not in ("concat", "mean", "sum") or (reduce == "sum" and tokens < 2):
             raise ScionError(f"VQT: reduce {reduce!r} is neither 'concat', 'mean' nor, from 2 tokens on, 'sum'")
-        if lr_factor <= 0:
-            raise ScionError(f"VQT: lr_factor {lr_factor} must be positive")
+        positive("VQT", lr_factor=lr_factor)
         if keep is not None and not 0 < keep <= 1:
             raise ScionError(f"VQT: keep {keep} must lie in (0, 1]")
-        if sparsity < 0:
-            raise ScionError(f"VQT: sparsity {sparsity} must not be negative")
+        not_negative("VQT", sparsity=sparsity)
         self.tokens, self.dropout, self.normalize, self.reduce = tokens, dropout, normalize, reduce
         self.lr_factor, self.keep, self.sparsity = lr_factor, keep, sparsity
         self.stages = () if keep is None else ("wide", "compact")

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from core.anatomy import Site
 from core.errors import ScionError
-from core.graft import Graft
+from core.graft import AdditiveGraft, Graft
 from core.method import AddsLoss, PEFTMethod, Scheduled
 from core.method.low_rank import LowRankMethod
 from core.optim import steps_of
 from core.peft.weights.lora import orthogonality
 
 
-class AdaLoRAGraft(Graft):
+class AdaLoRAGraft(AdditiveGraft):
     """y + s B (E A) x, with A [rank, in], B [out, rank] and one singular value E for each of the ranks."""
 
     def __init__(self, site: Site, rank: int, scale: float, dropout: float) -> None:
@@ -28,9 +28,8 @@ class AdaLoRAGraft(Graft):
         self.dropout = nn.Dropout(dropout)
         self.scale = scale
 
-    def after(self, x: Tensor, y: Tensor) -> Tensor:
-        delta = self.site.low_rank(self.dropout(x.to(self.A.dtype)), self.E * self.A, self.B, self.scale)
-        return self.site.put(y, self.site.take(y) + delta)
+    def delta(self, x: Tensor) -> Tensor:
+        return self.site.low_rank(self.dropout(x.to(self.A.dtype)), self.E * self.A, self.B, self.scale)
 
     def merged(self, weight: Tensor) -> Tensor:
         return weight + self.scale * (self.B @ (self.E * self.A)).to(weight.dtype)

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from core.anatomy import Anatomy, Site
 from core.errors import ScionError
-from core.graft import Graft
+from core.graft import AdditiveGraft, Graft
 from core.json_types import Shapes
 from core.method import PEFTMethod, check_shapes, shapes_by_site
+from core.method.options import at_least
 
 
-class BoneGraft(Graft):
+class BoneGraft(AdditiveGraft):
     """y + D^T (x summed over its chunks of `rank` channels), with D [rank, columns] tiled along the outputs."""
 
     def __init__(self, site: Site, rank: int, columns: int) -> None:
@@ -29,7 +30,7 @@ class BoneGraft(Graft):
         down = torch.eye(rank).to(self.D).repeat(1, -(-self.site.in_features // rank))
         return up, down[:, :self.site.in_features]
 
-    def after(self, x: Tensor, y: Tensor) -> Tensor:
+    def delta(self, x: Tensor) -> Tensor:
         site, rank = self.site, len(self.D)
         if site.kind == "conv":
             up, down = self.factors()
@@ -39,7 +40,7 @@ class BoneGraft(Graft):
             x = F.pad(x, (0, short)) if short else x  # it copies also where there is nothing to add, as `repeat` does
             change = torch.unflatten(x, -1, (-1, rank)).sum(-2) @ self.D
             change = change if times == 1 else change.repeat(*[1] * (change.dim() - 1), times)
-        return site.put(y, site.take(y) + change)
+        return change
 
     def merged(self, weight: Tensor) -> Tensor:
         up, down = self.factors()
@@ -70,8 +71,7 @@ class Bone(PEFTMethod):
     def __init__(self, rank: int = 64, columns: int | None = None, targets: Sequence[str] | None = None, **common: Any
                  ) -> None:
         super().__init__(**common)
-        if rank < 1 or (columns is not None and columns < 1):
-            raise ScionError(f"Bone: rank {rank} and columns {columns} must be at least 1")
+        at_least(1, "Bone", rank=rank, columns=columns)
         self.rank, self.columns = rank, columns
         self.targets = None if targets is None else tuple(targets)
 

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from core.anatomy import Anatomy, Site
 from core.errors import ScionError
-from core.graft import Graft
+from core.graft import AdditiveGraft, Graft
 from core.method import PEFTMethod
+from core.method.options import at_least, probability
 
 
-class ConsolidatorGraft(Graft):
+class ConsolidatorGraft(AdditiveGraft):
     """y + drop(C P x + c): P deals the channels out to the groups, C [out, in] is block-diagonal with a block a group.
 
     The p-th input of P x is channel (p mod groups) n + p // groups of x, with n = in / groups.
@@ -34,7 +35,7 @@ class ConsolidatorGraft(Graft):
         """The channel of x at each place of P x."""
         return torch.arange(self.site.in_features, device=self.C.device).view(self.groups, -1).t().flatten()
 
-    def after(self, x: Tensor, y: Tensor) -> Tensor:
+    def delta(self, x: Tensor) -> Tensor:
         x, site = x.to(self.C.dtype), self.site
         if site.kind == "conv":
             change = site.low_rank(x, torch.eye(site.in_features).to(x)[self.order()], torch.block_diag(*self.C))
@@ -47,7 +48,7 @@ class ConsolidatorGraft(Graft):
         if self.training and self.dropout:  # of whole samples
             kept = torch.rand(len(x), *[1] * (change.dim() - 1), device=x.device) >= self.dropout
             change = change * kept / (1 - self.dropout)
-        return site.put(y, site.take(y) + change)
+        return change
 
     def merged(self, weight: Tensor) -> Tensor:
         return weight + torch.block_diag(*self.C)[:, self.order().argsort()].to(weight.dtype)
@@ -81,10 +82,8 @@ class Consolidator(PEFTMethod):
     def __init__(self, groups: int | None = None, dropout: float = 0.0, targets: Sequence[str] | None = None,
                  init: Literal["uniform", "zeros"] = "uniform", **common: Any) -> None:
         super().__init__(**common)
-        if groups is not None and groups < 1:
-            raise ScionError(f"Consolidator: groups {groups} must be at least 1")
-        if not 0 <= dropout < 1:
-            raise ScionError(f"Consolidator: dropout {dropout} must lie in [0, 1)")
+        at_least(1, "Consolidator", groups=groups)
+        probability("Consolidator", dropout=dropout)
         if init not in ("uniform", "zeros"):
             raise ScionError(f"Consolidator: init {init!r} must be 'uniform' or 'zeros'")
         self.groups, self.dropout, self.init = groups, dropout, init

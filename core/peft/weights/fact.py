@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from core.anatomy import Site
 from core.errors import ScionError
-from core.graft import Graft
+from core.graft import AdditiveGraft, Graft
 from core.method import PEFTMethod
+from core.method.options import probability
 from core.random_state import dropout_for_all
 
 
@@ -27,7 +28,7 @@ class Factors(nn.Module):
         self.C = nn.Parameter(nn.init.xavier_uniform_(torch.empty(rank, rank, rank))) if tucker else None
 
 
-class FacTGraft(Graft):
+class FacTGraft(AdditiveGraft):
     """W + s dW, whose slice [j, i], of dim x dim, is V S_ji U; the last slices may be cut at the weight's edge."""
 
     def __init__(self, site: Site, factors: Factors, slices: tuple[int, int], total: int, scale: float, dropout: float
@@ -55,7 +56,7 @@ class FacTGraft(Graft):
         down = torch.block_diag(*[shared.U] * self.inputs)[:, :site.in_features]
         return self.scale * up @ self.S, down
 
-    def after(self, x: Tensor, y: Tensor) -> Tensor:
+    def delta(self, x: Tensor) -> Tensor:
         [shared], site = self.shared, self.site
         x = x.to(shared.U.dtype)
         if site.kind == "conv":
@@ -67,7 +68,7 @@ class FacTGraft(Graft):
             hidden = self.dropout(F.linear(F.linear(sliced, shared.U).flatten(-2), self.S))
             split = torch.unflatten(hidden, -1, (self.out, -1))
             change = self.scale * F.linear(split, shared.V).flatten(-2)[..., :site.out_features]
-        return site.put(y, site.take(y) + change)
+        return change
 
     def merged(self, weight: Tensor) -> Tensor:
         up, down = self.factors()
@@ -108,8 +109,7 @@ class FacT(PEFTMethod):
             raise ScionError(f"FacT: rank {rank} must be at least 1, scale {scale} not zero")
         if form not in ("tt", "tk"):
             raise ScionError(f"FacT: form {form!r} must be 'tt' (tensor train) or 'tk' (Tucker)")
-        if not 0 <= dropout < 1:
-            raise ScionError(f"FacT: dropout {dropout} must lie in [0, 1)")
+        probability("FacT", dropout=dropout)
         self.rank, self.form, self.scale, self.dropout = rank, form, scale, dropout
         self.targets = None if targets is None else tuple(targets)
 

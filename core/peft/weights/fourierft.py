@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +71,7 @@ class FourierFT(PEFTMethod):
     structure_types = {"shapes": Shapes}
 
     def __init__(self, frequencies: int = 1000, scale: float = 300.0, targets: Sequence[str] | None = ("q", "v"),
-                 init: str = "zeros", places: int = 777, **common: Any) -> None:
+                 init: Literal["zeros", "normal"] = "zeros", places: int = 777, **common: Any) -> None:
         super().__init__(**common)
         if frequencies < 1 or scale == 0:
             raise ScionError(f"FourierFT: frequencies {frequencies} must be at least 1, scale {scale} not zero")

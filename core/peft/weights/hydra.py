@@ -12,6 +12,7 @@ from core.anatomy import Anatomy, Site
 from core.errors import ScionError
 from core.graft import Graft
 from core.method import PEFTMethod
+from core.method.options import at_least, probability
 
 
 class Branch(nn.Module):
@@ -93,12 +94,10 @@ class Hydra(PEFTMethod):
     def __init__(self, rank: int = 2, sequential_rank: int = 2, scale: float = 1.0, bias: bool | None = None,
                  dropout: float = 0.0, targets: Sequence[str] = ("o", "mlp.down"), **common: Any) -> None:
         super().__init__(**common)
-        if rank < 1 or sequential_rank < 1:
-            raise ScionError(f"Hydra: rank {rank} and sequential_rank {sequential_rank} must be at least 1")
+        at_least(1, "Hydra", rank=rank, sequential_rank=sequential_rank)
         if scale == 0:
             raise ScionError(f"Hydra: scale {scale} must not be zero")
-        if not 0 <= dropout < 1:
-            raise ScionError(f"Hydra: dropout {dropout} must lie in [0, 1)")
+        probability("Hydra", dropout=dropout)
         self.rank, self.sequential_rank, self.scale, self.dropout = rank, sequential_rank, scale, dropout
         self.bias, self.targets = bias, tuple(targets)
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from core.anatomy import Site
-from core.errors import ScionError
 from core.graft import Graft
 from core.method import PEFTMethod
+from core.method.options import at_least, positive
 
 
 class LoHaGraft(Graft):
@@ -53,10 +53,8 @@ class LoHa(PEFTMethod):
     def __init__(self, rank: int = 8, alpha: float | None = None, targets: Sequence[str] | None = ("q", "v"),
                  **common: Any) -> None:
         super().__init__(**common)
-        if rank < 1:
-            raise ScionError(f"LoHa: rank {rank} must be at least 1")
-        if alpha is not None and alpha <= 0:
-            raise ScionError(f"LoHa: alpha {alpha} must be positive")
+        at_least(1, "LoHa", rank=rank)
+        positive("LoHa", alpha=alpha)
         self.rank, self.alpha = rank, rank if alpha is None else alpha
         self.targets = None if targets is None else tuple(targets)
 

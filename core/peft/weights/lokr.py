@@ -13,6 +13,7 @@ from core.anatomy import Anatomy, Site
 from core.errors import ScionError
 from core.graft import Graft
 from core.method import PEFTMethod
+from core.method.options import positive
 
 
 def split(width: int, factor: int = -1) -> tuple[int, int]:
@@ -73,8 +74,7 @@ class LoKr(PEFTMethod):
         super().__init__(**common)
         if rank < 1 or (factor < 1 and factor != -1):
             raise ScionError(f"LoKr: rank {rank} must be at least 1, factor {factor} at least 1 or -1")
-        if alpha is not None and alpha <= 0:
-            raise ScionError(f"LoKr: alpha {alpha} must be positive")
+        positive("LoKr", alpha=alpha)
         self.rank, self.alpha, self.factor = rank, rank if alpha is None else alpha, factor
         self.targets = None if targets is None else tuple(targets)
         self.scales_whole = True

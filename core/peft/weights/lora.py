@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from core.anatomy import Anatomy, Site
 from core.errors import ScionError
-from core.graft import Graft
+from core.graft import AdditiveGraft, Graft
 from core.method import PEFTMethod
 from core.method.low_rank import LowRankMethod
 
 
-class LoRAGraft(Graft):
+class LoRAGraft(AdditiveGraft):
     """y + (alpha / rank) B A dropout(x), with A [rank, in] and B [out, rank]."""
 
     def __init__(self, site: Site, rank: int, scale: float, dropout: float) -> None:
@@ -27,9 +27,8 @@ class LoRAGraft(Graft):
         self.scale = scale
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
-    def after(self, x: Tensor, y: Tensor) -> Tensor:
-        delta = self.site.low_rank(self.dropout(x.to(self.A.dtype)), self.A, self.B, self.scale)
-        return self.site.put(y, self.site.take(y) + delta)
+    def delta(self, x: Tensor) -> Tensor:
+        return self.site.low_rank(self.dropout(x.to(self.A.dtype)), self.A, self.B, self.scale)
 
     def merged(self, weight: Tensor) -> Tensor:
         return weight + self.scale * (self.B @ self.A).to(weight.dtype)
@@ -39,7 +38,7 @@ class LoRAGraft(Graft):
 
 
 class PrincipalGraft(LoRAGraft):
-    """y + s (B A - B_0 A_0) x; W = U S V^T gives A_0 = sqrt(S_r / s) V_r^T and B_0 = U_r sqrt(S_r / s)."""
+    """y + s (B A - B_0 A_0) dropout(x); W = U S V^T gives A_0 = sqrt(S_r / s) V_r^T and B_0 = U_r sqrt(S_r / s)."""
 
     A_0: Tensor
     B_0: Tensor
@@ -55,11 +54,11 @@ class PrincipalGraft(LoRAGraft):
         self.register_buffer("A_0", self.A.detach().clone())
         self.register_buffer("B_0", self.B.detach().clone())
 
-    def after(self, x: Tensor, y: Tensor) -> Tensor:
-        x = x.to(self.A.dtype)  # two calls, so that the start cancels to the last bit
+    def delta(self, x: Tensor) -> Tensor:
+        x = self.dropout(x.to(self.A.dtype))  # one mask and two calls, so that the start cancels to the last bit
         change = self.site.low_rank(x, self.A, self.B, self.scale)
         change.sub_(self.site.low_rank(x, self.A_0, self.B_0, self.scale))
-        return self.site.put(y, self.site.take(y) + change)
+        return change
 
     def merged(self, weight: Tensor) -> Tensor:
         return weight + (self.scale * (self.B @ self.A - self.B_0 @ self.A_0)).to(weight.dtype)
@@ -81,7 +80,7 @@ class LoRA(LowRankMethod, PEFTMethod):
     Args:
         rank: rank of the change, at least 1.
         alpha: numerator of the scale, positive; None is the rank.
-        dropout: probability of dropping an input of A, in [0, 1).
+        dropout: probability of dropping an input of the change, in [0, 1).
         targets: roles to adapt; None is every linear map of the blocks. q, k, v of a fused projection get a change of
             their own each; ``qkv`` gets one.
         root: whether the scale is alpha / sqrt(rank).
@@ -99,8 +98,6 @@ class LoRA(LowRankMethod, PEFTMethod):
         if start not in ("random", "principal") or lr_ratio <= 0:
             raise ScionError(f"{type(self).__name__}: start {start!r} must be 'random' or 'principal', lr_ratio "
                              f"{lr_ratio} positive")
-        if start == "principal" and dropout:
-            raise ScionError(f"{type(self).__name__}: dropout {dropout} would break the principal start, which cancels")
         self.scale = self.alpha / (math.sqrt(rank) if root else rank)
         self.principal, self.lr_ratio = start == "principal", lr_ratio
 

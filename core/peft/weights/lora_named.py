@@ -56,8 +56,8 @@ class LoRAPlus(LoRA):
 class PiSSA(LoRA):
     """LoRA that begins as the principal part of the weight.
 
-    Equation: y = W x + b + s (B A - B_0 A_0) x; A_0 = sqrt(S_r / s) V_r^T, B_0 = U_r sqrt(S_r / s), for W = U S V^T and
-        s = alpha / rank; A and B start as A_0 and B_0
+    Equation: y = W x + b + s (B A - B_0 A_0) dropout(x); A_0 = sqrt(S_r / s) V_r^T, B_0 = U_r sqrt(S_r / s), for
+        W = U S V^T and s = alpha / rank; A and B start as A_0 and B_0
     Trains: rank (in + out) a target, as LoRA
     Merges: W + s (B A - B_0 A_0)
     Source: Meng et al. 2024, arXiv:2404.02948, equations 2 to 4. The paper moves the frozen weight to W - s B_0 A_0;
@@ -66,7 +66,7 @@ class PiSSA(LoRA):
     Args:
         rank: rank of the change, at least 1.
         alpha: numerator of the scale; None is the rank.
-        dropout: zero; any other would break the start, which cancels.
+        dropout: probability of dropping an input of the change, in [0, 1).
         targets: roles to adapt; None is every linear map of the blocks.
         start: ``principal``, or ``random`` as LoRA.
     """

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from core.anatomy import Anatomy, Site
 from core.errors import ScionError
-from core.graft import Graft
+from core.graft import AdditiveGraft, Graft
 from core.json_types import Count, Shapes
 from core.method import PEFTMethod, check_shapes, shapes_by_site
 
@@ -18,7 +18,7 @@ TOLERANCE = 1e-2
 """How far the two probes of a basis may lie apart, for each root of its rank."""
 
 
-class SVFitGraft(Graft):
+class SVFitGraft(AdditiveGraft):
     """y + U_r ((sigma - S_r) (V_r^T x)), for W = U S V^T."""
 
     U: Tensor
@@ -57,9 +57,9 @@ class SVFitGraft(Graft):
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.U * (self.sigma - self.S), self.V
 
-    def after(self, x: Tensor, y: Tensor) -> Tensor:
+    def delta(self, x: Tensor) -> Tensor:
         up, down = self.factors()
-        return self.site.put(y, self.site.take(y) + self.site.low_rank(x.to(down.dtype), down, up))
+        return self.site.low_rank(x.to(down.dtype), down, up)
 
     def merged(self, weight: Tensor) -> Tensor:
         up, down = self.factors()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from core.anatomy import Site
 from core.errors import ScionError
-from core.graft import Graft
+from core.graft import AdditiveGraft, Graft
 from core.json_types import Few
 from core.method import AddsLoss, PEFTMethod, Scheduled, home_of
 from core.method.low_rank import LowRankMethod
@@ -22,7 +22,7 @@ from core.random_state import seeded
 Scale = Literal["alpha/rank", "alpha/reference"]
 
 
-class TriAdaptLoRAGraft(Graft):
+class TriAdaptLoRAGraft(AdditiveGraft):
     """y + s B C A x, with A [R, in], B [out, R] and C [R, R] kept in blocks, so that growing only appends.
 
     Block i of width b, with s ranks up to its end, has L [b, s], the rows of C as far as its diagonal, and U [s, b],
@@ -66,10 +66,9 @@ class TriAdaptLoRAGraft(Graft):
             core = core + lower + nn.functional.pad(columns, (end - width, total - end, 0, total - end))
         return core
 
-    def after(self, x: Tensor, y: Tensor) -> Tensor:
+    def delta(self, x: Tensor) -> Tensor:
         down, up = torch.cat(list(self.A)), torch.cat(list(self.B), dim=1)
-        delta = self.site.low_rank(self.dropout(x.to(down.dtype)), self.core() @ down, up, self.scale)
-        return self.site.put(y, self.site.take(y) + delta)
+        return self.site.low_rank(self.dropout(x.to(down.dtype)), self.core() @ down, up, self.scale)
 
     def merged(self, weight: Tensor) -> Tensor:
         up, down = self.factors()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from core.anatomy import Site
 from core.errors import ScionError
-from core.graft import Graft
+from core.graft import AdditiveGraft, Graft
 from core.method import PEFTMethod
 
 
@@ -35,7 +35,7 @@ class Projections(nn.Module):
             self.register_buffer(name, getattr(self, name), persistent=True)
 
 
-class VeRAGraft(Graft):
+class VeRAGraft(AdditiveGraft):
     """y + b (B (d (A x))), with the first `in` columns of A and the first `out` rows of B."""
 
     def __init__(self, site: Site, projections: Projections, start: float) -> None:
@@ -49,14 +49,14 @@ class VeRAGraft(Graft):
         up = self.b[:, None] * shared.B[:site.out_features].to(self.b)
         return up, self.d[:, None] * shared.A[:, :site.in_features].to(self.d)
 
-    def after(self, x: Tensor, y: Tensor) -> Tensor:
+    def delta(self, x: Tensor) -> Tensor:
         shared, site = self.projections[0], self.site
         if site.kind == "conv":
             up, down = self.factors()
-            return site.put(y, site.take(y) + site.low_rank(x.to(down.dtype), down, up))
+            return site.low_rank(x.to(down.dtype), down, up)
         hidden = self.d * (x.to(self.d.dtype) @ shared.A[:, :site.in_features].to(self.d).t())
         change = self.b * (hidden @ shared.B[:site.out_features].to(self.b).t())
-        return site.put(y, site.take(y) + change)
+        return change
 
     def merged(self, weight: Tensor) -> Tensor:
         up, down = self.factors()
