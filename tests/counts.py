@@ -15,7 +15,7 @@ from typing import Any
 from core import peft
 from tests.core.test_published_counts import ROWS
 from tests.methods import METHODS
-from tests.sheets.__main__ import files
+from tests.papers.__main__ import paper_of
 
 PAGE = Path(__file__).parent.parent / "docs" / "counts.md"
 Config = dict[str, Any]
@@ -27,10 +27,6 @@ BACKBONES = {"vit": "ViT-B/16", "bert": "BERT-base", "swin": "Swin-T", "swin_bas
              "mistral_7b": "Mistral-7B"}
 """How the page calls the builders in test_published_counts; another one goes by its own name."""
 CARDS = {"vit_b16": "vit", "bert_base": "bert"}
-SHEETS = {"ast": "02", "ast_400": "02", "ast_100": "02", "swin FullFineTuning": "03"}
-"""Specifications by backbone, or backbone and method, where it is not the method's own that has the count."""
-
-
 @dataclass(frozen=True)
 class Count:
     """A published count.
@@ -144,7 +140,7 @@ SUMMARY: list[Count] = [
     Count("diff pruning, 0.5 % stored", "bert", 547_411, "DiffPruning", {}, 218_964_480, MASKED),
     Count("side-tuning with AlexNet", "vit", 9_547_585, "SideTuning", {"network": "alexnet"}),
 ]
-"""The table at the end of specification 49, whole. A method that comes gives its rows their options."""
+"""Counts that papers print for the usual baselines. A method that comes gives its rows their options."""
 
 OTHERWISE: dict[Key, str] = {
     key("ast", "Houlsby", {"reduction": 64, "norms": ("norm1", "norm2")}): "497,952, norms included",
@@ -155,9 +151,9 @@ OTHERWISE: dict[Key, str] = {
 HEAD = """# Parameter counts: published and ours
 
 Made by `python -m tests.counts`. The tests assert every number of ours on the full-size architecture; task heads are
-left out. "Published" is what a paper prints or its specification computes from it.
+left out. "Published" is what a paper prints or what follows from its numbers.
 
-## The summary of specification 49
+## Summary
 
 | configuration | backbone | published | ours | as | difference |
 |---|---|---|---|---|---|
@@ -165,7 +161,7 @@ left out. "Published" is what a paper prints or its specification computes from 
 REST = """
 ## Further counts
 
-| specification | backbone | method | count | published otherwise |
+| paper | backbone | method | count | published otherwise |
 |---|---|---|---|---|
 """
 
@@ -184,11 +180,6 @@ def tested() -> dict[Key, tuple[Config, int, int]]:
 
 def page() -> str:
     """The whole page."""
-    sheets: dict[str, list[str]] = {}
-    for _, number, names, _ in files():
-        for name in names:
-            if number not in sheets.setdefault(name, []):
-                sheets[name].append(number)
     lines = []
     for c in SUMMARY:
         written = c.made if c.options is None else shown(c.method, c.options)
@@ -197,11 +188,7 @@ def page() -> str:
                      f"{written or f'{c.method} is not here yet'} | {c.why} |")
     above = {key(c.backbone, c.method, c.options or {}) for c in SUMMARY}
 
-    def sheet(backbone: str, method: str) -> str:
-        own = [number for number in sheets.get(method, []) if number != "49"]  # 49 has all baselines beside others
-        return SHEETS.get(backbone) or SHEETS.get(f"{backbone} {method}") or ", ".join(own) or "49"
-
-    further = [f"| {sheet(backbone, method)} | {BACKBONES.get(backbone, backbone)} | {shown(method, options)} | "
+    further = [f"| {paper_of(method)} | {BACKBONES.get(backbone, backbone)} | {shown(method, options)} | "
                f"{count:,}{f' and {norms:,} of norms' if norms else ''} | "
                f"{OTHERWISE.get((backbone, method, text), '')} |"
                for (backbone, method, text), (options, count, norms) in tested().items()

@@ -1257,7 +1257,7 @@ METHODS: dict[str, Row] = {
         bad=(({"drop": 1.5}, "drop 1.5"), ({"l2": -1.0}, "l2 -1"), ({"teacher": "now"}, "'now'"),
              ({"targets": ("mlp.up", "block")}, "linear weight"), ({"targets": ("mlp.upp",)}, "'mlp.up'")),
         stopped=(".scores",), operators=6, saved=0.96, decays=False, without_attention={"targets": ("mlp.down",)},
-        absent=("test_gradcheck",),  # no gradient is the function's derivative: tests/sheets has the one it should be
+        absent=("test_gradcheck",),  # no gradient is the function's derivative: tests/papers has the one it should be
         artifact={"targets": ("o",)},
     ),
     "LoRA": Row(

@@ -20,7 +20,7 @@ from core import dissect, load_adapter
 from core.anatomy import FAMILIES, ROLES, BlockDescription, Description, Rows
 from core.errors import ScionError
 from core.peft import LoRA, method_class
-from tests.sheets.sites import numbers
+from tests.papers.sites import numbers
 from tests.toolkit import distance, outputs, randomize, seeded
 
 PAGE = (Path(__file__).parents[1] / "docs" / "families.md").read_text(encoding="utf-8")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.errors import ScionError, listed, nearest
+from core.source_index import SourceClass, derived_from, public_classes
 
 if TYPE_CHECKING:
     from core.method import PEFTMethod
@@ -25,29 +26,16 @@ COMPOSITIONS = ("Route", "Fuse", "Split")
 
 
 @functools.cache
-def _sources() -> dict[str, tuple[str, ast.ClassDef]]:
-    """Every public class in the folder: name -> (module, source)."""
-    here = Path(__file__).parent
-    found = {}
-    for file in sorted(here.rglob("[!_]*.py")):
-        module = ".".join((__name__, *file.relative_to(here).with_suffix("").parts))
-        for node in ast.parse(file.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-                found[node.name] = (module, node)
-    return found
-
-
-def _bases(node: ast.ClassDef) -> set[str]:
-    return {base.id for base in node.bases if isinstance(base, ast.Name)}
+def _sources() -> dict[str, SourceClass]:
+    """Every public class in the folder."""
+    return public_classes(Path(__file__).parent, __name__)
 
 
 @functools.cache
 def registry() -> dict[str, str]:
     """Method name -> the module that defines it."""
-    methods = {"PEFTMethod"}
-    while more := {name for name, (_, node) in _sources().items() if _bases(node) & methods} - methods:
-        methods |= more
-    found = {name: _sources()[name][0] for name in methods if name in _sources()}
+    sources = _sources()
+    found = {name: sources[name].module for name in derived_from(["PEFTMethod"], sources)}
     for point in entry_points(group="scion.methods"):
         found.setdefault(point.name, point.value.partition(":")[0])
     return dict(sorted(found.items()))
@@ -64,14 +52,14 @@ def options(name: str) -> list[str]:
 
         return [*signature(method_class(name)).parameters]
     found: list[str] = []
-    node: ast.ClassDef | None = _sources()[name][1]
-    while node is not None:
-        init = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
+    source: SourceClass | None = _sources()[name]
+    while source is not None:
+        init = next((n for n in source.node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
         if init is not None:
             found += [a.arg for a in [*init.args.args[1:], *init.args.kwonlyargs] if a.arg not in found]
             if init.args.kwarg is None:
                 return found
-        node = next((_sources()[base][1] for base in _bases(node) if base in _sources()), None)
+        source = next((_sources()[base] for base in source.bases if base in _sources()), None)
     return [*found, *(option for option in _common() if option not in found)]
 
 

@@ -92,7 +92,7 @@ class Classification(Task):
         self.classes, self.multilabel = list(classes), multilabel
         linear = nn.Linear(dim, len(classes)) if self.bits is None else QuantizedLinear(dim, len(classes), self.bits)
         self.head = nn.Sequential(nn.Dropout(self.dropout), linear)
-        self.metrics = self._collections(self._metrics(len(classes)))
+        self.metrics = self._collections(self.make_metrics(len(classes)))
         self.selects = ("map", "max") if multilabel else ("accuracy", "max")
 
     def packings(self) -> dict[str, Graft]:
@@ -103,7 +103,8 @@ class Classification(Task):
         dropout, linear = self.head  # type: ignore[misc]
         return nn.Sequential(dropout, linear.plain()) if isinstance(linear, QuantizedLinear) else self.head
 
-    def _metrics(self, n: int) -> dict[str, Any]:
+    def make_metrics(self, n: int) -> dict[str, Any]:
+        """The metrics of ``n`` classes by their names."""
         from torchmetrics import classification as c
 
         if self.multilabel:

@@ -32,7 +32,7 @@ from core.training.head_files import load_outside, outside
 from core.training.load_run import load_run
 from core.training.run_record import save_run_adapter
 from tests.core.test_commands import base, config, sounds  # noqa: F401
-from tests.sheets.training import Deep
+from tests.papers.training import Deep
 from tests.toolkit import trainer
 
 AdaptFormer: Any = method_class("AdaptFormer")
