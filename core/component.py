@@ -45,8 +45,9 @@ def class_and_arguments(value: Any, key: str) -> dict[str, Any]:
     if isinstance(value, str):
         value = {"class_path": value}
     if not isinstance(value, dict) or not value.keys() & {"class_path", "class"}:
-        instead = ("write a method's name: LinearProbe trains the head alone, FullFineTuning everything"
-                   if key == "peft" and value is None else "write a name, or class_path and init_args")
+        instead = "write a name, or class_path and init_args"
+        if key == "peft" and value is None:  # who writes `peft: null` wants no method
+            instead = "write a method's name: LinearProbe trains the head alone, FullFineTuning everything"
         raise ScionError(f"{key}: {shown(value)} names no class; {instead}")
     name = value.get("class_path", value.get("class"))
     rest = {argument: one for argument, one in value.items() if argument not in ("class_path", "class", "init_args")}
@@ -58,6 +59,7 @@ def class_and_arguments(value: Any, key: str) -> dict[str, Any]:
         raise ScionError(f"{key}: {listed(rest, 4)} beside class_path; write {{class_path: {name}, init_args: "
                          f"{{...}}}}, or {{class: {name}, {next(iter(rest))}: ...}}")
     arguments = value.get("init_args") if "class_path" in value else rest
+    # On a command line a stack looks like a list of values of an axis, and is often written like one.
     if key == "peft" and isinstance(name, str) and "," in name:
         names = ", ".join(part.strip() for part in name.split(","))
         raise ScionError(f"{key}: {short(name)} must be the name of a class; a stack of methods is written "

@@ -144,6 +144,7 @@ class Graft(GraftDeclarations, nn.Module):
         """Within ``before`` or ``after``: what its ``tap`` caught in this forward, the rows of the batch that it
         serves."""
         assert self.tap is not None
+        # Taken out at once: a hidden state kept here would live until the next forward.
         value, self.tap.value = self.tap.value, None
         if value is None:
             raise ScionError(f"{self.site.name}: {self.tap.site.name}, which is read there, has not run before it")
@@ -211,6 +212,7 @@ def route_rows(grafts: list[Graft], route: Tensor | None, variant: int = 0) -> N
     """Let ``grafts`` serve only the samples whose entry in ``route`` [batch] is ``variant``; None routes nothing."""
     for graft in grafts:
         graft.batch = None if route is None else (route == variant).nonzero().flatten()
+        # The whole route stays along: neighbours of one route see what arrived, each for its rows.
         graft.route, graft.variant = route, variant
 
 

@@ -123,7 +123,7 @@ class SiteHooks(HooksOfModule):
     # ------------------------------------------------------------------------------- before the forward
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        if self.open:
+        if self.open:  # a forward that ended without its hooks, by Ctrl-C
             self._leave_interrupted()
         for graft in self.noticing:
             if graft.active and not graft.dropped:
@@ -262,6 +262,7 @@ class SiteHooks(HooksOfModule):
 def _effective_weight(frozen: Tensor, grafts: list[Graft], x: Tensor) -> Effective:
     """What is used instead of the parameter ``frozen``, which all of ``grafts`` change."""
     effective = Effective(frozen, frozen, {})
+    # Routed ones come on top of those that all rows share.
     common = [graft for graft in grafts if graft.batch is None]
     routed = [graft for graft in grafts if graft.batch is not None]
     trained = tuple(p for graft in common for p in graft.parameters() if p.requires_grad)

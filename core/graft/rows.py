@@ -59,12 +59,14 @@ def edit_arguments(grafts: list[Graft], arguments: dict[str, Any]) -> dict[str, 
         rows = rows_of_samples(graft.batch, total, graft.route)
         if not len(rows):
             continue
+        # Arguments without an entry a row (a table of rotations) are shared by all.
         own = {}
         for name, value in arguments.items():
             own[name] = value if _is_table(value) else take_rows(value, rows, total)
         parts.append((rows, graft(own, verb="before")))
     if sum(len(rows) for rows, _ in parts) < total:
         raise ScionError(f"routing: at {grafts[0].site.name} each row needs a variant, for they lengthen it")
+    # The parts come variant by variant; the batch has its own order.
     order = torch.cat([rows for rows, _ in parts]).argsort()
     first_part = parts[0][1]
     return {name: _rejoin([part[name] for _, part in parts], order, grafts[0]) for name in first_part}
@@ -86,7 +88,7 @@ def after_on_rows(grafts: list[Graft], x: Tensor, y: Tensor, call: Call | None) 
         part = call_after(graft, own_input, y[rows], own_call)
         parts.append((rows, with_strength(graft, y[rows], part)))
     shapes = {part.shape[1:] for _, part in parts}
-    if shapes - {y.shape[1:]}:
+    if shapes - {y.shape[1:]}:  # wider than what arrived, as where a feature is lengthened
         if len(shapes) > 1 or sum(len(rows) for rows, _ in parts) < y.shape[0]:
             raise ScionError(f"routing: the variants at {grafts[0].site.name} give rows of different shapes")
         y = y.new_empty(y.shape[0], *parts[0][1].shape[1:])
@@ -107,4 +109,5 @@ def _rejoin(parts: list[Any], order: Tensor, graft: Graft) -> Any:
     if len({part.shape[1:] for part in parts}) > 1:
         raise ScionError(f"routing: the variants at {graft.site.name} lengthen their rows by different numbers")
     whole = torch.cat(parts)
+    # What has no entry a row came back whole from every part.
     return whole[order] if len(whole) == len(order) else parts[0]

@@ -58,11 +58,11 @@ def path_of(root: nn.Module, module: nn.Module) -> str:
     Raises:
         ScionError: it is not there.
     """
-    found = next((path for path, child in module.named_modules() if child is root), None)
-    if found is None:
-        raise ScionError(f"the model that the methods stand on ({type(root).__name__}) is no part of this "
-                         f"{type(module).__name__}")
-    return found
+    for path, child in module.named_modules():
+        if child is root:
+            return path
+    raise ScionError(f"the model that the methods stand on ({type(root).__name__}) is no part of this "
+                     f"{type(module).__name__}")
 
 
 def tensors_beside(module: nn.Module, root: nn.Module) -> dict[str, Tensor]:
@@ -90,6 +90,7 @@ def load_beside(module: nn.Module, root: nn.Module, tensors: dict[str, Tensor], 
     if extra:
         raise ScionError(f"{where}: {type(module).__name__} has no {listed(map(one_line, extra), 4)}, which stood "
                          "beside the backbone")
+    # All shapes first: values are only read of a file whose names and shapes are right.
     for name, tensor in given.items():
         check_fit(tensor, here[name], name, where)
     for name, tensor in given.items():
@@ -103,13 +104,18 @@ def load_beside(module: nn.Module, root: nn.Module, tensors: dict[str, Tensor], 
 def _all(module: nn.Module, root: nn.Module) -> dict[str, Tensor]:
     """All tensors of the module's state dict that do not belong to ``root``."""
     inside = {id(tensor) for tensor in (*root.parameters(), *root.buffers())}
+    # nn.Module's own: a LightningModule's may leave the frozen backbone out, or be somebody's own.
     state: dict[str, Any] = nn.Module.state_dict(module, keep_vars=True)
-    return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor) and id(tensor) not in inside
-            and not name.endswith("_extra_state")}
+    found = {}
+    for name, tensor in state.items():
+        if isinstance(tensor, Tensor) and id(tensor) not in inside and not name.endswith("_extra_state"):
+            found[name] = tensor
+    return found
 
 
 def _trained(module: nn.Module, root: nn.Module) -> dict[str, Tensor]:
     """Of those the trained parameters, and the buffers of modules that have some (running statistics)."""
+    # A batch norm's running statistics are no parameters, but what it has learned all the same.
     found = _all(module, root)
     trained = {name for name, tensor in found.items() if tensor.requires_grad}
     owners = {name.rpartition(".")[0] for name in trained}

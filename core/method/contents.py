@@ -71,6 +71,7 @@ def counts(method: PEFTMethod) -> dict[str, int]:
     root = method.need_root()
     trained = {name: tensor.numel() for name, tensor in method.trainable().items()}
     norms = {name: count for name, count in trained.items() if name in method.norm_names}
+    # A head inside the backbone is trained with the first method, but no method owns it.
     heads = dissect(root).head_names() if method.head == "train" else set()
     in_head = [p for name, p in root.named_parameters() if name in heads and name not in trained]
     return {
@@ -85,6 +86,7 @@ def counts(method: PEFTMethod) -> dict[str, int]:
 def base_at_start(method: PEFTMethod) -> Iterator[None]:
     """Within this context the base's tensors that the method moves, or that it is merged into, are at their start."""
     parameters = dict(method.need_root().named_parameters())
+    # What merging has written is undone as well: a merged method can be switched off.
     base: dict[str, Tensor] = {}
     if method.merged is not None:
         base = {name: before for name, (before, _) in method.merged.values.items()}

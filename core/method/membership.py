@@ -56,6 +56,7 @@ def enter(method: PEFTMethod, optimizer: torch.optim.Optimizer, fresh: Sequence[
         ScionError: the optimizer has none of the method's tensors.
     """
     neighbours = {id(tensor) for tensor in (method.trainable().values() if beside is None else beside)}
+    # An optimizer's state is loaded by position, and a resumed run makes its groups in the module's order.
     around = method.membership.around or method.need_root()
     order = {id(p): i for i, p in enumerate(around.parameters())}
     groups = []
@@ -82,6 +83,7 @@ def leave(method: PEFTMethod, optimizer: torch.optim.Optimizer, gone: Iterable[T
     lost = {id(tensor): tensor for tensor in gone}
     for group in optimizer.param_groups:
         group["params"][:] = [p for p in group["params"] if id(p) not in lost]
+    # A chained optimizer has the groups, and its parts the state.
     for one in getattr(optimizer, "optimizers", [optimizer]):
         for tensor in lost.values():
             one.state.pop(tensor, None)

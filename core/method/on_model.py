@@ -97,6 +97,7 @@ class MethodOnModel(MethodWithGrafts):
         model = uncompiled(model)
         if self.root is model:
             return self.as_peft_method
+        # Everything that can be refused is refused before the first line that changes something.
         home = self._home_for(model)
         plan = self.plan_for(model)
         others = list(home.methods.values()) if home is not None else []
@@ -109,6 +110,7 @@ class MethodOnModel(MethodWithGrafts):
             raise ScionError(f"{self.name}: layers={self.layers} leaves nothing to train")
         self._warn_of_ties(model, module)
 
+        # From here on the model changes.
         if home is None:
             home = Home(model, plan.anatomy, self.head)
             home.enter(model)
@@ -125,7 +127,7 @@ class MethodOnModel(MethodWithGrafts):
             parameters[name].requires_grad_(self.is_trained)
         if not self.is_trained:
             module.requires_grad_(False)
-        model.train(model.training)
+        model.train(model.training)  # frozen parts go into eval mode
         return self.as_peft_method
 
     def _home_for(self, model: nn.Module) -> Home | None:

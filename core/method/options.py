@@ -1,65 +1,72 @@
-"""Checks of a method's options, each in one line that says what was given and what would be right."""
+"""Checks of a method's options, each in one line that says what was given and what would be right.
+
+An option that is None has been left to the method, and passes every check.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from core.anatomy import Site
-from core.errors import ScionError, nearest
+from core.errors import ScionError
 
 
 def at_least(least: float, who: str, **options: Any) -> None:
-    """Refuse options below ``least``; None is no value and passes.
+    """Refuse options below ``least``.
+
+    Args:
+        least: the bound.
+        who: the method, as the message names it.
+        options: values by their names.
 
     Raises:
-        ScionError: names the options and the bound.
+        ScionError: names all of the options, and the bound.
     """
-    given = {name: value for name, value in options.items() if value is not None}
-    if any(value < least for value in given.values()):
-        raise ScionError(f"{who}: {_listed(given)} must be at least {least:g}")
+    _check(lambda value: value >= least, f"be at least {least:g}", who, options)
 
 
 def positive(who: str, **options: Any) -> None:
-    """Refuse options that are not above zero; None passes."""
-    given = {name: value for name, value in options.items() if value is not None}
-    if any(value <= 0 for value in given.values()):
-        raise ScionError(f"{who}: {_listed(given)} must be positive")
+    """Refuse options that are not above zero; see `at_least`."""
+    _check(lambda value: value > 0, "be positive", who, options)
 
 
 def not_negative(who: str, **options: Any) -> None:
-    """Refuse options below zero; None passes."""
+    """Refuse options below zero; see `at_least`."""
+    _check(lambda value: value >= 0, "not be negative", who, options)
+
+
+def probability(who: str, **options: Any) -> None:
+    """Refuse options outside [0, 1), as of a dropout; see `at_least`."""
+    # At 1 everything would be dropped, and what is left would be divided by zero.
+    _check(lambda value: 0 <= value < 1, "lie in [0, 1)", who, options)
+
+
+def _check(is_right: Callable[[Any], bool], demand: str, who: str, options: dict[str, Any]) -> None:
     given = {name: value for name, value in options.items() if value is not None}
-    if any(value < 0 for value in given.values()):
-        raise ScionError(f"{who}: {_listed(given)} must not be negative")
+    for value in given.values():
+        if not is_right(value):
+            # All are named, not only the wrong one: people change them together.
+            raise ScionError(f"{who}: {_in_words(given)} must {demand}")
 
 
-def probability(who: str, **options: float | None) -> None:
-    """Refuse options outside [0, 1), as of a dropout; None passes."""
-    given = {name: value for name, value in options.items() if value is not None}
-    if any(not 0 <= value < 1 for value in given.values()):
-        raise ScionError(f"{who}: {_listed(given)} must lie in [0, 1)")
-
-
-def one_of(choices: Iterable[str], who: str, **options: str) -> None:
-    """Refuse options that are none of ``choices``."""
-    known = tuple(choices)
-    for name, value in options.items():
-        if value not in known:
-            words = ", ".join(map(repr, known[:-1]))
-            raise ScionError(f"{who}: {name} {value!r} must be {words} or {known[-1]!r}{nearest(str(value), known)}")
-
-
-def _listed(options: dict[str, Any]) -> str:
+def _in_words(options: dict[str, Any]) -> str:
     words = [f"{name} {value}" for name, value in options.items()]
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+    if len(words) == 1:
+        return words[0]
+    return f"{', '.join(words[:-1])} and {words[-1]}"
 
 
 def linear_only(who: str, sites: Iterable[Site], everywhere: Iterable[Site]) -> None:
-    """Refuse sites that are no linear map; ``everywhere`` are all sites, for the roles that have one.
+    """Refuse sites that are no linear map.
+
+    Args:
+        who: the method's name.
+        sites: where it would be.
+        everywhere: all sites of the model, for the roles that would do.
 
     Raises:
-        ScionError: names the first such site, and the roles that would do.
+        ScionError: names the first such site, and those roles.
     """
     for site in sites:
         if site.kind == "module":

@@ -70,6 +70,7 @@ def decode_extra_state(state: Any, where: str) -> dict[str, Any]:
     Raises:
         ScionError: it is no such record; begins with ``where``.
     """
+    # From a stranger's file: everything that reading its bytes could trip over is looked at first.
     is_bytes = isinstance(state, Tensor) and state.dtype == torch.uint8 and state.dim() == 1
     if not is_bytes or state.is_meta or state.layout != torch.strided or state.numel() > LARGEST_STATE:
         raise ScionError(f"{where}: a method's record is damaged")

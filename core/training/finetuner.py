@@ -75,6 +75,7 @@ class FineTuner(EpochTotals):
         if checkpointing:
             checkpoint_activations(self.backbone)
         keep_only_owned(self)
+        # Lightning calls the constructor with these from a checkpoint: they are plain, and say how to build both parts.
         recorded: dict[str, Any] = {}
         for name, part in (("backbone", self.backbone), ("task", self.task)):
             how = spec(part)
@@ -114,6 +115,7 @@ class FineTuner(EpochTotals):
         if self.head_dim in (None, dim):
             return
         parameter = next(self.task.parameters())
+        # A seed of its own, or the head would depend on what was drawn before.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(self.hparams["seed"], "head", dim))
             self.task.build(dim, self.hparams["classes"], self.hparams["multilabel"])
@@ -183,6 +185,7 @@ class FineTuner(EpochTotals):
     def _losses(self, batch: Any, training: bool = False) -> Losses:
         inputs, targets = batch
         outputs = self(inputs)
+        # Terms come before the loss: some are computed from this pass, which a second forward would overwrite.
         terms = []
         for method in self.methods:
             term = method.loss_terms(self, batch, outputs) if isinstance(method, AddsLoss) else None
@@ -197,6 +200,7 @@ class FineTuner(EpochTotals):
         return Losses(outputs, "the task", self.task.loss(outputs, targets), terms)
 
     def training_step(self, batch: Any, index: int) -> Tensor | None:
+        # Of a joint batch that does not divide evenly, a process with fewer samples counts for less.
         share = self.share_of("train", batch, index)
         self.share = share.weight
         losses = self._losses(batch, training=True)
@@ -247,6 +251,7 @@ class FineTuner(EpochTotals):
         """Rebuild the methods that the checkpoint holds, where they are not attached yet, and the head for them."""
         if not any("._extra_state" in name for name in checkpoint["state_dict"]):
             return
+        # Without a Trainer nobody has attached the methods; with one they are there, at their start.
         is_bare = home_in(self) is None
         record, tensors = split_checkpoint(checkpoint["state_dict"], "the checkpoint", made=not is_bare)
         if is_bare:

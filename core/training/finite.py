@@ -75,6 +75,7 @@ def stop_unless_finite(tuner: FineTuner, losses: Losses, batch: Any, index: int)
     trainer: Any = tuner._trainer
     finite = torch.isfinite(losses.total.detach())
     is_one_of_many = trainer is not None and trainer.world_size > 1
+    # A process that raised alone would leave the others waiting for its gradients.
     everywhere = finite
     if is_one_of_many:
         everywhere = finite.float()
@@ -94,6 +95,7 @@ def stop_unless_finite(tuner: FineTuner, losses: Losses, batch: Any, index: int)
 def what_is_not_finite(tuner: FineTuner, losses: Losses, stage: str, batch: Any, index: int) -> str:
     """Which part of a batch's loss is not finite, and for which samples."""
     inputs, targets = batch
+    # From the inputs on: the first part that is broken is the reason for all that follow.
     broken = broken_rows(inputs, len(targets))
     part = "the inputs are not finite"
     if not broken:
@@ -111,6 +113,7 @@ def what_is_not_finite(tuner: FineTuner, losses: Losses, stage: str, batch: Any,
 
 
 def _features(tuner: FineTuner, inputs: Any) -> Tensor:
+    # In eval mode, so that no batch norm takes the broken batch into its statistics.
     training = tuner.training
     with torch.no_grad():
         tuner.eval()

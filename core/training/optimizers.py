@@ -61,6 +61,7 @@ def groups_of(tuner: FineTuner) -> list[OwnedGroups]:
     for method in methods:
         groups = [_resolve(tuner, group, method.suggested) for group in method.param_groups()]
         found.append(OwnedGroups(method, groups))
+    # What no method owns is the head in most cases, which is trained for the method that comes first.
     first = dict(methods[0].suggested if methods else PEFTMethod.recommended)
     first["lr"] = first.get("head_lr", first["lr"])
     loose = [_resolve(tuner, group, first) for group in _loose_groups(tuner, found)]
@@ -71,6 +72,7 @@ def _loose_groups(tuner: FineTuner, owned: list[OwnedGroups]) -> list[dict[str, 
     """Groups of the trained parameters that no method owns: matrices first, then vectors."""
     seen = {id(tensor) for entry in owned for group in entry.groups for tensor in group["params"]}
     tables = {id(module.weight) for module in tuner.modules() if isinstance(module, nn.Embedding) and module.sparse}
+    # The two usual groups come first whatever is found first: the optimizer's state is saved by position.
     loose: dict[GroupKey, list[nn.Parameter]] = {GroupKey(): [], GroupKey(vector=True): []}
     for name, parameter in tuner.named_parameters():
         if parameter.requires_grad and id(parameter) not in seen:
@@ -105,7 +107,7 @@ def make_optimizer(tuner: FineTuner) -> torch.optim.Optimizer:
     known = [name for name in dir(torch.optim) if isinstance(getattr(torch.optim, name), type)]
     if settings.name not in known:
         raise ScionError(f"optimizer.name: torch.optim has no {settings.name!r}{nearest(settings.name, known)}")
-    try:
+    try:  # torch's optimizers complain of options that they do not have by TypeError
         sorted_groups = _sort(tuner)
         optimizers = list(sorted_groups.own)
         if sorted_groups.ordinary:

@@ -97,6 +97,7 @@ def _fit(point: Point, stage: Stage, folder: RunFolder, assembly: Assembly, is_l
     stamp = {"format": FORMAT, "config_hash": point.hash, "stage": stage.name, "listing": _listing(data)}
     checkpoints = make_checkpoints(stage.config, home / "checkpoints", tuner.task.selects)
 
+    # By hand and not by the Trainer: what an earlier stage left comes below this one's methods.
     methods = _attach(stage, folder, tuner, assembly.methods)
     trainer = make_trainer(stage.config, home, [*methods, history, checkpoints], stamp)
     _train(trainer, assembly, checkpoints, stamp)

@@ -43,6 +43,7 @@ def stages_of(point: Point, methods: Sequence[PEFTMethod] | None = None) -> list
     staged = [method for method in methods if isinstance(method, Staged) and method.stages]
     if not staged:
         return [Stage("", config)]
+    # Of several staged methods all go through the same stages: `core.config.checks` has seen to that.
     names = staged[0].stages
     found = []
     for number, name in enumerate(names):
@@ -90,6 +91,7 @@ def stage_folder(folder: RunFolder, stage: Stage) -> Path:
 def finished_stages(point: Point, folder: RunFolder, stages: list[Stage]) -> list[StageResult]:
     """The results of the stages, from the first on, that were finished before an interruption."""
     found: list[StageResult] = []
+    # The last one's result is metrics.json itself.
     for stage in stages[:-1]:
         done = stage_folder(folder, stage) / "done.json"
         if not done.is_file():

@@ -28,42 +28,72 @@ def narrow(block: Block, ratio: int, keep: Keep, leader: Block | None = None, nu
         leader: first block of the stack, where the copy is to have what that one has for all.
         number: the copy's place in a cache of keys and values.
     """
-    described, heads = block.described, block.sites["q"].heads
-    assert heads is not None
     copied = bare_copy(block.module)
-    for path, flag in leader.described.leads.items() if leader is not None else ():
-        assert leader is not None
+    if leader is not None:
+        _lend(leader, copied)
+    cut = _cut(block, copied, keep)
+    _check_rest(block, copied, keep, cut)
+    for module in copied.modules():
+        if hasattr(module, "layer_idx"):
+            module.layer_idx = number  # type: ignore[assignment]
+    _set_widths(block, copied, ratio)
+    return copied.requires_grad_(True)
+
+
+def _lend(leader: Block, copied: nn.Module) -> None:
+    """Give ``copied`` copies of what the stack's first block has for all, and tell it so."""
+    for path, flag in leader.described.leads.items():
         copied.set_submodule(path, bare_copy(leader.module.get_submodule(path)))
         owner, _, name = flag.rpartition(".")
         setattr(copied.get_submodule(owner), name, True)
-    places: dict[str, list[Site]] = {}
+
+
+def _cut(block: Block, copied: nn.Module, keep: Keep) -> set[int]:
+    """Cut the maps and norms that ``keep`` names; returns the ids of the modules that are done."""
+    by_path: dict[str, list[Site]] = {}
     for role in keep:
-        places.setdefault(block.sites[role].path.removeprefix(block.path).lstrip("."), []).append(block.sites[role])
-    places.pop("", None)
-    cut: set[int] = set()
-    for path, sites in places.items():  # several where they are parts of one fused weight
+        site = block.sites[role]
+        by_path.setdefault(site.path.removeprefix(block.path).lstrip("."), []).append(site)
+    by_path.pop("", None)  # the block itself
+    done: set[int] = set()
+    for path, sites in by_path.items():
+        # Several sites at one path are parts of one fused weight, in the order of their rows.
         sites.sort(key=lambda site: site.rows.start if site.rows else 0)
+        rows = []
+        for site in sites:
+            own = keep[site.role][0]
+            rows.append(own if site.rows is None else _indices(site)[own])
         module = copied.get_submodule(path)
-        rows = torch.cat([keep[site.role][0] if site.rows is None else _indices(site)[keep[site.role][0]]
-                          for site in sites])
-        slice_parameters(module, rows, keep[sites[0].role][1])
-        cut |= {id(part) for part in module.modules()}
+        slice_parameters(module, torch.cat(rows), keep[sites[0].role][1])
+        done |= {id(part) for part in module.modules()}
+    return done
+
+
+def _check_rest(block: Block, copied: nn.Module, keep: Keep, done: set[int]) -> None:
+    """Cut vectors of the block's width that no role names (layer scales), and refuse what else has that width.
+
+    Raises:
+        ScionError: names the parameter.
+    """
+    heads = block.sites["q"].heads
+    assert heads is not None
     for path, module in copied.named_modules():
+        if id(module) in done:
+            continue
         for name, parameter in module.named_parameters(recurse=False):
-            if id(module) in cut:
-                continue
             if parameter.shape == (block.dim,):
                 slice_parameters(module, keep["block"][0])
             elif parameter.shape[-1] == block.dim or parameter.shape == (heads.width,):
                 raise ScionError(f"{block.path}.{path}.{name}: it is unknown how a thinner copy of this is made")
-        if hasattr(module, "layer_idx"):
-            module.layer_idx = number  # type: ignore[assignment]
-    for path, power in described.widths.items():
+
+
+def _set_widths(block: Block, copied: nn.Module, ratio: int) -> None:
+    """Set the numbers that follow the width of a head: widths are divided, a scale is raised to its power."""
+    for path, power in block.described.widths.items():
         owner, _, name = path.rpartition(".")
         module = copied.get_submodule(owner)
         value = getattr(module, name)
         setattr(module, name, value // ratio if isinstance(value, int) else value * ratio ** -power)
-    return copied.requires_grad_(True)
 
 
 def narrow_entry(block: Block, before: Tensor, after: Tensor, dim: int) -> nn.Module:

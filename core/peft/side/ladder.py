@@ -16,7 +16,7 @@ from core.graft import Call, Graft, hidden_out
 from core.method import PEFTMethod, Plan, Prepared
 from core.method.options import probability
 from core.peft.side._kv_cache import make_room
-from core.peft.side._narrow import bare_copy, narrow, narrow_entry, set_dropout, slice_parameters, spread
+from core.peft.side._narrow import Keep, bare_copy, narrow, narrow_entry, set_dropout, slice_parameters, spread
 
 Importance = Callable[[Tensor], Tensor]
 """How much each number of a weight matters."""
@@ -270,30 +270,10 @@ class LadderSideTuning(Prepared, PEFTMethod):
     def _parts(self, anatomy: Anatomy, importance: Importance) -> dict[str, Parts]:
         """What stands at each site, by the site's name."""
         found: dict[str, Parts] = {}
-        ratio, kept, run = self.reduction, self.kept(anatomy), None
+        run = None
         for stack in anatomy.stacks:
-            run = Run(run)
-            leader, number, parts = stack.blocks[0], len(stack.blocks), Parts(run, 0, 0)
-            dim, hidden = leader.dim, first_channels(anatomy, stack, importance, ratio)
-            for place, block in enumerate(stack.blocks):
-                parts = Parts(run, block.dim, block.dim // ratio, first=place == 0, about=block.described,
-                              last=stack.final is None and block is stack.blocks[-1])
-                if block.entry is not None:
-                    before, hidden = hidden, entry_channels(block, dim, hidden, importance, ratio)
-                    parts.entry, dim = narrow_entry(block, before, hidden, dim), block.dim
-                keep, hidden = prune(block, hidden, importance, ratio)
-                if block.index in kept:
-                    lent = leader if number == len(stack.blocks) and block is not leader else None
-                    parts.side, parts.numbers = narrow(block, ratio, keep, lent, number), (place, number)
-                    number += 1
-                    if self.dropout is not None:
-                        set_dropout(parts.side, self.dropout)
-                found[block.sites["block"].name] = parts
-            end = parts
-            if stack.final is not None:
-                norm = narrow_norm(stack.final.module, hidden)
-                end = found[stack.final.name] = Parts(run, dim, dim // ratio, last=True, norm=norm)
-            end.up = stack is anatomy.stacks[-1]
+            run = Run(run)  # a decoder's side network goes on from its encoder's
+            found |= ThinStack(self, anatomy, stack, run, importance).parts()
         return found
 
     # --------------------------------------------------------------------------------- start values from data
@@ -333,6 +313,66 @@ class LadderSideTuning(Prepared, PEFTMethod):
                                            strict=True):
                         mine.copy_(value)
         self.prepared = True
+
+
+class ThinStack:
+    """The thin copy of one stack of blocks, pruned from its first block to its last: what a block keeps of its output
+    decides what the next one reads."""
+
+    def __init__(self, method: LadderSideTuning, anatomy: Anatomy, stack: Stack, run: Run, importance: Importance
+                 ) -> None:
+        self.method, self.anatomy, self.stack, self.run, self.importance = method, anatomy, stack, run, importance
+        self.ratio = method.reduction
+        self.kept = method.kept(anatomy)
+        self.dim = stack.blocks[0].dim
+        """Width of the trunk's state, here and now."""
+        self.hidden = first_channels(anatomy, stack, importance, self.ratio)
+        """Which of its channels the side network follows."""
+        self.number = len(stack.blocks)
+        """Place of the next thin block in a cache of keys and values: they come behind the trunk's."""
+
+    def parts(self) -> dict[str, Parts]:
+        """What stands at each site of the stack, by the site's name."""
+        found: dict[str, Parts] = {}
+        end = Parts(self.run, 0, 0)
+        for place, block in enumerate(self.stack.blocks):
+            end = self._at(place, block)
+            found[block.sites["block"].name] = end
+        final = self.stack.final
+        if final is not None:
+            norm = narrow_norm(final.module, self.hidden)
+            end = Parts(self.run, self.dim, self.dim // self.ratio, last=True, norm=norm)
+            found[final.name] = end
+        end.up = self.stack is self.anatomy.stacks[-1]
+        return found
+
+    def _at(self, place: int, block: Block) -> Parts:
+        """What stands behind one block."""
+        is_last = self.stack.final is None and block is self.stack.blocks[-1]
+        parts = Parts(self.run, block.dim, block.dim // self.ratio, first=place == 0, last=is_last,
+                      about=block.described)
+        if block.entry is not None:
+            before = self.hidden
+            self.hidden = entry_channels(block, self.dim, before, self.importance, self.ratio)
+            parts.entry = narrow_entry(block, before, self.hidden, self.dim)
+            self.dim = block.dim
+        # A dropped block is pruned all the same, for the next one reads what it would have kept.
+        keep, self.hidden = prune(block, self.hidden, self.importance, self.ratio)
+        if block.index in self.kept:
+            parts.side = self._thin(block, keep)
+            parts.numbers = (place, self.number)
+            self.number += 1
+        return parts
+
+    def _thin(self, block: Block, keep: Keep) -> nn.Module:
+        leader = self.stack.blocks[0]
+        is_first_kept = self.number == len(self.stack.blocks)
+        # What the first block has for all (T5's table of relative positions) goes to the first thin one.
+        lent = leader if is_first_kept and block is not leader else None
+        side = narrow(block, self.ratio, keep, lent, self.number)
+        if self.method.dropout is not None:
+            set_dropout(side, self.method.dropout)
+        return side
 
 
 # ------------------------------------------------------------------------------------------------- pruning

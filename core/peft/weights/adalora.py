@@ -14,7 +14,7 @@ from core.graft import AdditiveGraft, Graft
 from core.method import AddsLoss, PEFTMethod, Scheduled
 from core.method.low_rank import LowRankMethod
 from core.optim import steps_of
-from core.peft.weights.lora import orthogonality
+from core.peft.weights._orthogonality import orthogonality
 
 
 class AdaLoRAGraft(AdditiveGraft):
@@ -93,7 +93,10 @@ class AdaLoRA(Scheduled, AddsLoss, LowRankMethod, PEFTMethod):
     def loss_terms(self, module: Any, batch: Any, outputs: Any) -> Tensor | None:
         if not self.gamma:
             return None
-        return self.gamma * orthogonality([m for graft in self._grafts for m in (graft.A, graft.B.t())]).mean()
+        factors = []
+        for graft in self._grafts:
+            factors += [graft.A, graft.B.t()]
+        return self.gamma * orthogonality(factors).mean()
 
     @property
     def _grafts(self) -> list[AdaLoRAGraft]:
@@ -121,37 +124,50 @@ class AdaLoRA(Scheduled, AddsLoss, LowRankMethod, PEFTMethod):
 
     @torch.no_grad()
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        names = {id(tensor): name for name, tensor in self.module.named_parameters()}
         for name, tensor in self.module.named_parameters():
             gradient = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
             self._observe(name, (tensor * gradient).abs())
-        keep, now = self.budget(self.steps)
-        if not now or not self.scores:
+        keep, is_due = self.budget(self.steps)
+        if not is_due or not self.scores:
             return
-        names = {id(tensor): name for name, tensor in self.module.named_parameters()}
-        worth = torch.cat([self._worth(*(names[id(t)] for t in (graft.A, graft.B, graft.E))) for graft in self._grafts])
-        dropped = torch.ones_like(worth, dtype=torch.bool)
-        dropped[worth.topk(keep).indices] = False
-        for graft, lost in zip(self._grafts, dropped.split([len(g.E) for g in self._grafts]), strict=True):
+        # The triplets of all sites compete together, so one topk chooses among them.
+        worth = torch.cat([self._worth(names[id(g.A)], names[id(g.B)], names[id(g.E)]) for g in self._grafts])
+        is_dropped = torch.ones_like(worth, dtype=torch.bool)
+        is_dropped[worth.topk(keep).indices] = False
+        ranks = [len(graft.E) for graft in self._grafts]
+        for graft, lost in zip(self._grafts, is_dropped.split(ranks), strict=True):
             graft.E[lost] = 0
 
     def _observe(self, name: str, importance: Tensor) -> None:
+        """Take the importance I of a tensor's entries into its running mean I_ and uncertainty U."""
         zero = torch.zeros_like(importance)
-        mean = self.scores.get(f"{name}/mean", zero).to(importance).lerp(importance, 1 - self.beta)
-        spread = self.scores.get(f"{name}/spread", zero).to(importance).lerp((importance - mean).abs(), 1 - self.beta)
-        self.scores[f"{name}/mean"], self.scores[f"{name}/spread"] = mean, spread
+        mean_before = self.scores.get(f"{name}/mean", zero).to(importance)
+        spread_before = self.scores.get(f"{name}/spread", zero).to(importance)
+        mean = mean_before.lerp(importance, 1 - self.beta)
+        self.scores[f"{name}/mean"] = mean
+        self.scores[f"{name}/spread"] = spread_before.lerp((importance - mean).abs(), 1 - self.beta)
 
-    def _worth(self, *names: str) -> Tensor:
+    def _score(self, name: str) -> Tensor:
+        """I_ U, entry by entry."""
+        return self.scores[f"{name}/mean"] * self.scores[f"{name}/spread"]
+
+    def _worth(self, a: str, b: str, e: str) -> Tensor:
         """Importance of a graft's triplets [rank], from the names of its A, B and E."""
-        a, b, e = (self.scores[f"{name}/mean"] * self.scores[f"{name}/spread"] for name in names)
-        return e[:, 0] + a.mean(1) + b.mean(0)
+        return self._score(e)[:, 0] + self._score(a).mean(1) + self._score(b).mean(0)
 
     def training_state(self) -> dict[str, Any]:
-        kinds = ("mean", "spread")
-        found = {kind: [v.flatten() for name, v in self.scores.items() if name.endswith(f"/{kind}")] for kind in kinds}
-        return {kind: torch.cat(values) for kind, values in found.items() if values}
+        found = {}
+        for kind in ("mean", "spread"):
+            values = [value.flatten() for name, value in self.scores.items() if name.endswith(f"/{kind}")]
+            if values:
+                found[kind] = torch.cat(values)
+        return found
 
     def load_training_state(self, state: dict[str, Any]) -> None:
         tensors = dict(self.module.named_parameters())
         sizes = [tensor.numel() for tensor in tensors.values()]
-        self.scores = {f"{name}/{kind}": part.view_as(tensor).clone() for kind, values in state.items()
-                       for (name, tensor), part in zip(tensors.items(), values.split(sizes), strict=True)}
+        self.scores = {}
+        for kind, values in state.items():
+            for (name, tensor), part in zip(tensors.items(), values.split(sizes), strict=True):
+                self.scores[f"{name}/{kind}"] = part.view_as(tensor).clone()

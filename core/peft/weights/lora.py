@@ -14,6 +14,7 @@ from core.errors import ScionError
 from core.graft import AdditiveGraft, Graft
 from core.method import PEFTMethod
 from core.method.low_rank import LowRankMethod
+from core.peft.weights._principal import PrincipalGraft
 
 
 class LoRAGraft(AdditiveGraft):
@@ -35,36 +36,6 @@ class LoRAGraft(AdditiveGraft):
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
         return self.scale * self.B, self.A
-
-
-class PrincipalGraft(LoRAGraft):
-    """y + s (B A - B_0 A_0) dropout(x); W = U S V^T gives A_0 = sqrt(S_r / s) V_r^T and B_0 = U_r sqrt(S_r / s)."""
-
-    A_0: Tensor
-    B_0: Tensor
-
-    def __init__(self, site: Site, rank: int, scale: float, dropout: float) -> None:
-        super().__init__(site, rank, scale, dropout)
-        weight = site.matrix(site.full_weight.detach())
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        u, s, v = torch.linalg.svd(weight.to(wide), full_matrices=False)
-        root = (s[:rank] / scale).sqrt()
-        self.A = nn.Parameter(root[:, None] * v[:rank])
-        self.B = nn.Parameter((u[:, :rank] * root).contiguous())
-        self.register_buffer("A_0", self.A.detach().clone())
-        self.register_buffer("B_0", self.B.detach().clone())
-
-    def delta(self, x: Tensor) -> Tensor:
-        x = self.dropout(x.to(self.A.dtype))  # one mask and two calls, so that the start cancels to the last bit
-        change = self.site.low_rank(x, self.A, self.B, self.scale)
-        change.sub_(self.site.low_rank(x, self.A_0, self.B_0, self.scale))
-        return change
-
-    def merged(self, weight: Tensor) -> Tensor:
-        return weight + (self.scale * (self.B @ self.A - self.B_0 @ self.A_0)).to(weight.dtype)
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        return self.scale * torch.cat([self.B, -self.B_0], 1), torch.cat([self.A, self.A_0])
 
 
 class LoRA(LowRankMethod, PEFTMethod):
@@ -99,30 +70,26 @@ class LoRA(LowRankMethod, PEFTMethod):
             raise ScionError(f"{type(self).__name__}: start {start!r} must be 'random' or 'principal', lr_ratio "
                              f"{lr_ratio} positive")
         self.scale = self.alpha / (math.sqrt(rank) if root else rank)
-        self.principal, self.lr_ratio = start == "principal", lr_ratio
+        self.is_principal, self.lr_ratio = start == "principal", lr_ratio
 
     def check(self, anatomy: Anatomy) -> None:
-        super().check(anatomy)
-        for site in self.sites(anatomy) if self.principal else ():
+        for site in self.sites(anatomy) if self.is_principal else ():
             if self.rank > min(site.in_features, site.out_features):
                 raise ScionError(f"{self.name}: rank {self.rank} is more than the {site.out_features} x "
                                  f"{site.in_features} weight at {site.name} has")
 
     def build(self, site: Site) -> Graft:
-        return (PrincipalGraft if self.principal else LoRAGraft)(site, self.rank, self.scale, self.dropout)
+        graft = PrincipalGraft if self.is_principal else LoRAGraft
+        return graft(site, self.rank, self.scale, self.dropout)
 
     def param_groups(self) -> list[dict[str, Any]]:
         groups = super().param_groups()
         if self.lr_ratio == 1:
             return groups
-        fast = {id(tensor) for name, tensor in self.trainable().items() if name.endswith(".B")}
-        parts = [(group, [p for p in group["params"] if (id(p) in fast) == which]) for group in groups
-                 for which in (False, True)]
-        return [{**group, "params": tensors, **({"lr_factor": self.lr_ratio} if id(tensors[0]) in fast else {})}
-                for group, tensors in parts if tensors]
-
-
-def orthogonality(matrices: Sequence[Tensor]) -> Tensor:
-    """|M M^T - I| of each matrix M: how far its rows are from orthonormal ones."""
-    grams = [m @ m.t() for m in matrices]
-    return torch.stack([(gram - torch.eye(len(gram)).to(gram)).norm() for gram in grams])
+        up = {id(tensor) for name, tensor in self.trainable().items() if name.endswith(".B")}
+        found = []
+        for group in groups:
+            slow = {**group, "params": [p for p in group["params"] if id(p) not in up]}
+            fast = {**group, "params": [p for p in group["params"] if id(p) in up], "lr_factor": self.lr_ratio}
+            found += [part for part in (slow, fast) if part["params"]]
+        return found

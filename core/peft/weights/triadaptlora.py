@@ -16,7 +16,7 @@ from core.json_types import Few
 from core.method import AddsLoss, PEFTMethod, Scheduled, home_of
 from core.method.low_rank import LowRankMethod
 from core.optim import steps_of
-from core.peft.weights.lora import orthogonality
+from core.peft.weights._orthogonality import orthogonality
 from core.random_state import seeded
 
 Scale = Literal["alpha/rank", "alpha/reference"]
