@@ -113,8 +113,9 @@ class TimmBackbone(Backbone):
         if inputs.dim() != 4 or inputs.shape[1:] != (3, self.size, self.size):
             raise ScionError(f"backbone TimmBackbone wants pictures [batch, 3, {self.size}, {self.size}], got "
                              f"{list(inputs.shape)}: set backbone.size to the data's size")
-        model: Model = self.model
-        return model.forward_head(model.forward_features(inputs), pre_logits=True)
+        # The model has no classes, so what it gives is its feature. It must be called as a module: what stands at the
+        # parameters that it holds itself (a class token, positions) acts through its hooks.
+        return self.model(inputs)
 
 
 # ------------------------------------------------------------------------------------------------- names

@@ -17,6 +17,7 @@ from timm.layers.drop import DropPath
 from timm.models import save_for_hf
 from torch import Tensor
 
+from core import peft
 from core.anatomy import dissect
 from core.cli.merge import save_plain
 from core.errors import ScionError
@@ -506,3 +507,17 @@ def test_a_name_of_old_still_works() -> None:
         warnings.simplefilter("ignore")
         backbone = TimmBackbone("vit_base_patch16_224_in21k", pretrained=False)
     assert backbone.model.pretrained_cfg["hf_hub_id"] == "timm/vit_base_patch16_224.augreg_in21k"  # type: ignore
+
+
+def test_what_the_model_holds_itself_can_be_adapted() -> None:
+    """The class token and the positions belong to no part of the model, so that it must be called as a module."""
+    backbone = TimmBackbone(name="nano")
+    method: Any = peft.method_class("LTSFT")().attach(backbone)
+    pictures = torch.randn(2, 3, backbone.size, backbone.size)
+    backbone(pictures).square().mean().backward()
+    torch.optim.SGD(method.trainable().values(), lr=0.1).step()
+    method.advance()
+    backbone(pictures).square().mean().backward()
+    trained = method.trainable()
+    assert any("cls_token" in name for name in trained) and any("pos_embed" in name for name in trained)
+    assert [name for name, tensor in trained.items() if tensor.grad is None] == []
