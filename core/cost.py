@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,11 +30,13 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from core.errors import ScionError
-from core.method import OwnOptimizer, home_in, methods_on
+from core.method import OwnOptimizer, PEFTMethod, home_in, methods_on
 from core.random_state import random_states, restore_random_states
 
 Inputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 Loss = Callable[[Any], Tensor]
+Row = tuple[str, int | None, str]
+"""Name, number and a note behind it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Cost:
     """The methods attached to it, as they print."""
     parameters: dict[str, int]
     """Numbers by owner. ``total`` (all, whatever was added included), ``backbone`` (without methods and task heads),
-    ``trained`` and its parts ``method``, ``norms`` (the option of that name), ``head``, ``beside`` (what training alone
+    ``trained`` and its parts ``method``, ``norms`` (the option of that name), ``head``, ``beside`` (what only training
     needs, where there is any), ``other`` (trained, but by no method), and ``stored``, what the methods' file holds
     without a head."""
     gradient_bytes: int
@@ -73,21 +75,42 @@ class Cost:
         return {**dataclasses.asdict(self), "methods": list(self.methods)}
 
     def __str__(self) -> str:
-        trained, total = self.parameters["trained"], self.parameters["total"]
-        rows: list[tuple[str, int | None, str]] = [
-            ("parameters", total, ""), ("  of the backbone", self.parameters["backbone"], ""),
-            ("  trained", trained, f"{trained / total:.4%} of all" if total else ""),
-            *((f"    {owner}", self.parameters[owner], "") for owner in ("method", "norms", "head", "beside", "other")
-              if owner in self.parameters),
-            ("  stored", self.parameters["stored"], ""),
-            *((name.replace("_bytes", " bytes"), value, _binary(value)) for name, value in (
-                ("adapter_bytes", self.adapter_bytes), ("gradient_bytes", self.gradient_bytes),
-                ("optimizer_bytes", self.optimizer_bytes), ("kept_bytes", self.kept_bytes))),
-            ("FLOPs forward", self.forward_flops, ""), ("FLOPs backward", self.backward_flops, ""),
-            ("operators forward", self.forward_operators, ""), ("operators backward", self.backward_operators, ""),
+        methods = ", ".join(self.methods) or "no method"
+        lines = [f"{self.model}: {methods}"]
+        for name, value, note in [*self._parameter_rows(), *self._byte_rows(), *self._step_rows()]:
+            if value is not None:
+                lines.append(f"{name:<20}{value:>20,}  {note}".rstrip())
+        return "\n".join(lines)
+
+    def _parameter_rows(self) -> list[Row]:
+        counts = self.parameters
+        trained, total = counts["trained"], counts["total"]
+        share = f"{trained / total:.4%} of all" if total else ""
+        rows: list[Row] = [("parameters", total, "")]
+        rows.append(("  of the backbone", counts["backbone"], ""))
+        rows.append(("  trained", trained, share))
+        for owner in ("method", "norms", "head", "beside", "other"):
+            if owner in counts:
+                rows.append((f"    {owner}", counts[owner], ""))
+        rows.append(("  stored", counts["stored"], ""))
+        return rows
+
+    def _byte_rows(self) -> list[Row]:
+        sizes = {
+            "adapter bytes": self.adapter_bytes,
+            "gradient bytes": self.gradient_bytes,
+            "optimizer bytes": self.optimizer_bytes,
+            "kept bytes": self.kept_bytes,
+        }
+        return [(name, size, _binary(size)) for name, size in sizes.items()]
+
+    def _step_rows(self) -> list[Row]:
+        return [
+            ("FLOPs forward", self.forward_flops, ""),
+            ("FLOPs backward", self.backward_flops, ""),
+            ("operators forward", self.forward_operators, ""),
+            ("operators backward", self.backward_operators, ""),
         ]
-        lines = [f"{name:<20}{value:>20,}  {note}".rstrip() for name, value, note in rows if value is not None]
-        return "\n".join([f"{self.model}: {', '.join(self.methods) or 'no method'}", *lines])
 
 
 def describe(model: nn.Module, example_input: Inputs | None = None, loss: Loss | None = None) -> Cost:
@@ -105,56 +128,110 @@ def describe(model: nn.Module, example_input: Inputs | None = None, loss: Loss |
             flow reads values.
     """
     cost = _parameters(model)
-    return cost if example_input is None else dataclasses.replace(cost, **_passes(model, example_input, loss))
+    if example_input is None:
+        return cost
+    counted = _passes(model, example_input, loss)
+    return dataclasses.replace(cost, **counted)
 
 
 # ------------------------------------------------------------------------------------------------- parameters
 
 
+@dataclasses.dataclass
+class _Ownership:
+    """Whose the tensors of a model are. Parameters are known by identity: tied ones have several names."""
+
+    owner: dict[int, str] = dataclasses.field(default_factory=dict)
+    """The owner of each trained parameter that has one."""
+    stored: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    """What the methods' file holds without a head."""
+    file: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    """What it holds."""
+    outside: int = 0
+    """Numbers in task heads, inside the methods' model and around it."""
+    added: int = 0
+    """Numbers of the methods."""
+
+
 def _parameters(model: nn.Module) -> Cost:
     methods = methods_on(model)
     trained = {id(p): p for p in model.parameters() if p.requires_grad}
-    owner: dict[int, str] = {}
-    stored: dict[str, Tensor] = {}
-    file: dict[str, Tensor] = {}
-    outside = added = 0
-    if methods:
-        path, root = home_in(model) or ("", model)
-        home: Any = root.peft
-        inside = dict(root.named_parameters())
-        for method in methods:
-            stored.update(method.tensors())
-            norms = set(method.norm_names)
-            for name, tensor in method.trainable().items():
-                owner.setdefault(id(tensor), "norms" if name in norms else "method")
-        heads = {name: inside[name].detach() for name in home.heads}
-        file = {**stored, **{name: tensor for name, tensor in heads.items() if inside[name].requires_grad}}
-        mine = {id(p) for p in inside.values()}
-        beside = {id(p) for p in getattr(model, "beside_inference", list)()}
-        around = {id(p): p for p in model.parameters() if id(p) not in mine}
-        for key in [*(id(inside[name]) for name in heads), *around]:  # a task's head may stand outside of the backbone
-            if key in trained:
-                owner.setdefault(key, "beside" if key in beside else "head")
-        outside = sum(t.numel() for t in heads.values()) + sum(p.numel() for p in around.values())
-        added = sum(p.numel() for p in home.parameters())
-    owners = ("total", "backbone", "trained", "method", "norms", "head", *(["beside"] if "beside" in owner.values() else
-                                                                          []), "other", "stored")
-    counts: dict[str, int] = dict.fromkeys(owners, 0)
-    for key, tensor in trained.items():
-        counts[owner.get(key, "other")] += tensor.numel()
-    counts["total"] = sum(p.numel() for p in model.parameters())
-    counts["backbone"] = counts["total"] - added - outside
-    counts["trained"] = sum(p.numel() for p in trained.values())
-    counts["stored"] = sum(tensor.numel() for tensor in stored.values())
-    gradients = sum(p.numel() * p.element_size() for p in trained.values())
-    moments = 2 * gradients
+    ownership = _ownership(model, methods, trained) if methods else _Ownership()
+    gradient_bytes = _bytes(trained.values())
+    adapter_bytes = safetensors_bytes(ownership.file) if methods else 0
+    return Cost(
+        model=type(model).__name__,
+        methods=tuple(map(repr, methods)),
+        parameters=_counts(model, trained, ownership),
+        gradient_bytes=gradient_bytes,
+        optimizer_bytes=_optimizer_bytes(methods, trained, gradient_bytes),
+        adapter_bytes=adapter_bytes,
+    )
+
+
+def _numbers(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _ownership(model: nn.Module, methods: Sequence[PEFTMethod], trained: dict[int, nn.Parameter]) -> _Ownership:
+    found = _Ownership()
+    _, root = home_in(model) or ("", model)
+    home: Any = root.peft
+    inside = dict(root.named_parameters())
+    # What several methods train is the first one's, hence `setdefault`.
+    for method in methods:
+        found.stored.update(method.tensors())
+        norms = set(method.norm_names)
+        for name, tensor in method.trainable().items():
+            found.owner.setdefault(id(tensor), "norms" if name in norms else "method")
+    heads = {name: inside[name].detach() for name in home.heads}
+    trained_heads = {name: head for name, head in heads.items() if inside[name].requires_grad}
+    found.file = {**found.stored, **trained_heads}
+    around = _around(model, inside)
+    beside = {id(p) for p in getattr(model, "beside_inference", list)()}
+    in_heads = [id(inside[name]) for name in heads]
+    for key in [*in_heads, *around]:  # a task's head may be outside of the backbone
+        if key in trained:
+            found.owner.setdefault(key, "beside" if key in beside else "head")
+    found.outside = _numbers(heads.values()) + _numbers(around.values())
+    found.added = _numbers(home.parameters())
+    return found
+
+
+def _around(model: nn.Module, inside: dict[str, nn.Parameter]) -> dict[int, nn.Parameter]:
+    """The model's parameters that are not ``inside`` the methods' model."""
+    known = {id(p) for p in inside.values()}
+    return {id(p): p for p in model.parameters() if id(p) not in known}
+
+
+def _counts(model: nn.Module, trained: dict[int, nn.Parameter], ownership: _Ownership) -> dict[str, int]:
+    names = ["total", "backbone", "trained", "method", "norms", "head"]
+    if "beside" in ownership.owner.values():
+        names.append("beside")
+    names += ["other", "stored"]
+    counts = dict.fromkeys(names, 0)
+    for key, parameter in trained.items():
+        owner = ownership.owner.get(key, "other")
+        counts[owner] += parameter.numel()
+    counts["total"] = _numbers(model.parameters())
+    counts["backbone"] = counts["total"] - ownership.added - ownership.outside
+    counts["trained"] = _numbers(trained.values())
+    counts["stored"] = _numbers(ownership.stored.values())
+    return counts
+
+
+def _optimizer_bytes(methods: Sequence[PEFTMethod], trained: dict[int, nn.Parameter], gradient_bytes: int) -> int:
+    """Adam's two moments, each as large as the gradients; what a method's optimizer keeps replaces its share."""
+    size = 2 * gradient_bytes
     for method in methods:
         if isinstance(method, OwnOptimizer):
-            adam = sum(2 * p.numel() * p.element_size() for p in method.trainable().values() if id(p) in trained)
-            moments += method.optimizer_bytes() - adam
-    return Cost(model=type(model).__name__, methods=tuple(map(repr, methods)), parameters=counts,
-                gradient_bytes=gradients, optimizer_bytes=moments,
-                adapter_bytes=safetensors_bytes(file) if methods else 0)
+            own = [p for p in method.trainable().values() if id(p) in trained]
+            size += method.optimizer_bytes() - 2 * _bytes(own)
+    return size
 
 
 _NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
@@ -171,12 +248,16 @@ def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
     end = 0
+    # The library's order, wide types first and then by name: offsets with more digits make a longer header.
     for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        kind = str(tensor.dtype).removeprefix("torch.")
-        header[name] = {"dtype": _NAMES[kind], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
-    return 8 + -(-length // 8) * 8 + end
+        start = end
+        end += tensor.numel() * tensor.element_size()
+        kind = _NAMES[str(tensor.dtype).removeprefix("torch.")]
+        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False)
+    length = len(text.encode())
+    padded = -(-length // 8) * 8
+    return 8 + padded + end
 
 
 # ------------------------------------------------------------------------------------------------- one step
@@ -188,41 +269,75 @@ def _passes(model: nn.Module, inputs: Inputs, loss: Loss | None) -> dict[str, in
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         # The forward reads values (`.item()`, rows under a mask): only a real step can follow it.
         if any(p.is_meta for p in model.parameters()):
-            raise ScionError(f"describe: the forward of {type(model).__name__} reads values ({error.func}), and a "
+            name = type(model).__name__
+            raise ScionError(f"describe: the forward of {name} reads values ({error.func}), and a "
                              "model on the meta device has none: give it weights, or no example_input") from None
     return _step(model, inputs, loss, fake=False)
 
 
 def _step(model: nn.Module, inputs: Inputs, loss: Loss | None, fake: bool) -> dict[str, int]:
-    """One forward and backward to count operators, and a forward of its own for what it keeps: hooks on saved tensors
+    """One forward and backward to count operators, and another forward for what it keeps: hooks on saved tensors
     would add operators."""
+    counts = _count_operators(model, inputs, loss, fake)
+    kept = _kept_bytes(model, inputs, loss, fake)
+    return {"kept_bytes": kept, **counts}
+
+
+def _count_operators(model: nn.Module, inputs: Inputs, loss: Loss | None, fake: bool) -> dict[str, int]:
     with _stand_ins(model, inputs, fake) as (forward, _):
         operators = _Operators()
         with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as flops:
             with operators:
                 ends = _ends(forward(), loss)
-            flops_there, operators_there = flops.get_total_flops(), operators.count
-            # The squares' own operators are not the model's: their gradient is given instead.
+            forward_flops = flops.get_total_flops()
+            forward_operators = operators.count
+            # The squares' operators are not the model's: their gradient is given instead.
             starts = [None] * len(ends) if loss else [2 * end.detach() for end in ends]
             with operators:
                 if ends:
                     torch.autograd.backward(ends, starts)
-            flops_back = flops.get_total_flops() - flops_there
+            all_flops = flops.get_total_flops()
+    return {
+        "forward_flops": forward_flops,
+        "backward_flops": all_flops - forward_flops,
+        "forward_operators": forward_operators,
+        "backward_operators": operators.count - forward_operators,
+    }
+
+
+def _kept_bytes(model: nn.Module, inputs: Inputs, loss: Loss | None, fake: bool) -> int:
+    kept: weakref.WeakSet[_Kept] = weakref.WeakSet()
+
+    def pack(tensor: Tensor) -> _Kept:
+        entry = _Kept(tensor)
+        kept.add(entry)  # it lives as long as the graph that holds it: what is dropped on the way is not counted
+        return entry
+
     with _stand_ins(model, inputs, fake) as (forward, there_anyway):
-        kept: weakref.WeakSet[_Kept] = weakref.WeakSet()
-
-        def pack(tensor: Tensor) -> _Kept:
-            entry = _Kept(tensor)
-            kept.add(entry)  # it lives as long as the graph that holds it: what is dropped on the way is not counted
-            return entry
-
         with saved_tensors_hooks(pack, lambda entry: entry.tensor):
             ends = _ends(forward(), loss)
-        storages = {storage._cdata: storage.nbytes() for storage in (e.tensor.untyped_storage() for e in kept)}
-        kept_bytes = sum(size for key, size in storages.items() if key not in there_anyway)
-        del ends
-    return {"kept_bytes": kept_bytes, "forward_flops": flops_there, "backward_flops": flops_back,
-            "forward_operators": operators_there, "backward_operators": operators.count - operators_there}
+        sizes = _storage_sizes(entry.tensor for entry in kept)
+        del ends  # and with it the graph, up to here the one thing that keeps the entries
+    return sum(size for key, size in sizes.items() if key not in there_anyway)
+
+
+def _storage_sizes(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Bytes of each storage, by its address: views of one tensor share a storage."""
+    sizes: dict[int, int] = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        sizes[storage._cdata] = storage.nbytes()
+    return sizes
+
+
+@dataclasses.dataclass(frozen=True)
+class _Contents:
+    """What a module held before a step."""
+
+    module: nn.Module
+    attributes: dict[str, Any]
+    parameters: dict[str, Any]
+    buffers: dict[str, Any]
 
 
 @contextmanager
@@ -234,8 +349,7 @@ def _stand_ins(model: nn.Module, inputs: Inputs, fake: bool) -> Iterator[tuple[C
     modules or draws from generators is taken back.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    before: list[tuple[nn.Module, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
-        (module, dict(vars(module)), dict(module._parameters), dict(module._buffers)) for module in model.modules()]
+    before = _contents(model)
     states = random_states()
 
     def hollow(tensor: Tensor) -> Tensor:
@@ -247,26 +361,57 @@ def _stand_ins(model: nn.Module, inputs: Inputs, fake: bool) -> Iterator[tuple[C
 
     try:
         with torch.inference_mode(False), torch.enable_grad():
+            # The mode that is paid for: in the other one dropout, for example, keeps nothing.
             model.train()
-            tensors: dict[str, Tensor] = {
-                name: nn.Parameter(hollow(p) if fake else solid(p), requires_grad=p.requires_grad)
-                for name, p in model.named_parameters()}
-            tensors.update({name: solid(b).clone() for name, b in model.named_buffers()})
+            tensors: dict[str, Tensor] = {}
+            for name, parameter in model.named_parameters():
+                values = hollow(parameter) if fake else solid(parameter)
+                tensors[name] = nn.Parameter(values, requires_grad=parameter.requires_grad)
+            for name, buffer in model.named_buffers():
+                tensors[name] = solid(buffer).clone()  # a batch norm writes into its buffers
             batch = tree_map_only(Tensor, solid, inputs)
-            args, kwargs = ((), dict(batch)) if isinstance(batch, Mapping) else \
-                (tuple(batch), {}) if isinstance(batch, (tuple, list)) else ((batch,), {})
-            there_anyway = {t.untyped_storage()._cdata for t in [*tensors.values(), *tree_leaves(batch)]
-                            if isinstance(t, Tensor)}
+            args, kwargs = _arguments(batch)
+            there_anyway: set[int] = set()
+            for leaf in [*tensors.values(), *tree_leaves(batch)]:
+                if isinstance(leaf, Tensor):
+                    there_anyway.add(leaf.untyped_storage()._cdata)
             yield lambda: functional_call(model, tensors, args, kwargs), there_anyway
     finally:
-        for module, state, parameters, buffers in before:
-            vars(module).clear()
-            vars(module).update(state)
-            module._parameters.clear()
-            module._parameters.update(parameters)
-            module._buffers.clear()
-            module._buffers.update(buffers)
+        _put_back(before)
         restore_random_states(states)
+
+
+def _contents(model: nn.Module) -> list[_Contents]:
+    """What every module holds: attributes, parameters and buffers."""
+    found = []
+    for module in model.modules():
+        # `vars` holds the two dictionaries themselves, which a forward may change in place: hence copies of them.
+        attributes = dict(vars(module))
+        parameters = dict(module._parameters)
+        buffers = dict(module._buffers)
+        found.append(_Contents(module, attributes, parameters, buffers))
+    return found
+
+
+def _put_back(before: list[_Contents]) -> None:
+    for entry in before:
+        module = entry.module
+        # Attributes first: the dictionaries of parameters and buffers are among them.
+        vars(module).clear()
+        vars(module).update(entry.attributes)
+        module._parameters.clear()
+        module._parameters.update(entry.parameters)
+        module._buffers.clear()
+        module._buffers.update(entry.buffers)
+
+
+def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A batch as the arguments of a forward."""
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    if isinstance(batch, (tuple, list)):
+        return tuple(batch), {}
+    return (batch,), {}
 
 
 def _ends(output: Any, loss: Loss | None) -> list[Tensor]:
@@ -284,6 +429,7 @@ def _ends(output: Any, loss: Loss | None) -> list[Tensor]:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors of an output, however nested; a mapping (a ModelOutput, say) is looked at as its values."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
@@ -310,7 +456,8 @@ class _Operators(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        self.count += func.namespace != "prim"  # fake tensors ask for their device
+        if func.namespace != "prim":  # fake tensors ask for their device
+            self.count += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -318,11 +465,15 @@ class _Operators(TorchDispatchMode):
 
 
 def _attention(q: Any, k: Any, v: Any, *rest: Any, **named: Any) -> int:
-    return sdpa_flop_count(q, (k[0], q[1], *k[2:]), (v[0], q[1], *v[2:]))
+    keys = (k[0], q[1], *k[2:])
+    values = (v[0], q[1], *v[2:])
+    return sdpa_flop_count(q, keys, values)
 
 
 def _attention_backward(grad: Any, q: Any, k: Any, v: Any, *rest: Any, **named: Any) -> int:
-    return sdpa_backward_flop_count(grad, q, (k[0], q[1], *k[2:]), (v[0], q[1], *v[2:]))
+    keys = (k[0], q[1], *k[2:])
+    values = (v[0], q[1], *v[2:])
+    return sdpa_backward_flop_count(grad, q, keys, values)
 
 
 _ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
@@ -333,5 +484,6 @@ def _binary(size: int | None) -> str:
     """A size in words: 1.2 MiB."""
     if size is None or size < 1024:
         return ""
+    units = ("", "KiB", "MiB", "GiB", "TiB")
     power = min((size.bit_length() - 1) // 10, 4)
-    return f"{size / 1024**power:.1f} {('', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+    return f"{size / 1024**power:.1f} {units[power]}"

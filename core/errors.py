@@ -25,15 +25,17 @@ class Interrupted(KeyboardInterrupt):
 
     def __init__(self, number: int = signal.SIGINT, hint: str = "") -> None:
         self.number = number
-        super().__init__(f"stopped by {signal.Signals(number).name}{f'; {hint}' if hint else ''}")
+        text = f"stopped by {signal.Signals(number).name}"
+        super().__init__(f"{text}; {hint}" if hint else text)
 
     @property
     def code(self) -> int:
+        """The command's exit code, as shells count it."""
         return 128 + self.number
 
     @classmethod
     def last(cls) -> Interrupted:
-        """The one of the last signal."""
+        """The one of the last signal, or of Ctrl-C where none was received."""
         return cls(cls.received or signal.SIGINT)
 
     @classmethod
@@ -42,12 +44,15 @@ class Interrupted(KeyboardInterrupt):
         a file end in errors of their own."""
         if isinstance(error, Interrupted):
             return error
-        return cls.last() if isinstance(error, KeyboardInterrupt) or cls.received is not None else None
+        if isinstance(error, KeyboardInterrupt) or cls.received is not None:
+            return cls.last()
+        return None
 
     @classmethod
     def after(cls, stop: KeyboardInterrupt, hint: str) -> Interrupted:
         """The one that ``stop`` was, with a hint how to go on."""
-        return cls(stop.number if isinstance(stop, Interrupted) else cls.received or signal.SIGINT, hint)
+        number = stop.number if isinstance(stop, Interrupted) else cls.last().number
+        return cls(number, hint)
 
 
 @contextmanager
@@ -62,7 +67,7 @@ def interruptible() -> Iterator[None]:
     try:
         for number in (signal.SIGTERM, signal.SIGINT):
             before[number] = signal.signal(number, stop)
-    except ValueError:
+    except ValueError:  # Python lets no other thread set a handler
         pass
     try:
         yield
@@ -76,31 +81,48 @@ def bad_input(error: BaseException) -> ScionError | None:
     if isinstance(error, OSError):
         reason = error.strerror or str(error) or type(error).__name__
         return ScionError(f"{os.fsdecode(error.filename)}: {reason}" if error.filename else reason)
-    is_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    text = (str(error).strip().splitlines() or [""])[0]
-    if is_memory or (isinstance(error, RuntimeError) and "allocate memory" in str(error)):
-        return ScionError("out of memory; a smaller data.batch_size, or trainer.accumulate_grad_batches, takes less"
-                          + (f" ({text[:200]})" if text else ""))
-    return None
+    if not _is_of_memory(error):
+        return None
+    advice = "out of memory; a smaller data.batch_size, or trainer.accumulate_grad_batches, takes less"
+    lines = str(error).strip().splitlines()
+    if not lines:
+        return ScionError(advice)
+    return ScionError(f"{advice} ({lines[0][:200]})")  # CUDA's message has a page of advice behind its first line
+
+
+def _is_of_memory(error: BaseException) -> bool:
+    # By its name, so that torch is not imported to report that a file is missing.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)  # torch's words on the CPU
 
 
 def one_line(text: object) -> str:
     """``text`` on one line for a terminal: other characters than printable ones, escapes for instance, are spelled
     out."""
-    return printable(" ".join(str(text).split()))
+    words = str(text).split()
+    return printable(" ".join(words))
 
 
 def printable(text: object) -> str:
     """``text`` with other characters than printable ones, tabs and line breaks too, spelled out: a field of a line."""
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii")
-                   for letter in str(text))
+    return "".join(_spelled_out(letter) for letter in str(text))
+
+
+def _spelled_out(letter: str) -> str:
+    if letter.isprintable():
+        return letter
+    return letter.encode("unicode_escape").decode("ascii")
 
 
 def nearest(word: str, known: Iterable[str], n: int = 3) -> str:
     """``" (did you mean 'a' or 'b'?)"`` for the names most like ``word``, or an empty string."""
-    names = {str(name).lower(): str(name) for name in known}
-    close = [names[hit] for hit in difflib.get_close_matches(word.lower(), list(names), n=n, cutoff=0.5)]
-    return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
+    names = {str(name).lower(): str(name) for name in known}  # lora is meant for LoRA
+    hits = difflib.get_close_matches(word.lower(), list(names), n=n, cutoff=0.5)
+    if not hits:
+        return ""
+    choice = " or ".join(repr(names[hit]) for hit in hits)
+    return f" (did you mean {choice}?)"
 
 
 OTHER_NAMES = {
@@ -123,4 +145,5 @@ def listed(names: Iterable[object], most: int = 12) -> str:
     """A comma-separated list for a message, cut after ``most`` names."""
     words = [str(name) for name in names]
     more = len(words) - most
-    return ", ".join(words[:most]) + (f", ... and {more} more" if more > 0 else "")
+    text = ", ".join(words[:most])
+    return f"{text}, ... and {more} more" if more > 0 else text

@@ -32,12 +32,16 @@ def write_atomically(path: str | Path, write: Callable[[Path], Any], prefix: str
         prefix: of that name; None is a dot and the file's own.
     """
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=prefix or f".{path.name[:100]}.", suffix=path.suffix, dir=path.parent)
+    # Beside the file, since a rename is atomic only within one file system; cut, since names have at most 255 bytes.
+    prefix = prefix or f".{path.name[:100]}."
+    handle, temporary = tempfile.mkstemp(prefix=prefix, suffix=path.suffix, dir=path.parent)
     os.close(handle)
     try:
         write(Path(temporary))
+        # Without this a crash of the machine could leave the new name with no content.
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
+        # mkstemp makes files that only their owner may read; the umask can be read only by setting it.
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
@@ -106,8 +110,10 @@ def open_to_append(path: str | Path) -> IO[str]:
     """
     if not is_absent(path) and not stat.S_ISREG(os.lstat(path).st_mode):
         raise ScionError(f"{path}: a link, a folder, a pipe or a device, where a file is wanted; remove it")
+    # Something else may have come to this name since: a link is refused here, and a pipe does not wait.
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    return open(os.open(path, flags, 0o666), "a", encoding="utf-8", errors="backslashreplace")
+    handle = os.open(path, flags, 0o666)
+    return open(handle, "a", encoding="utf-8", errors="backslashreplace")
 
 
 def is_absent(path: str | Path) -> bool:
@@ -129,7 +135,7 @@ def read_text(path: str | Path) -> str:
     """
     try:
         with open_regular(path) as file:
-            data = file.read(LARGEST_TEXT + 1)
+            data = file.read(LARGEST_TEXT + 1)  # one byte more says that it is too large, however it grows meanwhile
     except OSError as error:
         raise ScionError(f"{path}: cannot be read ({error.strerror or error})") from None
     if len(data) > LARGEST_TEXT:
@@ -150,7 +156,12 @@ def files_below(folder: str | Path) -> tuple[list[Path], list[Path]]:
     """
     files: list[Path] = []
     closed: list[Path] = []
-    for place, folders, names in os.walk(folder, onerror=lambda error: closed.append(Path(error.filename))):
+
+    def note(error: OSError) -> None:
+        closed.append(Path(error.filename))
+
+    for place, folders, names in os.walk(folder, onerror=note):
+        # os.walk goes into those that are left in its list.
         folders[:] = [name for name in folders if not name.startswith(".")]
         files += [Path(place, name) for name in names if not name.startswith(".")]
     return sorted(files), sorted(closed)
@@ -190,7 +201,7 @@ def parse_json(text: str) -> Any:
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
+    found = dict(pairs)  # of a key that is there twice it keeps the last value
     if len(found) < len(pairs):
         raise ValueError("a key stands twice in one mapping")
     return found
@@ -225,27 +236,37 @@ def locked(file: str | Path, busy: str, wait: Callable[[], Any] | None = None) -
         ScionError: the lock is held, and nobody is to wait for it.
         OSError: the file cannot be made.
     """
-    file, told = Path(file), False
-    while (lock := _try_lock(file)) is None:
-        if wait is None or _inode(file) in _held:
-            raise ScionError(busy)
-        if not told:
-            wait()
-            told = True
-        time.sleep(0.1)
-    handle, firm = lock
+    file = Path(file)
+    handle, is_firm = _wait_for_lock(file, busy, wait)
     status = os.fstat(handle)
-    _held.add((status.st_dev, status.st_ino))
+    inode = status.st_dev, status.st_ino
+    _held.add(inode)
     try:
-        yield firm
+        yield is_firm
     finally:
         with contextlib.suppress(OSError):
             os.unlink(file)  # while the lock is held, so that nobody holds a lock on a file that is gone
         os.close(handle)
-        _held.discard((status.st_dev, status.st_ino))
+        _held.discard(inode)
+
+
+def _wait_for_lock(file: Path, busy: str, wait: Callable[[], Any] | None) -> tuple[int, bool]:
+    """The open lock file, and whether its file system has locks, as soon as nobody else holds it."""
+    has_waited = False
+    while True:
+        lock = _try_lock(file)
+        if lock is not None:
+            return lock
+        if wait is None or _inode(file) in _held:  # to wait for oneself would be for ever
+            raise ScionError(busy)
+        if not has_waited:
+            wait()
+            has_waited = True
+        time.sleep(0.1)
 
 
 def _inode(file: Path) -> tuple[int, int] | None:
+    """(device, inode) of a file; None where there is none."""
     try:
         status = file.stat()
     except OSError:

@@ -101,7 +101,8 @@ def check(value: Any, kind: Any, where: str, name: str = "") -> None:
     found = mismatch(value, kind)
     if found is not None:
         place = f"{name}{found.place}".lstrip(".")
-        raise ScionError(f"{where}: {place}{': ' if place else ''}{shown(found.value)} is not {found.wanted}")
+        before = f"{place}: " if place else ""
+        raise ScionError(f"{where}: {before}{shown(found.value)} is not {found.wanted}")
 
 
 def check_fields(value: Any, fields: Fields, where: str, name: str = "") -> None:
@@ -109,13 +110,17 @@ def check_fields(value: Any, fields: Fields, where: str, name: str = "") -> None
     check(value, dict[str, Any], where, name)
     for key, item in value.items():
         if key not in fields:
-            raise ScionError(f"{where}: {name}{' ' if name else ''}has the unknown key {shown(key)}"
-                             f"{nearest(key, fields)}; there are {listed(fields, 40) or 'none'}")
+            who = f"{name} " if name else ""
+            known = listed(fields, 40) or "none"
+            raise ScionError(f"{where}: {who}has the unknown key {shown(key)}{nearest(key, fields)}; there are {known}")
         check(item, fields[key], where, f"{name}.{key}")
 
 
 _SHORT = reprlib.Repr()
-_SHORT.maxstring, _SHORT.maxother, _SHORT.maxlevel, _SHORT.maxlong = 60, 60, 2, 40
+_SHORT.maxstring = 60
+_SHORT.maxother = 60
+_SHORT.maxlevel = 2
+_SHORT.maxlong = 40
 
 
 def shown(value: Any) -> str:
@@ -130,48 +135,74 @@ def shown(value: Any) -> str:
 
 
 def _check(value: Any, kind: Any, place: str) -> None:
-    origin, parts = get_origin(kind), get_args(kind)
+    """Raise the `Mismatch` of a value that is not of the type; ``place`` is where it is in the whole."""
     if kind is Any:
         return
+    origin = get_origin(kind)
+    parts: tuple[Any, ...] = get_args(kind)
     if origin in (Required, NotRequired):
         _check(value, parts[0], place)
     elif origin is Annotated:
+        # The type first: a rule may rely on it.
         _check(value, parts[0], place)
-        for rule in parts[1:]:
-            if not rule.holds(value):
-                raise Mismatch(place, rule.wanted, value)
+        _check_rules(value, parts[1:], place)
     elif origin in (Union, types.UnionType):
         _check_union(value, kind, place)
     elif is_typeddict(kind):
         _check_typed_dict(value, kind, place)
-    elif kind in (dict, Mapping) or origin in (dict, Mapping):
+    elif _is_mapping(kind, origin):
         _check_mapping(value, kind, parts or (str, Any), place)
-    elif kind in (list, tuple, Sequence) or origin in (list, tuple, Sequence):
+    elif _is_list(kind, origin):
         _check_sequence(value, kind, origin, parts or (Any,), place)
     elif not _is(value, kind, origin):
         raise Mismatch(place, wanted(kind), value)
 
 
+def _is_mapping(kind: Any, origin: Any) -> bool:
+    return kind in (dict, Mapping) or origin in (dict, Mapping)
+
+
+def _is_list(kind: Any, origin: Any) -> bool:
+    return kind in (list, tuple, Sequence) or origin in (list, tuple, Sequence)
+
+
+def _check_rules(value: Any, rules: Sequence[Rule], place: str) -> None:
+    for rule in rules:
+        if not rule.holds(value):
+            raise Mismatch(place, rule.wanted, value)
+
+
 def _is(value: Any, kind: Any, origin: Any) -> bool:
     """Whether a value is of a type without parts."""
     if origin is Literal:
+        # By type as well, since True == 1 == 1.0.
         return any(type(value) is type(option) and value == option for option in get_args(kind))
     if kind in (None, type(None)):
         return value is None
     if kind is bool:
         return isinstance(value, bool)
     if kind is int:
-        return isinstance(value, Integral) and not isinstance(value, bool) and abs(int(value)) < LARGEST
+        return _is_whole(value)
     if kind is float:
-        if isinstance(value, Integral):
-            return not isinstance(value, bool) and abs(int(value)) < LARGEST
+        if isinstance(value, Integral):  # 1 may be written for 1.0
+            return _is_whole(value)
         return isinstance(value, Real) and math.isfinite(value)
     if kind is str:
         return isinstance(value, str) and len(value) <= LONGEST
-    return isinstance(value, kind) if isinstance(kind, type) else True
+    if isinstance(kind, type):
+        return isinstance(value, kind)
+    return True  # an annotation that cannot be checked, such as a type variable
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether this is a whole number that torch could hold; Python's booleans are numbers too, but none here."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        return False
+    return abs(int(value)) < LARGEST
 
 
 def _check_union(value: Any, kind: Any, place: str) -> None:
+    """Accept a value of any of the types; else report the type that it came nearest to."""
     deepest: Mismatch | None = None
     for option in get_args(kind):
         try:
@@ -185,7 +216,8 @@ def _check_union(value: Any, kind: Any, place: str) -> None:
 def _check_sequence(value: Any, kind: Any, origin: Any, parts: tuple[Any, ...], place: str) -> None:
     if not isinstance(value, (list, tuple, range)) or len(value) > MOST:
         raise Mismatch(place, wanted(kind), value)
-    if origin is tuple and not (len(parts) == 2 and parts[1] is Ellipsis):
+    is_open = len(parts) == 2 and parts[1] is Ellipsis  # tuple[int, ...]
+    if origin is tuple and not is_open:
         if len(value) != len(parts):
             raise Mismatch(place, wanted(kind), value)
         for index, (item, part) in enumerate(zip(value, parts, strict=True)):
@@ -213,14 +245,21 @@ def _check_typed_dict(value: Any, kind: Any, place: str) -> None:
     fields = fields_of(kind)
     if not isinstance(value, dict):
         raise Mismatch(place, f"a mapping with the keys {listed(fields)}", value)
+    # Unknown keys before missing ones: a key that is misspelt is both, and its nearest name helps more.
     for key in value:
         if key not in fields:
             raise UnknownKey(place, f"a mapping with the keys {listed(fields)} alone", value, key, tuple(fields))
     for key, part in fields.items():
         if key in value:
             _check(value[key], part, f"{place}.{key}")
-        elif kind.__total__ and get_origin(part) is not NotRequired:  # __required_keys__ does not tell of texts
+        # Not by __required_keys__: where annotations are texts, as in our files, it takes NotRequired for required.
+        elif kind.__total__ and get_origin(part) is not NotRequired:
             raise Mismatch(place, f"a mapping with the key {key!r}", value)
+
+
+# As JSON and YAML call them, since that is what the reader of a message has written.
+_NAMES: dict[Any, str] = {int: "a whole number", float: "a finite number", str: "a text", bool: "true or false"}
+_NAMES |= {None: "null", type(None): "null"}
 
 
 def wanted(kind: Any) -> str:
@@ -232,13 +271,14 @@ def wanted(kind: Any) -> str:
     if origin is Annotated:
         return parts[1].wanted
     if origin is Literal:
-        return f"{'one of ' * (len(parts) > 1)}{', '.join(map(repr, parts))}"
+        options = ", ".join(map(repr, parts))
+        return f"one of {options}" if len(parts) > 1 else options
     if origin in (Union, types.UnionType):
         return " or ".join(wanted(part) for part in parts)
-    if is_typeddict(kind) or kind in (dict, Mapping) or origin in (dict, Mapping):
+    if is_typeddict(kind) or _is_mapping(kind, origin):
         return "a mapping"
-    if kind in (list, tuple, Sequence) or origin in (list, tuple, Sequence):
+    if _is_list(kind, origin):
         return f"a list ({wanted(parts[0])} each)" if parts and parts[0] is not Any else "a list"
-    names = {int: "a whole number", float: "a finite number", str: "a text", bool: "true or false", None: "null",
-             type(None): "null"}
-    return names.get(kind) or f"a {getattr(kind, '__name__', kind)}"
+    if kind in _NAMES:
+        return _NAMES[kind]
+    return f"a {getattr(kind, '__name__', kind)}"

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 def seed_of(*parts: object) -> int:
     """A 63-bit seed from any names and numbers, the same on every machine and in every process."""
     text = "\0".join(map(str, parts))
-    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()  # names of files need not be text
-    return int.from_bytes(digest[:8], "little") >> 1
+    # Python's own hash() of a text differs from process to process. Names of files need not be valid text.
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "little") >> 1  # so that it fits a signed number of 64 bits
 
 
 @contextlib.contextmanager
@@ -32,8 +33,12 @@ def seeded(*parts: object) -> Iterator[None]:
 def random_states() -> dict[str, Any]:
     """The states of Python's, NumPy's and torch's generators, loadable with ``weights_only=True``."""
     kind, keys, *rest = numpy.random.get_state()
-    states: dict[str, Any] = {"torch": torch.get_rng_state(), "python": _listed(random.getstate()),
-                              "numpy": [kind, torch.from_numpy(keys.astype("int64")), *rest]}  # type: ignore[union-attr]
+    # ``weights_only`` reads no arrays of NumPy, and torch computes nothing in uint32: hence a tensor in int64.
+    numbers = torch.from_numpy(keys.astype("int64"))  # type: ignore[union-attr]
+    states: dict[str, Any] = {}
+    states["torch"] = torch.get_rng_state()
+    states["python"] = _lists(random.getstate())
+    states["numpy"] = [kind, numbers, *rest]
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state_all()
     return states
@@ -45,25 +50,32 @@ def restore_random_states(states: dict[str, Any]) -> None:
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal), gauss))
     kind, keys, *rest = states["numpy"]
-    numpy.random.set_state((kind, keys.cpu().numpy().astype("uint32"), *rest))
-    if "cuda" in states and torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+    numbers = keys.cpu().numpy().astype("uint32")
+    numpy.random.set_state((kind, numbers, *rest))
+    if "cuda" not in states or not torch.cuda.is_available():
+        return
+    # On a machine with other devices there is no telling which state is whose.
+    if len(states["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
 
 
-def _listed(value: Any) -> Any:
-    return [_listed(v) for v in value] if isinstance(value, tuple) else value
+def _lists(value: Any) -> Any:
+    """A value with lists for its tuples, at every depth."""
+    if isinstance(value, tuple):
+        return [_lists(item) for item in value]
+    return value
 
 
 # ------------------------------------------------------------------------------------------------- several processes
 
 
 def part_random_states(rank: int) -> None:
-    """Give each process draws of its own (dropout masks of its own samples); the first one's stay as they are."""
+    """Give each process other draws (dropout masks for its samples); the first one's stay as they are."""
     if rank == 0:
         return
     seed = seed_of(torch.initial_seed(), "process", rank)
     random.seed(seed)
-    numpy.random.seed(seed % 2**32)
+    numpy.random.seed(seed % 2**32)  # it takes no larger ones
     torch.manual_seed(seed)
 
 
@@ -74,8 +86,8 @@ def draw_for_all(draw: Callable[[], Tensor], device: torch.device) -> Tensor:
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return draw()
-    on_cuda = device.type == "cuda"
-    own = torch.cuda.get_rng_state(device) if on_cuda else torch.get_rng_state()
+    own = _state(device)
+    # A copy, since broadcast writes into it; on the device, since NCCL does not reach the CPU's memory.
     first = own.to(device, copy=True)
     dist.broadcast(first, 0)
     if dist.get_rank() == 0:
@@ -84,7 +96,11 @@ def draw_for_all(draw: Callable[[], Tensor], device: torch.device) -> Tensor:
     try:
         return draw()
     finally:
-        _set_state(own, device)
+        _set_state(own, device)  # so that the process's later draws stay different from the others'
+
+
+def _state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 def _set_state(state: Tensor, device: torch.device) -> None:

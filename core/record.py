@@ -23,6 +23,7 @@ class Recorded:
     config: dict[str, Any]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        # In __new__ and not in __init__, so that a subclass's own __init__ need not pass its arguments on.
         self = super().__new__(cls)
         try:
             bound = signature(cls).bind_partial(*args, **kwargs)
@@ -32,21 +33,24 @@ class Recorded:
             if not is_finite(value):
                 raise ScionError(f"{cls.__name__}: {name} {value!r:.60} is not a finite number")
         bound.apply_defaults()
-        rest = next((p.name for p in signature(cls).parameters.values() if p.kind is p.VAR_KEYWORD), None)
-        config = dict(bound.arguments)
-        config.update(config.pop(rest, {}) if rest else {})
-        self.config = config
+        self.config = dict(bound.arguments)
         return self
 
     @property
     def changed(self) -> dict[str, Any]:
         """The arguments that differ from their defaults."""
-        defaults = {p.name: p.default for p in signature(type(self)).parameters.values()}
-        return {key: value for key, value in self.config.items()
-                if key not in defaults or defaults[key] is inspect.Parameter.empty or defaults[key] != value}
+        empty = inspect.Parameter.empty
+        parameters = signature(type(self)).parameters
+        changed: dict[str, Any] = {}
+        for key, value in self.config.items():
+            default = parameters[key].default if key in parameters else empty
+            if default is empty or default != value:
+                changed[key] = value
+        return changed
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{key}={value!r}' for key, value in self.changed.items())})"
+        arguments = ", ".join(f"{key}={value!r}" for key, value in self.changed.items())
+        return f"{type(self).__name__}({arguments})"
 
 
 def is_finite(value: Any) -> bool:
@@ -70,23 +74,27 @@ def signature(cls: type) -> inspect.Signature:
         passed_on = any(p.kind is p.VAR_KEYWORD for p in own)
         first = not kept
         for p in own:
-            if not (passed_on and p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)):
-                kept.setdefault(p.name, p if first else p.replace(kind=p.KEYWORD_ONLY))
+            if passed_on and p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL):
+                continue
+            # What an ancestor takes reaches it through **common, so it can be given only by name.
+            kept.setdefault(p.name, p if first else p.replace(kind=p.KEYWORD_ONLY))
         if not passed_on:
             break
-    return inspect.Signature(sorted(kept.values(), key=lambda p: p.kind))
+    ordered = sorted(kept.values(), key=lambda p: p.kind)  # Signature refuses another order
+    return inspect.Signature(ordered)
 
 
 @functools.cache
 def types_of(cls: type) -> dict[str, Any]:
     """The types of the arguments of ``cls``'s constructor, as `signature` gives them; `Any` where that is unknown."""
     found: dict[str, Any] = {}
-    for base in reversed(cls.__mro__):
-        if "__init__" in vars(base) and base is not object:
-            try:
-                found |= get_type_hints(vars(base)["__init__"], include_extras=True)
-            except NameError:  # a name that is imported for type checkers alone
-                continue
+    for base in reversed(cls.__mro__):  # so that the nearer class has the last word
+        if "__init__" not in vars(base) or base is object:
+            continue
+        try:
+            found |= get_type_hints(vars(base)["__init__"], include_extras=True)
+        except NameError:  # a name that is imported only for type checkers
+            continue
     return {name: found.get(name, Any) for name in signature(cls).parameters}
 
 
@@ -97,24 +105,28 @@ def check_arguments(cls: type, arguments: dict[str, Any], where: str) -> None:
         ScionError: begins with ``where`` and names the argument.
     """
     known = signature(cls).parameters
+    owner = cls.__name__
     for name in arguments:
         if name not in known:
-            raise ScionError(f"{where}: {cls.__name__} has no option {name!r}{nearest(name, known)}; it has "
-                             f"{listed(known, 40)}")
+            hint = nearest(name, known)
+            raise ScionError(f"{where}: {owner} has no option {name!r}{hint}; it has {listed(known, 40)}")
     for name, parameter in known.items():
         if name in arguments:
             value = arguments[name]
             if isinstance(value, (list, tuple, range)) and len(value) > LONGEST_LIST:
-                raise ScionError(f"{where}: {cls.__name__}.{name} has {len(value):,} entries, more than {LONGEST_LIST}")
-            check(value, types_of(cls)[name], where, f"{cls.__name__}.{name}")
+                raise ScionError(f"{where}: {owner}.{name} has {len(value):,} entries, more than {LONGEST_LIST}")
+            check(value, types_of(cls)[name], where, f"{owner}.{name}")
         elif parameter.default is parameter.empty:
-            raise ScionError(f"{where}: {cls.__name__} needs {name}")
+            raise ScionError(f"{where}: {owner} needs {name}")
 
 
 def plain(value: Any) -> Any:
     """``value`` as JSON can hold it: tuples become lists, recorded objects ``{"class": ..., **config}``."""
     if isinstance(value, Recorded):
-        return {"class": type(value).__name__, **{key: plain(v) for key, v in value.config.items()}}
+        record: dict[str, Any] = {"class": type(value).__name__}
+        for key, argument in value.config.items():
+            record[key] = plain(argument)
+        return record
     if isinstance(value, dict):
         return {str(key): plain(v) for key, v in value.items()}
     if isinstance(value, (list, tuple, set, frozenset, range)):

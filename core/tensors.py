@@ -35,6 +35,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    # Copies, since safetensors refuses tensors that share memory, as tied weights and views do.
     packed = {name: tensor.detach().contiguous().cpu().clone() for name, tensor in tensors.items()}
     sums: list[str] = []
 
@@ -43,6 +44,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
             save_file(packed, temporary, metadata={"format": "pt"})
         except SafetensorError as error:  # its word for what the system says
             raise OSError(None, one_line(error)) from None
+        # Of the temporary file: another process may already have replaced the one of the final name.
         sums.append(checksum(temporary))
 
     write_atomically(path, write)
@@ -77,7 +79,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ScionError(f"{path}: missing; copy the adapter again")
     try:
         with check_regular(path).open("rb") as file:
-            if int.from_bytes(file.read(8), "little") > LARGEST_HEADER:
+            header_length = int.from_bytes(file.read(8), "little")  # the format's first eight bytes
+            if header_length > LARGEST_HEADER:
                 raise ValueError("its header is too long")
         return load_file(path)
     except ScionError:
@@ -118,34 +121,53 @@ def read_checkpoint(path: Path) -> Any:
 
 
 def _check_archive(path: Path) -> None:
+    """Refuse a file that is no zip archive of torch, or that would take much more memory than it has bytes."""
     with path.open("rb") as file:
-        if file.read(4) != b"PK\x03\x04":
+        if file.read(4) != b"PK\x03\x04":  # how every zip archive begins
             raise ScionError(f"{path}: not a readable checkpoint; those that torch has written since release 1.6 are")
     size = path.stat().st_size
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
         packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
+        # Members may also overlap in the file, each of them stored and all of them together larger than it.
         if packed or sum(member.file_size for member in members) > size:
             raise ScionError(f"{path}: not a readable checkpoint; it would grow when it is unpacked")
         for member in members:
-            if member.filename.endswith(".pkl"):
-                if member.file_size > LARGEST_PICKLE + size // 4:
-                    raise ScionError(f"{path}: not a readable checkpoint; it holds more than tensors")
-                _check_pickle(archive.read(member), path)
+            if not member.filename.endswith(".pkl"):
+                continue
+            if member.file_size > LARGEST_PICKLE + size // 4:
+                raise ScionError(f"{path}: not a readable checkpoint; it holds more than tensors")
+            _check_pickle(archive.read(member), path)
 
 
 def _check_pickle(pickled: bytes, path: Path) -> None:
-    added: set[str] = set()  # what the user's own program has declared harmless
-    for one in torch.serialization.get_safe_globals():
-        added.add(one[1] if isinstance(one, tuple) else f"{one.__module__}.{one.__qualname__}")
+    """Refuse a pickle that names anything but plain values; its opcodes are listed and not run."""
+    added = _declared_safe()
     for code, argument, _ in pickletools.genops(pickled):
-        if code.name not in ("GLOBAL", "STACK_GLOBAL", "INST"):
+        if code.name not in ("GLOBAL", "STACK_GLOBAL", "INST"):  # the opcodes that import something
             continue
-        name = ".".join(str(argument).split(" "))
-        a_type = name.startswith("torch.") and isinstance(getattr(torch, name[6:], None), torch.dtype)
-        if not (name in PLAIN or name in added or a_type or name.startswith("torch.") and name.endswith("Storage")
-                and name.count(".") == 1):
+        name = ".".join(str(argument).split(" "))  # pickletools has a space between module and name
+        if not (name in PLAIN or name in added or _is_dtype(name) or _is_storage(name)):
             raise ScionError(f"{path}: not a readable checkpoint; it holds {one_line(name)}, which is no plain value")
+
+
+def _declared_safe() -> set[str]:
+    """Names of what the user's own program has declared harmless."""
+    names: set[str] = set()
+    for one in torch.serialization.get_safe_globals():
+        names.add(one[1] if isinstance(one, tuple) else f"{one.__module__}.{one.__qualname__}")
+    return names
+
+
+def _is_dtype(name: str) -> bool:
+    if not name.startswith("torch."):
+        return False
+    found = getattr(torch, name.removeprefix("torch."), None)
+    return isinstance(found, torch.dtype)
+
+
+def _is_storage(name: str) -> bool:
+    return name.startswith("torch.") and name.endswith("Storage") and name.count(".") == 1
 
 
 # ------------------------------------------------------------------------------------------------- taking a place
@@ -180,10 +202,12 @@ def check_values(given: Tensor, like: Tensor, name: str, where: str, limit: int 
     if like.is_floating_point():
         if not bool(torch.isfinite(given.to(like.dtype)).all()):
             raise ScionError(f"{where}: {name} holds values that are not finite")
-    elif like.dtype != torch.bool and given.numel():
+    elif like.dtype != torch.bool and given.numel():  # an empty tensor has no least number
         least, most = (int(bound) for bound in given.to(torch.int64).aminmax())
         kind = torch.iinfo(like.dtype)
-        low, high = (kind.min, kind.max) if limit is None else (0, limit - 1)
+        low, high = kind.min, kind.max
+        if limit is not None:
+            low, high = 0, limit - 1
         if not low <= least <= most <= high:
             raise ScionError(f"{where}: {name} holds numbers from {least} to {most}; {low} to {high} are possible here")
 

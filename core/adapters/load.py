@@ -1,4 +1,4 @@
-"""Methods on disk, in one place: saved and loaded, in our own form or Hugging Face peft's."""
+"""Methods on disk, in one place: saving them, and loading them in our own form or Hugging Face peft's."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def load_adapter(source: str | Path, model: nn.Module, base: Literal["same", "an
     Args:
         source: an adapter folder, a run folder, a Lightning checkpoint, or an adapter folder of Hugging Face peft.
         model: the same backbone that the methods were saved from, plain; or the LightningModule around it, into which
-            what stood beside the backbone (a head) is loaded too.
+            what was beside the backbone (a head) is loaded too.
         base: ``any`` carries them to other weights of the same shapes, with a warning. Where a method moved the base's
             own tensors, the file holds their values; to carry the change of them, give the base that it was trained on
             (an ``nn.Module``) instead.
@@ -50,13 +50,14 @@ def load_adapter(source: str | Path, model: nn.Module, base: Literal["same", "an
             model is untouched then.
 
     Warns:
-        UserWarning: the file has tensors of what stood beside the backbone, and ``model`` is the backbone alone.
+        UserWarning: the file has tensors of what was beside the backbone, and ``model`` is only the backbone.
     """
     if is_peft(source):
         return from_peft(source, model)
     saved = open_adapter(source)
     root = _root_in(model, saved)
 
+    # Passed on, for it must run once the methods are known to fit and before anything is written.
     def check_rest() -> None:
         saved.check_whole()
         if root is not model:
@@ -65,7 +66,9 @@ def load_adapter(source: str | Path, model: nn.Module, base: Literal["same", "an
     try:
         methods = restore(saved.record, saved.tensors, root, base, str(source), check_rest)
     except ScionError as error:
-        if not (saved.record.get("model") or {}).get("backbone") or "another base" not in str(error):
+        recorded = saved.record.get("model") or {}
+        # A run records how to build its backbone, and its sizes may follow from the data (classes, frames).
+        if not recorded.get("backbone") or "another base" not in str(error):
             raise
         raise ScionError(f"{error}; core.load_run({str(source)!r}) builds the run's own backbone (its sizes may be "
                          "those of its data) and its head") from None
@@ -79,21 +82,29 @@ def load_adapter(source: str | Path, model: nn.Module, base: Literal["same", "an
 def _root_in(model: nn.Module, saved: Saved) -> nn.Module:
     """The backbone in ``model``, which may be the module around it."""
     model = uncompiled(model)
-    path = saved.record.get("beside", "")
-    rest = {name.removeprefix(OUTSIDE) for name in saved.tensors if name.startswith(OUTSIDE)}
+    rest = set(_names_outside(saved))
+    # A plain module is one around the backbone if it has all that the file has beside that.
     wraps = isinstance(model, LightningModule) or (bool(rest) and rest <= set(model.state_dict()))
     if not wraps:
         return model
-    places = [path] if path else ["backbone", "model"]
+    path = saved.record.get("beside", "")
+    places = [path] if path else ["backbone", "model"]  # the usual names, where the file does not say it
     modules = dict(model.named_modules())
     return next((modules[place] for place in places if place in modules), model)
 
 
+def _names_outside(saved: Saved) -> list[str]:
+    """The names of the tensors that were beside the backbone, in the module around it."""
+    return [name.removeprefix(OUTSIDE) for name in saved.tensors if name.startswith(OUTSIDE)]
+
+
 def _tell_of_rest(saved: Saved, where: str) -> None:
-    rest = [name.removeprefix(OUTSIDE) for name in saved.tensors if name.startswith(OUTSIDE)]
+    """Warn of tensors that were beside the backbone and are not loaded into it."""
+    rest = _names_outside(saved)
     if rest:
-        whole = "core.load_run gives the whole model" if saved.record.get("model") else (
-            "give load_adapter the LightningModule in its place")
+        whole = "give load_adapter the LightningModule in its place"
+        if saved.record.get("model"):
+            whole = "core.load_run gives the whole model"
         warnings.warn(f"{where}: {listed(map(one_line, rest), 4)} stood beside the backbone and is not loaded into it; "
                       f"{whole}", stacklevel=3)
 

@@ -1,4 +1,4 @@
-"""Methods from an adapter folder or a checkpoint: read, checked against the schema, made again, attached, filled.
+"""Methods from an adapter folder or a checkpoint: read, checked against the schema, rebuilt, attached and filled.
 
 Nothing in a file is executed: a method is looked up by name in the registry.
 """
@@ -37,7 +37,7 @@ DEEPEST = 4
 """Compositions within compositions."""
 
 
-# ------------------------------------------------------------------------------------------------- adapter folders
+# ------------------------------------------------------------------------------------------------- reading
 
 
 def read_adapter(source: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -47,11 +47,9 @@ def read_adapter(source: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]
     return saved.record, saved.tensors
 
 
-# ------------------------------------------------------------------------------------------------- reading
-
-
+# Written as a call, for class is a keyword of Python.
 BaseRecord = TypedDict("BaseRecord", {"class": str, "fingerprint": Digest})
-"""Which model the methods stand on."""
+"""Which model the methods belong to."""
 
 
 class Record(TypedDict):
@@ -74,10 +72,10 @@ class Saved:
     record: dict[str, Any]
     tensors: dict[str, Tensor]
     file: Path | None = None
-    """Where the tensors are, if they have a file of their own."""
+    """Where the tensors are, if not in the same file as the record."""
 
     def check_whole(self) -> None:
-        """Refuse tensors that are not those that the record was written with. Older records do not tell."""
+        """Refuse tensors other than those that the record was written with. Older records do not say which."""
         claimed = self.record.get("sha256")
         if self.file is None or claimed is None:
             return
@@ -127,11 +125,13 @@ def check_record(record: dict[str, Any], where: str) -> None:
 
 
 def _check_spec(spec: Spec, where: str, depth: int = 0) -> None:
+    """Refuse a method's record that does not agree with its class; ``depth`` compositions are around it."""
     try:
         cls = peft.method_class(spec["class"])
     except ScionError as error:
         raise ScionError(f"{where}: {error}") from None
     options = peft.present_options(cls, spec["config"])
+    # What a method starts from (a folder, a download) is not opened again: its tensors are in the file.
     config = {key: value for key, value in options.items() if key not in cls.start_only}
     check_arguments(cls, {**config, "name": spec["name"]}, where)
     if cls.__name__ in peft.COMPOSITIONS:
@@ -145,28 +145,35 @@ def _check_spec(spec: Spec, where: str, depth: int = 0) -> None:
 
 
 def _entry(entry: Any) -> Any:
-    """A method in a composition, in the form of one that stands alone."""
+    """A method in a composition, in the form of one outside of any: class, name and config apart."""
     if not isinstance(entry, dict):
         return entry
-    given = {key: entry[key] for key in ("class", "name") if key in entry}
-    return {**given, "config": {key: value for key, value in entry.items() if key not in given}}
+    spec = {key: entry[key] for key in ("class", "name") if key in entry}
+    config = {key: value for key, value in entry.items() if key not in spec}
+    return {**spec, "config": config}
 
 
 def method_of(spec: Spec, **changes: Any) -> PEFTMethod:
     """A method from its record, which has been checked. Nothing that the record points to is opened."""
-    return peft.make(spec["class"], {**_arguments(spec), "name": spec["name"], **changes})
+    arguments = {**_arguments(spec), "name": spec["name"], **changes}
+    return peft.make(spec["class"], arguments)
 
 
 def _arguments(spec: Spec) -> dict[str, Any]:
+    """The arguments that make the method, without those of its start."""
     left_out = peft.method_class(spec["class"]).start_only
     config = {key: value for key, value in spec["config"].items() if key not in left_out}
     if spec["class"] in peft.COMPOSITIONS:
-        inner = [_entry(entry) for entry in config["methods"]]
-        config["methods"] = [{"class": one["class"], **_arguments(one), "name": one["name"]} for one in inner]
+        members: list[dict[str, Any]] = []
+        for entry in config["methods"]:
+            inner = _entry(entry)
+            members.append({"class": inner["class"], **_arguments(inner), "name": inner["name"]})
+        config["methods"] = members
     return config
 
 
 def _read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The record and the tensors in a Lightning checkpoint."""
     content = read_checkpoint(path)
     state = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict):
@@ -175,32 +182,47 @@ def _read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def split_checkpoint(state: dict[str, Any], where: str, made: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The record and the tensors in the state dict of a checkpoint, whatever module the backbone sits in.
+    """The record and the tensors in the state dict of a checkpoint, whatever module the backbone is in.
 
-    With ``made`` the methods are there already, and may be of classes that the registry does not know.
+    With ``made`` the methods exist already, and may be of classes that the registry does not know.
     """
     for name in state:
         check(name, str, where, "a name in the state_dict")
     # <path of the root>peft.<method>._extra_state holds each method's record
-    records = [(name, decode_extra_state(tensor, f"{where}: {one_line(name)}")) for name, tensor in state.items()
-               if name.endswith("._extra_state") and "peft." in name]
+    records: dict[str, dict[str, Any]] = {}
+    for name, tensor in state.items():
+        if name.endswith("._extra_state") and "peft." in name:
+            records[name] = decode_extra_state(tensor, f"{where}: {one_line(name)}")
     if not records:
         raise ScionError(f"{where}: this checkpoint holds no PEFT method")
-    roots = list(dict.fromkeys(name.rpartition("peft.")[0] for name, _ in records))
+    roots = list(dict.fromkeys(name.rpartition("peft.")[0] for name in records))
     if len(roots) > 1:
         raise ScionError(f"{where}: holds methods on several backbones ({listed(roots)}): make the module, attach the "
                          "methods, and load the checkpoint into that")
     prefix = roots[0]
-    tensors = {name.removeprefix(prefix): tensor for name, tensor in state.items()
-               if name.startswith(prefix) and not name.endswith("_extra_state")}
-    outside = {f"{OUTSIDE}{name}": tensor for name, tensor in state.items() if not name.startswith(prefix)}
-    specs = [{key: value for key, value in record.items() if key != "base"} for _, record in records]
-    record = {"format": FORMAT, "methods": specs, "base": {"class": "", "fingerprint": records[0][1]["base"]},
-              "beside": prefix.removesuffix("."),
-              "unfrozen": [name for name in tensors if not name.startswith("peft.")]}
+    tensors: dict[str, Tensor] = {}
+    outside: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if not name.startswith(prefix):
+            outside[f"{OUTSIDE}{name}"] = tensor
+        elif not name.endswith("_extra_state"):
+            tensors[name.removeprefix(prefix)] = tensor
+    specs = [_without_base(record) for record in records.values()]
+    first = next(iter(records.values()))  # all methods of a root have one base
+    record: dict[str, Any] = {"format": FORMAT, "methods": specs, "base": {"class": "", "fingerprint": first["base"]}}
+    record["beside"] = prefix.removesuffix(".")
+    record["unfrozen"] = [name for name in tensors if not name.startswith("peft.")]
     if not made:
         check_record(record, where)
     return record, {**tensors, **outside}
+
+
+def _without_base(record: dict[str, Any]) -> dict[str, Any]:
+    """A method's record in a checkpoint, where each names the base, as an adapter folder has it."""
+    return {key: value for key, value in record.items() if key != "base"}
+
+
+# ------------------------------------------------------------------------------------------------- making again
 
 
 def restore(record: dict[str, Any], tensors: dict[str, Tensor], model: nn.Module,
@@ -219,11 +241,12 @@ def restore(record: dict[str, Any], tensors: dict[str, Tensor], model: nn.Module
     model = uncompiled(model)
     check_base(model, where)
     anatomy = dissect(model)
-    print_now = fingerprint(model, without=anatomy.head_names())
+    heads = anatomy.head_names()
+    print_now = fingerprint(model, without=heads)
     expected = record["base"]["fingerprint"]
     other = print_now != expected
     if other and base != "same":
-        tensors = _carried(tensors, model, anatomy.head_names(), base, expected, where)
+        tensors = _carried(tensors, model, heads, base, expected, where)
         warnings.warn(f"{where}: carried from base {expected} to {print_now}", stacklevel=3)
     done: list[PEFTMethod] = []
     try:
@@ -231,6 +254,7 @@ def restore(record: dict[str, Any], tensors: dict[str, Tensor], model: nn.Module
         rehearse(record["methods"], tensors, model, where, unfrozen)
         attach(record["methods"], model, done)
         load_tensors(done, tensors, where, write=False, unfrozen=unfrozen)
+        # Refused only now: what does not fit on another base says more than that it is another.
         if other and base == "same":
             raise ScionError("all names and shapes fit")
         if check_whole is not None:
@@ -248,7 +272,7 @@ def restore(record: dict[str, Any], tensors: dict[str, Tensor], model: nn.Module
 
 
 def attach(specs: list[Spec], model: nn.Module, done: list[PEFTMethod]) -> None:
-    """Attach the methods of these records in their saved structures; ``done`` is what has to be taken off again."""
+    """Attach the methods of these records in their saved structures; ``done`` lists those to remove after an error."""
     methods = [method_of(spec) for spec in specs]
     for method, spec in zip(methods, specs, strict=True):
         method.attach(model)
@@ -257,12 +281,13 @@ def attach(specs: list[Spec], model: nn.Module, done: list[PEFTMethod]) -> None:
 
 
 def refusal(error: Exception) -> ScionError:
-    """What building from a record was refused for. The types in it are right; what else does not go together comes up
-    in any line of a method or of torch."""
+    """The reason why a record cannot be built, in one line."""
     if isinstance(error, ScionError):
         return error
+    # The record's types have been checked; values that do not go together may fail in any line of a method or of torch.
     lines = str(error).strip().splitlines() or [""]
-    return ScionError(f"cannot be built as it is recorded ({type(error).__name__}: {one_line(lines[0])[:200]})")
+    reason = one_line(lines[0])[:200]
+    return ScionError(f"cannot be built as it is recorded ({type(error).__name__}: {reason})")
 
 
 def rehearse(specs: list[Spec], tensors: dict[str, Tensor], model: nn.Module, where: str,
@@ -274,10 +299,12 @@ def rehearse(specs: list[Spec], tensors: dict[str, Tensor], model: nn.Module, wh
     """
     structures = [spec.get("structure", {}) for spec in specs]
     factor = max(reach(spec["config"]) for spec in specs) * largest(structures)
-    hollow_model = None if is_small(factor, model) else twin(model)
+    if is_small(factor, model):
+        return
+    hollow_model = twin(model)
     if hollow_model is None:
         return
-    count = len(tensors) + sum(1 for _ in model.parameters())
+    count = len(tensors) + len(list(model.parameters()))
     done: list[PEFTMethod] = []
     with rehearsing(count):
         attach(specs, hollow_model, done)
@@ -289,8 +316,8 @@ def _carried(tensors: dict[str, Tensor], model: nn.Module, heads: set[str], base
              expected: str, where: str) -> dict[str, Tensor]:
     """``tensors`` for another base: of the base's own tensors the change is carried, not the value."""
     buffers = {name for name, _ in model.named_buffers()}  # statistics go as they are
-    moved = [name for name in tensors
-             if not name.startswith(("peft.", OUTSIDE)) and name not in heads and name not in buffers]
+    as_they_are = heads | buffers
+    moved = [name for name in tensors if not name.startswith(("peft.", OUTSIDE)) and name not in as_they_are]
     if not moved:
         return tensors
     here = dict(model.named_parameters())
@@ -309,56 +336,124 @@ def _carried(tensors: dict[str, Tensor], model: nn.Module, heads: set[str], base
     start = dict(trained_on.named_parameters())
     changed: dict[str, Tensor] = {}
     for name in moved:
-        change = tensors[name].double().cpu() - start[name].detach().double().cpu()
-        changed[name] = (here[name].detach().double().cpu() + change).to(tensors[name].dtype)
+        # In float64, so that the difference of two float32 numbers is exact enough to be added again.
+        change = tensors[name].double().cpu() - _wide(start[name])
+        value = _wide(here[name]) + change
+        changed[name] = value.to(tensors[name].dtype)
     return {**tensors, **changed}
+
+
+def _wide(parameter: Tensor) -> Tensor:
+    """A parameter's values in float64."""
+    return parameter.detach().double().cpu()
+
+
+# ------------------------------------------------------------------------------------------------- filling
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """A tensor that a method stores in another form than it uses it, with that form's parts."""
+
+    packing: Graft
+    parts: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where the tensors of a file belong."""
+
+    live: dict[str, Tensor]
+    """The methods' tensors in use, by their names in the root."""
+    packed: dict[str, _Packed]
+    """Those of them that the file has in their stored form."""
+    into: dict[str, Tensor]
+    """By the names that the file must have: tensors that take the file's values, or the parts of packed ones."""
+    beside: list[str]
+    """Parameters of the base among them that no method owns."""
 
 
 def load_tensors(methods: list[PEFTMethod], tensors: dict[str, Tensor], where: str = "", write: bool = True,
                  unfrozen: Iterable[str] = ()) -> None:
-    """Copy saved tensors into attached methods. Missing and extra ones, those of another shape or kind of numbers, and
-    values that are not finite or out of range are refused before any is written. ``unfrozen`` names parameters of the
-    base that were trained beside the methods: where the file has them, they are written into the base."""
+    """Copy saved tensors into attached methods; all are checked before any is written.
+
+    Missing and extra tensors are refused, those of another shape or kind of numbers, and values that are not finite or
+    out of range. ``unfrozen`` names parameters of the base that were trained beside the methods: where the file has
+    them, they are written into the base.
+    """
+    given = {name: tensor for name, tensor in tensors.items() if not name.startswith(OUTSIDE)}
+    places = _places(methods, given, unfrozen)
+    _check_places(places.into, given, where)
+    if not write:
+        return
+    limits = _limits(methods)
+    for name, tensor in places.into.items():
+        check_values(given[name], tensor, name, where, limits.get(name))
+    _fill(places, given, where)
+    for method in methods:
+        method.prepared = True
+    if places.beside:
+        warnings.warn(f"{where}: {listed(places.beside, 3)} of the base was trained beside the methods and is written "
+                      "into it; remove() does not take that back", stacklevel=3)
+
+
+def _places(methods: list[PEFTMethod], given: dict[str, Tensor], unfrozen: Iterable[str]) -> _Places:
+    """Where the tensors of a file belong that holds these methods, and ``unfrozen`` parameters of the base."""
     root = methods[0].need_root()
     home: Home = root.peft  # type: ignore[assignment]
     parameters = dict(root.named_parameters())
-    given = {name: tensor for name, tensor in tensors.items() if not name.startswith(OUTSIDE)}
-    live = {name: tensor for method in methods for name, tensor in live_tensors(method).items()}
-    packed = {name: (packing, packing.pack(live[name])) for name, packing in packings_on(methods[0]).items()
-              if name in live and name not in given}  # a checkpoint holds the form in use
+    live: dict[str, Tensor] = {}
+    later: set[str] = set()
+    for method in methods:
+        live |= live_tensors(method)
+        later |= method.buffers_at_start.keys() - given.keys()
+    packed: dict[str, _Packed] = {}
+    for name, packing in packings_on(methods[0]).items():
+        if name in live and name not in given:  # a checkpoint holds the form in use
+            packed[name] = _Packed(packing, packing.pack(live[name]))
     into = {name: tensor for name, tensor in live.items() if name not in packed}
-    into.update({f"{name}.{part}": tensor for name, (_, parts) in packed.items() for part, tensor in parts.items()})
-    buffers = {name for method in methods for name in method.buffers_at_start} - set(given)
-    into = {name: tensor for name, tensor in into.items() if name not in buffers}  # files of earlier versions lack them
-    into.update({name: parameters[name].detach() for name in home.heads if name in tensors})
+    for name, stored in packed.items():
+        into |= {f"{name}.{part}": tensor for part, tensor in stored.parts.items()}
+    # Files of earlier versions lack the base's buffers.
+    into = {name: tensor for name, tensor in into.items() if name not in later}
+    into |= {name: parameters[name].detach() for name in home.heads if name in given}
     beside = [name for name in unfrozen if name in given and name in parameters and name not in into]
-    into.update({name: parameters[name].detach() for name in beside})
-    missing, extra = sorted(set(into) - set(given)), sorted(set(given) - set(into))
+    into |= {name: parameters[name].detach() for name in beside}
+    return _Places(live, packed, into, beside)
+
+
+def _check_places(into: dict[str, Tensor], given: dict[str, Tensor], where: str) -> None:
+    """Refuse a file that lacks a tensor, has one too many, or one that does not fit its place."""
+    missing = sorted(into.keys() - given.keys())
+    extra = sorted(given.keys() - into.keys())
     if missing:
         raise ScionError(f"{where}: tensors are missing: {listed(missing, 4)}")
     if extra:
         raise ScionError(f"{where}: tensors that no method here has: {listed(map(one_line, extra), 4)}")
     for name, tensor in into.items():
         check_fit(given[name], tensor, name, where)
-    if not write:
-        return
-    limits = {f"{method.prefix}{path}.{name}": limit for method in methods
-              for path, graft in method.module.named_modules() if isinstance(graft, Graft)
-              for name, limit in graft.limits().items()}
-    for name, tensor in into.items():
-        check_values(given[name], tensor, name, where, limits.get(name))
-    unpacked: dict[str, Tensor] = {}
-    with torch.no_grad():
-        for name, (packing, parts) in packed.items():
-            unpacked[name] = torch.empty_like(live[name])
-            packing.unpack({part: given[f"{name}.{part}"] for part in parts}, unpacked[name])
-            check_values(unpacked[name], live[name], name, where)
-        for name, tensor in into.items():
-            tensor.copy_(given[name])
-        for name, tensor in unpacked.items():
-            live[name].copy_(tensor)
+
+
+def _limits(methods: list[PEFTMethod]) -> dict[str, int]:
+    """The limits of whole numbers in the methods' tensors, by the tensors' names in the root."""
+    limits: dict[str, int] = {}
     for method in methods:
-        method.prepared = True
-    if beside:
-        warnings.warn(f"{where}: {listed(beside, 3)} of the base was trained beside the methods and is written into "
-                      "it; remove() does not take that back", stacklevel=3)
+        for path, graft in method.module.named_modules():
+            if isinstance(graft, Graft):
+                limits |= {f"{method.prefix}{path}.{name}": limit for name, limit in graft.limits().items()}
+    return limits
+
+
+@torch.no_grad()
+def _fill(places: _Places, given: dict[str, Tensor], where: str) -> None:
+    """Write the file's tensors; packed ones are unpacked and checked first, while nothing is written yet."""
+    unpacked: dict[str, Tensor] = {}
+    for name, stored in places.packed.items():
+        unpacked[name] = torch.empty_like(places.live[name])
+        parts = {part: given[f"{name}.{part}"] for part in stored.parts}
+        stored.packing.unpack(parts, unpacked[name])
+        check_values(unpacked[name], places.live[name], name, where)
+    for name, tensor in places.into.items():
+        tensor.copy_(given[name])
+    for name, tensor in unpacked.items():
+        places.live[name].copy_(tensor)

@@ -16,7 +16,7 @@ from core.errors import ScionError, listed
 
 @dataclass(eq=False)
 class Block:
-    """One block: its module, width, sites by role, and where it stands."""
+    """One block: its module, its width and place, and its sites by role."""
 
     index: int
     path: str
@@ -27,7 +27,7 @@ class Block:
     sites: dict[str, Site]
     described: BlockDescription
     entry: Site | None = None
-    """What stands between the block before and this one (a downsampling)."""
+    """What is between the block before and this one (a downsampling)."""
 
     @property
     def grid(self) -> Grid | None:
@@ -41,17 +41,24 @@ class Block:
 
     def into(self, sublayer: str) -> Site:
         """The site whose input is what a sublayer (``attention``, ``cross.attention``, ``mlp``) reads, behind a norm
-        that stands before it."""
+        before it."""
         if sublayer == "mlp":
             return self.sites["mlp.up"]
         call = sublayer.replace("attention", "attend")
-        return self.sites[call] if call in self.sites else self.sites[sublayer.replace("attention", "q")]
+        if call in self.sites:
+            return self.sites[call]
+        # Where attention is not torch's call there is no such site, but the query's map reads the same states.
+        query = sublayer.replace("attention", "q")
+        return self.sites[query]
 
     def beside(self, sublayer: str) -> Site:
         """The site whose input is the residual stream that a sublayer's output is added to."""
+        # Where attention and MLP run side by side behind one norm (CodeGen), it is the MLP's too.
         norms = {"attention": ("norm1",), "cross.attention": ("cross.norm",), "mlp": ("norm2", "norm1")}[sublayer]
         found = [self.sites[norm] for norm in norms if norm in self.sites]
-        return found[0] if self.pre_norm and found else self.into(sublayer)
+        if self.pre_norm and found:
+            return found[0]
+        return self.into(sublayer)
 
 
 @dataclass(eq=False)
@@ -74,7 +81,7 @@ class Anatomy:
     family: str
     blocks: list[Block]
     stacks: list[Stack]
-    """The blocks by the stack that they stand in, in the order in which the stacks run."""
+    """The blocks by the stack that they belong to, in the order in which the stacks run."""
     stem: dict[str, list[Site]]
     """Sites outside the blocks, by role; a role may be played more than once (``downsample``, ``norm``)."""
     inputs: Site
@@ -98,9 +105,14 @@ class Anatomy:
 
     def linear_roles(self) -> list[str]:
         """Roles in the blocks that are linear maps; of a fused projection the whole, not its parts."""
-        roles = dict.fromkeys(site.role for block in self.blocks for site in block.sites.values()
-                              if site.kind != "module" and site.role not in ("attention", "mlp"))
-        return [role for role in roles if role not in (("q", "k", "v") if "qkv" in roles else ())]
+        roles: dict[str, None] = {}  # a set that keeps the order
+        for block in self.blocks:
+            for site in block.sites.values():
+                # A sublayer's output may be played by a linear map, which then has a role as a map besides.
+                if site.kind != "module" and site.role not in ("attention", "mlp"):
+                    roles[site.role] = None
+        parts = ("q", "k", "v") if "qkv" in roles else ()
+        return [role for role in roles if role not in parts]
 
     def all_sites(self) -> Iterator[Site]:
         """Every site, stem first, then block by block."""
@@ -126,11 +138,15 @@ class Anatomy:
         who = f"{asker}: " if asker else ""
         if not wanted:
             raise ScionError(f"{who}targets is empty; {self.family} has the roles {listed(self.roles, 40)}")
-        check_roles([role for role in wanted if role not in staged], self.roles, self.family, asker)
+        unstaged = [role for role in wanted if role not in staged]
+        check_roles(unstaged, self.roles, self.family, asker)
         keep = self.layer_indices(layers, asker)
-        found = [site for role in wanted for site in self.stem.get(role, [])]
+        found: list[Site] = []
+        for role in wanted:
+            found += self.stem.get(role, [])
         for block in self.blocks:
             if block.index in keep:
+                # One site where both "q" and "decoder.q" ask for it.
                 here = dict.fromkeys(role.removeprefix(f"{block.stage}.") for role in wanted)
                 found += [block.sites[role] for role in here if role in block.sites]
         if not found:
@@ -139,11 +155,18 @@ class Anatomy:
 
     def _staged(self) -> set[str]:
         """The roles with a stage before them, where blocks have one."""
-        return {f"{block.stage}.{role}" for block in self.blocks if block.stage for role in block.sites}
+        found: set[str] = set()
+        for block in self.blocks:
+            if block.stage:
+                found.update(f"{block.stage}.{role}" for role in block.sites)
+        return found
 
     def block_of(self, name: str) -> int | None:
         """Index of the block that holds the parameter ``name``; None where it lies outside of them."""
-        return next((block.index for block in self.blocks if name.startswith(f"{block.path}.")), None)
+        for block in self.blocks:
+            if name.startswith(f"{block.path}."):  # with the dot, so that layer 1 is not taken for layer 10
+                return block.index
+        return None
 
     def layer_indices(self, layers: Sequence[int] | None, asker: str = "") -> set[int]:
         """Block indices, negative ones counted from the end; None means all."""
@@ -151,7 +174,10 @@ class Anatomy:
 
     def head_names(self) -> set[str]:
         """Names of the parameters of the task head; a language model's head is not among them."""
-        return {name for site in self.stem.get("head", []) for name in site.parameter_names}
+        names: set[str] = set()
+        for site in self.stem.get("head", []):
+            names.update(site.parameter_names)
+        return names
 
     @property
     def size(self) -> int:
@@ -160,7 +186,11 @@ class Anatomy:
 
     def norm_names(self) -> set[str]:
         """Names of all parameters of norms."""
-        return {name for site in self.all_sites() if site.role in NORMS for name in site.parameter_names}
+        names: set[str] = set()
+        for site in self.all_sites():
+            if site.role in NORMS:
+                names.update(site.parameter_names)
+        return names
 
 
 def linear_sites(anatomy: Anatomy) -> dict[str, Site]:

@@ -32,7 +32,7 @@ class BlockDescription:
         per_token: further arguments of the block's forward that belong to its tokens, and what becomes of them when it
             is called on other tokens: ``none`` (masks, caches) is None then, ``last`` (positions) those of the last
             token.
-        entry: path (from the backbone) of what stands between the block before and this one: a downsampling.
+        entry: path (from the backbone) of what is between the block before and this one: a downsampling.
         widths: attributes (as paths from the block) that follow the width of a head, with the power: ``head_dim`` 1,
             a scale -0.5.
         leads: parts that a stack's first block has for those behind it, and the attributes that say so: path -> path.
@@ -80,6 +80,7 @@ class Description:
     text: str | dict[str, str] | None = None
 
 
+# By the name of a class and not by the class, so that no model library is imported for its description.
 Describer = Callable[[Any], Description]
 FAMILIES: dict[str, Describer] = {}
 
@@ -88,7 +89,7 @@ def family(*class_names: str) -> Callable[[Describer], Describer]:
     """Register a description for classes named ``"module:Class"``; subclasses are covered by their MRO."""
 
     def register(function: Describer) -> Describer:
-        for name in class_names:
+        for name in class_names:  # a later description of the same class replaces the earlier one
             FAMILIES[name] = function
         return function
 

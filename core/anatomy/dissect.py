@@ -15,6 +15,7 @@ from core.errors import ScionError, listed, nearest
 
 
 def _describer(module: nn.Module) -> tuple[str, Describer] | None:
+    """The family that describes this module, by its class's name, and the function that does."""
     for name in class_names(module):
         if name in FAMILIES:
             return name.rpartition(":")[2], FAMILIES[name]
@@ -29,33 +30,55 @@ def _find(model: nn.Module) -> tuple[str, nn.Module]:
         if len(found) == 1:
             return found[0]
         if found:
-            raise ScionError(f"{type(model).__name__} holds several backbones ({listed(path for path, _ in found)}): "
-                             "give attach one of them, or name it with on=...")
-        level = [(f"{path}.{name}".lstrip("."), child) for path, module in level
-                 for name, child in module.named_children() if name != "peft"]
+            paths = listed(path for path, _ in found)
+            raise ScionError(f"{type(model).__name__} holds several backbones ({paths}): give attach one of them, or "
+                             "name it with on=...")
+        level = _next_level(level)
+    raise _unknown(model)
+
+
+def _next_level(level: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    """The children of these modules, with their paths."""
+    children = []
+    for path, module in level:
+        for name, child in module.named_children():
+            if name != "peft":  # what methods have attached
+                children.append((_joined(path, name), child))
+    return children
+
+
+def _unknown(model: nn.Module) -> ScionError:
+    """The error that asks for a description of a model."""
     known = sorted({name.rpartition(":")[2] for name in FAMILIES})
     inner = _unwrapped(model)
+    kind = type(inner).__name__
     around = "" if inner is model else f" (in {type(model).__name__})"
-    raise ScionError(f"the anatomy of {type(inner).__name__}{around} is unknown (known: {listed(known, 40)}); "
-                     f"describe it in a few lines with @core.anatomy.family({class_names(inner)[0]!r}), see "
-                     "docs/families.md")
+    class_name = class_names(inner)[0]
+    return ScionError(f"the anatomy of {kind}{around} is unknown (known: {listed(known, 40)}); describe it in a few "
+                      f"lines with @core.anatomy.family({class_name!r}), see docs/families.md")
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
     """What a wrapper of one module is around: a library's model in a domain's backbone, or in the user's own module."""
     inner = model
     while True:
-        children = [child for name, child in inner.named_children()
-                    if name != "peft" and any(True for _ in child.parameters())]
-        own = any(True for _ in inner.parameters(recurse=False))
-        if len(children) != 1 or own or type(children[0]).__module__.startswith("torch.nn."):
+        children = [child for name, child in inner.named_children() if name != "peft" and _has_parameters(child)]
+        own = next(inner.parameters(recurse=False), None) is not None
+        if len(children) != 1 or own:
+            return inner
+        # A user's class around one of torch's own modules is the model itself, not a wrapper of it.
+        if type(children[0]).__module__.startswith("torch.nn."):
             return inner
         inner = children[0]
 
 
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
 _BESIDE = {"lm_head": "lm_head", "cls": "lm_head", "embed_out": "lm_head",
            "text_projection": "projection", "visual_projection": "projection"}
-"""What stands beside a backbone in a library's own wrapper and comes pretrained with it: name -> role."""
+"""What is beside a backbone in a library's own wrapper and comes pretrained with it: name -> role."""
 
 
 def _wrappers(model: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
@@ -68,8 +91,13 @@ def _wrappers(model: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
 
 def _projection(around: Any, head: nn.Module) -> str:
     """Path, in a language-model head, of its map to the vocabulary, where the head holds more and its model says it."""
-    output = around.get_output_embeddings() if hasattr(around, "get_output_embeddings") else None
-    return next((name for name, module in head.named_modules() if module is output), "")
+    if not hasattr(around, "get_output_embeddings"):
+        return ""
+    output = around.get_output_embeddings()
+    for name, module in head.named_modules():
+        if module is output:
+            return name
+    return ""
 
 
 _INTERNAL = ("inputs", "entry")
@@ -82,16 +110,31 @@ def _check(site: Site, family: str) -> None:
     if site.role not in ROLES and site.role not in _INTERNAL:
         raise ScionError(f"{who} {site.name}, but there is no role {site.role!r}{nearest(site.role, ROLES)}; the roles "
                          "are listed in docs/families.md")
-    if site.rows is not None:
-        rows = site.rows.stop if site.rows.index is None else 1 + max(site.rows.index)
-        whole = 0 if site.kind == "module" else site.full_weight.shape[site.out_axis]
-        if rows > whole:
-            raise ScionError(f"{who} {site.name} at row {rows - 1} of {site.path}, which has {whole} rows")
-    if site.heads is not None and site.kind != "module" and site.role.rpartition(".")[2] in ("q", "k", "v"):
-        heads = site.heads.query if site.role.endswith("q") else site.heads.key
-        if site.out_features != heads * site.heads.width:
-            raise ScionError(f"{who} {heads} heads of {site.heads.width} at {site.name}, but {site.path} gives "
-                             f"{site.out_features} numbers, not {heads * site.heads.width}")
+    _check_rows(site, who)
+    _check_heads(site, who)
+
+
+def _check_rows(site: Site, who: str) -> None:
+    """Refuse rows that the site's weight does not have."""
+    if site.rows is None:
+        return
+    rows = site.rows.stop if site.rows.index is None else 1 + max(site.rows.index)
+    whole = 0 if site.kind == "module" else site.full_weight.shape[site.out_axis]
+    if rows > whole:
+        raise ScionError(f"{who} {site.name} at row {rows - 1} of {site.path}, which has {whole} rows")
+
+
+def _check_heads(site: Site, who: str) -> None:
+    """Refuse heads that a map of queries, keys or values is not wide enough for, or too wide."""
+    if site.heads is None:
+        return
+    if site.kind == "module" or site.role.rpartition(".")[2] not in ("q", "k", "v"):
+        return
+    width = site.heads.width
+    heads = site.heads.query if site.role.endswith("q") else site.heads.key
+    if site.out_features != heads * width:
+        raise ScionError(f"{who} {heads} heads of {width} at {site.name}, but {site.path} gives {site.out_features} "
+                         f"numbers, not {heads * width}")
 
 
 def dissect(model: nn.Module) -> Anatomy:
@@ -114,29 +157,36 @@ class _Dissection:
         assert found is not None
         self.family, describe = found
         self.description: Description = describe(backbone)
+        # A module under two names (tied embeddings) has two paths, and a description may use either.
         self.modules = dict(model.named_modules(remove_duplicate=False))
 
     def anatomy(self) -> Anatomy:
+        """All parts of the model; the first that does not fit its description is refused."""
         stem = self.stem()
         blocks = [self.block(index, block) for index, block in enumerate(self.description.blocks)]
-        return Anatomy(root=self.model, family=self.family, blocks=blocks, stacks=self.stacks(blocks), stem=stem,
-                       inputs=self.site("inputs", "inputs", self.path))
+        stacks = self.stacks(blocks)
+        inputs = self.site("inputs", "inputs", self.path)
+        return Anatomy(root=self.model, family=self.family, blocks=blocks, stacks=stacks, stem=stem, inputs=inputs)
 
     def site(self, name: str, role: str, *path: str, rows: Rows | None = None, **fields: Any) -> Site:
         """The site of this name and role at a path that is given in parts, checked against the model."""
         full = _joined(*path)
         module = self.modules.get(full)
         if module is None:
-            raise ScionError(f"the description of {self.family} has {name} at {full!r}, where there is no module"
-                             f"{nearest(full, self.modules)}")
+            hint = nearest(full, self.modules)
+            raise ScionError(f"the description of {self.family} has {name} at {full!r}, where there is no module{hint}")
         is_input_map = role.rpartition(".")[2] in ("q", "k", "v", "qkv")
         if is_input_map and isinstance(module, nn.MultiheadAttention):
             if not torch_attention.is_attention(module):
-                raise ScionError(f"{full} ({type(module).__name__}) has maps of several widths, or keys of its own: "
-                                 f"{name} cannot be adapted there")
-            fields["parameter"], fields["by_weight"] = "in_proj_weight", True
-        own = fields.get("while_active", ())
-        fields["while_active"] = (*own, *torch_attention.settings(self.modules, full))
+                kind = type(module).__name__
+                raise ScionError(f"{full} ({kind}) has maps of several widths, or keys of its own: {name} cannot be "
+                                 "adapted there")
+            # torch's attention never calls its fused map as a module: it multiplies by this parameter.
+            fields["parameter"] = "in_proj_weight"
+            fields["by_weight"] = True
+        described = fields.get("while_active", ())
+        of_torch = torch_attention.settings(self.modules, full)
+        fields["while_active"] = (*described, *of_torch)
         offset = self.description.norm_offset if role in NORMS else 0.0
         site = Site(name=name, role=role, path=full, module=module, rows=rows, offset=offset, **fields)
         _check(site, self.family)
@@ -151,46 +201,65 @@ class _Dissection:
             paths = [paths] if isinstance(paths, str) else paths
             for number, path in enumerate(paths):
                 name = role if len(paths) == 1 else f"{role}.{number}"
-                stem.setdefault(role, []).append(self.site(name, role, self.path, path))
+                site = self.site(name, role, self.path, path)
+                stem.setdefault(role, []).append(site)
         for wrapper_path, wrapper in _wrappers(self.model, self.path):
             self._add_heads(stem, wrapper_path, wrapper)
         stem["feature"] = [Site(name="feature", role="feature", path="", module=self.model)]
         return stem
 
     def _add_heads(self, stem: dict[str, list[Site]], path: str, wrapper: nn.Module) -> None:
-        """What stands beside the backbone in a wrapper is its head."""
-        backbone = self.path[len(path):].lstrip(".").partition(".")[0]
+        """What is beside the backbone in a wrapper is its head."""
+        inside = self.path[len(path):].lstrip(".")
+        backbone = inside.partition(".")[0]  # the wrapper's child that is the backbone, or holds it
         for name, child in wrapper.named_children():
-            has_parameters = next(child.parameters(), None) is not None
-            if name in ("peft", backbone) or not has_parameters:
+            if name in ("peft", backbone) or not _has_parameters(child):
                 continue
             role = _BESIDE.get(name, "head")
             projection = _projection(wrapper, child) if role == "lm_head" else ""
-            stem.setdefault(role, []).append(self.site(name, role, path, name, projection))
+            site = self.site(name, role, path, name, projection)
+            stem.setdefault(role, []).append(site)
 
     # --------------------------------------------------------------------------------- blocks and stacks
 
     def block(self, index: int, block: BlockDescription) -> Block:
+        """One block with its sites, of which each knows the block."""
         heads = Heads(*block.heads) if block.heads is not None else None
         sites = {"block": self.site(f"{index}.block", "block", self.path, block.path, block=index, width=block.dim)}
-        for role, where in block.roles.items():
-            path, part = where if isinstance(where, tuple) else (where, None)
-            fields: dict[str, Any] = {"block": index, "heads": heads, "width": block.dim,
-                                      "while_active": self._settings(block, role)}
-            if isinstance(part, str):
-                fields["parameter"] = part
-            else:
-                fields["rows"] = part
-            sites[role] = self.site(f"{index}.{role}", role, self.path, block.path, path, **fields)
-        sites["block"].per_token = block.per_token
+        for role in block.roles:
+            sites[role] = self._block_site(index, block, role, heads)
+        whole = sites["block"]
+        whole.per_token = block.per_token
         entry = None
         if block.entry:
             entry = self.site(f"{index}.entry", "entry", self.path, block.entry, width=block.dim)
-        found = Block(index=index, path=_joined(self.path, block.path), module=sites["block"].module, dim=block.dim,
-                      stage=block.stage, pre_norm=block.pre_norm, sites=sites, described=block, entry=entry)
+        # The description comes along: methods ask it for what no site can say (masks, caches, the width of heads).
+        found = Block(
+            index=index,
+            path=_joined(self.path, block.path),
+            module=whole.module,
+            dim=block.dim,
+            stage=block.stage,
+            pre_norm=block.pre_norm,
+            sites=sites,
+            described=block,
+            entry=entry,
+        )
         for site in sites.values():
             site.around = found
         return found
+
+    def _block_site(self, index: int, block: BlockDescription, role: str, heads: Heads | None) -> Site:
+        """The site of a role in a block."""
+        where = block.roles[role]
+        path, part = where if isinstance(where, tuple) else (where, None)
+        fields: dict[str, Any] = {"block": index, "heads": heads, "width": block.dim}
+        fields["while_active"] = self._settings(block, role)
+        if isinstance(part, str):  # the name of a parameter, otherwise rows or nothing
+            fields["parameter"] = part
+        else:
+            fields["rows"] = part
+        return self.site(f"{index}.{role}", role, self.path, block.path, path, **fields)
 
     def _settings(self, block: BlockDescription, role: str) -> tuple[tuple[nn.Module, str, Any], ...]:
         """What must be so while a graft is active at a role: (module, attribute, value)."""
@@ -199,8 +268,9 @@ class _Dissection:
             owner_path, _, name = attribute.rpartition(".")
             owner = self.modules.get(_joined(self.path, block.path, owner_path))
             if owner is None or not hasattr(owner, name):
-                raise ScionError(f"the description of {self.family} sets {_joined(self.path, block.path, attribute)!r} "
-                                 f"while {role!r} is active, and there is no such attribute")
+                full = _joined(self.path, block.path, attribute)
+                raise ScionError(f"the description of {self.family} sets {full!r} while {role!r} is active, and there "
+                                 "is no such attribute")
             settings.append((owner, name, value))
         return tuple(settings)
 
@@ -209,8 +279,11 @@ class _Dissection:
         finals = self.description.final
         if isinstance(finals, str):
             finals = {"": finals}
-        return [self._stack(name, final, [block for block in blocks if not name or block.stage == name])
-                for name, final in finals.items()]
+        stacks = []
+        for name, final in finals.items():
+            members = [block for block in blocks if not name or block.stage == name]
+            stacks.append(self._stack(name, final, members))
+        return stacks
 
     def _stack(self, name: str, final_path: str, blocks: list[Block]) -> Stack:
         final = text = None
@@ -232,16 +305,31 @@ def _joined(*parts: str) -> str:
 def parameter_sites(model: nn.Module, names: Iterable[str]) -> list[Site]:
     """A site for each of these parameters, of whatever modules, for methods that treat all parameters alike."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    holders: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in dict.fromkeys(modules.values()):
-        for leaf, parameter in module._parameters.items():
-            holders.setdefault(id(parameter), []).append((module, leaf))
+    holders = _holders(modules.values())
     found = []
     for name in names:
         path, _, leaf = name.rpartition(".")
         module = modules[path]
-        tied = tuple(other for other, its in holders[id(module.get_parameter(leaf))]
-                     if other is not module and its == leaf)
-        found.append(Site(name=name, role="parameter", path=path, module=module, parameter=leaf, tied=tied,
-                          while_active=tuple(torch_attention.settings(modules, path))))
+        holding = holders[id(module.get_parameter(leaf))]
+        tied = tuple(other for other, its_leaf in holding if other is not module and its_leaf == leaf)
+        settings = tuple(torch_attention.settings(modules, path))
+        site = Site(
+            name=name,
+            role="parameter",
+            path=path,
+            module=module,
+            parameter=leaf,
+            tied=tied,
+            while_active=settings,
+        )
+        found.append(site)
     return found
+
+
+def _holders(modules: Iterable[nn.Module]) -> dict[int, list[tuple[nn.Module, str]]]:
+    """For each parameter, by its id, the modules that hold it and the name under which each does."""
+    holders: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in dict.fromkeys(modules):  # each module once, whatever its names
+        for leaf, parameter in module._parameters.items():
+            holders.setdefault(id(parameter), []).append((module, leaf))
+    return holders

@@ -36,7 +36,7 @@ ROLES: dict[str, str] = {
     "projection": "map of a tower's feature into a space that towers share",
     "feature": "output of the whole module that methods are attached to",
 }
-"""Every role, with what stands there. A site in a block is named ``<block>.<role>``, any other ``<role>``. Where blocks
+"""Every role, with what plays it. A site in a block is named ``<block>.<role>``, any other ``<role>``. Where blocks
 come in several stages or stacks, ``<stage>.<role>`` means the role in one of them (``decoder.cross.k``)."""
 
 NORMS = ("norm", "norm1", "norm2", "cross.norm")
@@ -52,7 +52,9 @@ class Rows:
     index: tuple[int, ...] | None = None
 
     def indices(self) -> Sequence[int]:
-        return self.index if self.index is not None else range(self.start, self.stop)
+        if self.index is not None:
+            return self.index
+        return range(self.start, self.stop)
 
     def __len__(self) -> int:
         return len(self.indices())
@@ -61,13 +63,15 @@ class Rows:
         """These rows of ``tensor`` along ``dim``; a view where they are contiguous."""
         if self.index is None:
             return tensor.narrow(dim, self.start, self.stop - self.start)
-        return tensor.index_select(dim, torch.tensor(self.index, device=tensor.device))
+        index = torch.tensor(self.index, device=tensor.device)
+        return tensor.index_select(dim, index)
 
     def put(self, tensor: Tensor, rows: Tensor, dim: int = 0) -> Tensor:
         """``tensor`` with these rows replaced, as a new tensor."""
         if self.index is None:
             return tensor.slice_scatter(rows, dim, self.start, self.stop)
-        return tensor.index_copy(dim, torch.tensor(self.index, device=tensor.device), rows)
+        index = torch.tensor(self.index, device=tensor.device)
+        return tensor.index_copy(dim, index, rows)
 
 
 @dataclass(frozen=True)
@@ -87,19 +91,31 @@ class Grid:
             ScionError: the tokens are no such grid.
         """
         if x.dim() == 4:
-            return x.flatten(1, 2)[:, :0], x.movedim(-1, 1)
-        height, width, count = self.height, self.width, x.shape[1] - self.special
-        if height * width != count:
-            height = width = math.isqrt(count)
-        if height * width != count:
-            raise ScionError(f"{x.shape[1]} tokens are not {self.special} and a grid of {self.height} x {self.width}, "
+            no_tokens = x.flatten(1, 2)[:, :0]
+            return no_tokens, x.movedim(-1, 1)
+        height, width = self._size_of(x.shape[1])  # images need not have the size that the model was built for
+        special = x[:, :self.special]
+        patches = x[:, self.special:].transpose(1, 2)  # [batch, dim, height * width]
+        return special, torch.unflatten(patches, 2, (height, width))
+
+    def _size_of(self, tokens: int) -> tuple[int, int]:
+        """Height and width of the map in so many tokens."""
+        count = tokens - self.special
+        if self.height * self.width == count:
+            return self.height, self.width
+        side = math.isqrt(count)
+        if side * side != count:
+            raise ScionError(f"{tokens} tokens are not {self.special} and a grid of {self.height} x {self.width}, "
                              "nor a square")
-        return x[:, :self.special], torch.unflatten(x[:, self.special:].transpose(1, 2), 2, (height, width))
+        return side, side
 
     @staticmethod
     def join(special: Tensor, grid: Tensor, like: Tensor) -> Tensor:
         """Undo of `split`, in the layout of ``like``; the special tokens and the map may have other channels."""
-        return grid.movedim(1, -1) if like.dim() == 4 else torch.cat([special, grid.flatten(2).transpose(1, 2)], 1)
+        if like.dim() == 4:
+            return grid.movedim(1, -1)
+        patches = grid.flatten(2).transpose(1, 2)  # [batch, height * width, dim]
+        return torch.cat([special, patches], 1)
 
 
 @dataclass(frozen=True)
@@ -121,18 +137,23 @@ _CALLED = {
 def check_roles(wanted: Iterable[str], known: Iterable[str], family: str, asker: str = "") -> None:
     """Refuse a role that is not among the ``known`` ones of a backbone."""
     known = list(known)
+    who = f"{asker}: " if asker else ""
     for role in wanted:
-        if role not in known:
-            meant = _CALLED.get(role)
-            hint = f" (did you mean {meant!r}? targets are roles)" if meant in known else nearest(role, known)
-            raise ScionError(f"{asker}{': ' if asker else ''}target {role!r} matches nothing in {family}{hint}; its "
-                             f"roles are {listed(known, 40)}")
+        if role in known:
+            continue
+        # Most strangers write the name of the module, as in peft's target_modules.
+        meant = _CALLED.get(role)
+        hint = f" (did you mean {meant!r}? targets are roles)" if meant in known else nearest(role, known)
+        raise ScionError(f"{who}target {role!r} matches nothing in {family}{hint}; its roles are {listed(known, 40)}")
 
 
 def check_layers(layers: Sequence[int] | None, total: int, family: str, asker: str = "") -> set[int]:
     """Indices of the blocks that ``layers`` means, of ``total`` ones; None means all."""
-    for layer in layers or ():
+    if layers is None:
+        return set(range(total))
+    # Negative ones count from the end, as in a Python list.
+    who = f"{asker}: " if asker else ""
+    for layer in layers:
         if not -total <= layer < total:
-            raise ScionError(f"{asker}{': ' if asker else ''}layer {layer} does not exist; {family} has the layers 0 "
-                             f"to {total - 1}")
-    return set(range(total)) if layers is None else {layer % total for layer in layers}
+            raise ScionError(f"{who}layer {layer} does not exist; {family} has the layers 0 to {total - 1}")
+    return {layer % total for layer in layers}

@@ -31,7 +31,7 @@ class SitePlace:
     width: int = 0
     """Channels of the hidden state that leaves the site; they are its last axis."""
     around: Block | None = None
-    """The block that it stands in."""
+    """The block that holds it."""
     parameter: str = "weight"
     """Which of the module's parameters the verb ``weight`` sees."""
     tied: tuple[nn.Module, ...] = ()
@@ -43,7 +43,7 @@ class SitePlace:
     offset: float = 0.0
     """What a norm adds to its weight before it multiplies."""
     by_weight: bool = False
-    """The map is never called as a module: what stands here acts by what it would write into the weight."""
+    """The map is never called as a module: a graft here acts by what it would write into the weight."""
 
     @property
     def kind(self) -> str:
@@ -52,8 +52,10 @@ class SitePlace:
             return "module"
         if isinstance(self.module, nn.Linear) or self.by_weight:
             return "linear"
+        # A transposed convolution has its axes the other way round, and none of the matrices below would fit.
         if isinstance(self.module, nn.modules.conv._ConvNd) and not self.module.transposed:
             return "conv"
+        # By its name, so that transformers is not imported for models that are none of its own.
         if "transformers.pytorch_utils:Conv1D" in class_names(self.module):
             return "conv1d"
         return "module"
@@ -66,19 +68,24 @@ class SitePlace:
     @property
     def weight_name(self) -> str:
         """The parameter's name in the root's state dict."""
-        return f"{self.path}.{self.parameter}" if self.path else self.parameter
+        return self._in_root(self.parameter)
+
+    def _in_root(self, name: str) -> str:
+        """The name in the root's state dict of something that the module calls ``name``."""
+        return f"{self.path}.{name}" if self.path else name
 
     @property
     def parameter_names(self) -> list[str]:
         """Names in the root's state dict of all that the site holds: its module's parameters, or the one it is."""
         if self.by_weight:
-            return [self.weight_name, *([] if self.bias is None else [self.bias_name])]
+            return [self.weight_name] if self.bias is None else [self.weight_name, self.bias_name]
         if self.parameter != "weight":
             return [self.weight_name]
-        return [f"{self.path}.{name}" if self.path else name for name, _ in self.module.named_parameters()]
+        return [self._in_root(name) for name, _ in self.module.named_parameters()]
 
     @property
     def out_axis(self) -> int:
+        """The axis of the weight that counts the output's channels."""
         return 1 if self.kind == "conv1d" else 0
 
     @property
@@ -89,21 +96,27 @@ class SitePlace:
     @property
     def bias_name(self) -> str:
         """The bias's name in the root's state dict, whether or not there is one."""
-        return f"{self.path}.{self.bias_parameter}" if self.path else self.bias_parameter
+        return self._in_root(self.bias_parameter)
 
     @property
     def bias(self) -> Tensor | None:
         """The site's part of the bias [out]."""
         bias = getattr(self.module, self.bias_parameter, None)
-        return bias if bias is None or self.rows is None else self.rows.take(bias)
+        if bias is None or self.rows is None:
+            return bias
+        return self.rows.take(bias)
 
     @property
     def takes_bias(self) -> bool:
         """Whether merging may change the module's bias, or give it one: it must be called as a whole and look for it.
         Norms by root mean square do not."""
-        called = all(isinstance(owner, (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention))
-                     for owner, _, _ in self.while_active)
-        return self.bias is not None or ("bias" in self.module._parameters and called)
+        if self.bias is not None:
+            return True
+        # torch's own layers read weight and bias also where they do not call the module. What another library's module
+        # must be set to call (EVA's qkv), it computes from the weight only as soon as no graft is active.
+        look_for_it = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
+        called = all(isinstance(owner, look_for_it) for owner, _, _ in self.while_active)
+        return "bias" in self.module._parameters and called
 
 
 @dataclass(eq=False)
@@ -111,35 +124,45 @@ class Site(SitePlace):
     """A named place in a backbone: how its tensors are laid out, and maps beside its own."""
 
     def rerun(self, x: Tensor, arguments: Mapping[str, Any], hidden: str) -> Tensor:
-        """The frozen module called once more, on tokens ``x`` that are not the call's own, without the hooks that stand
-        at it (so without any graft of this site); those of modules inside it take part. Nothing is checkpointed.
+        """The frozen module called once more, on tokens ``x`` that are not the call's own, without the hooks at it (so
+        without any graft of this site); those of modules inside it take part. Nothing is checkpointed.
 
         Args:
             x: another hidden state [batch, tokens, dim].
             arguments: those of the call, by name; masks and caches are left out, positions are the last token's.
             hidden: the name of the hidden state among them.
         """
-        fates = {"none": lambda value: None, "last": _last, "": lambda value: value}
-        kept = {name: fates[self.per_token.get(name, "")](value) for name, value in arguments.items()}
-        output = type(self.module).forward(self.module, **{**kept, hidden: x})
+        kept = {name: self._for_other_tokens(name, value) for name, value in arguments.items()}
+        kept[hidden] = x
+        # The class's forward: transformers' checkpointing and our hooks are both in the module's __call__.
+        output = type(self.module).forward(self.module, **kept)
         return output[0] if isinstance(output, tuple) else output
+
+    def _for_other_tokens(self, name: str, value: Any) -> Any:
+        """An argument of the call, as it is given to a call with other tokens."""
+        fates = {"none": lambda value: None, "last": _last, "": lambda value: value}
+        fate = fates[self.per_token.get(name, "")]
+        return fate(value)
 
     @property
     def out_features(self) -> int:
         """Rows of the weight that belong to the site."""
-        return len(self.rows) if self.rows is not None else self.full_weight.shape[self.out_axis]
+        if self.rows is not None:
+            return len(self.rows)
+        return self.full_weight.shape[self.out_axis]
 
     @property
     def in_features(self) -> int:
         """Numbers that one output row reads: for a convolution (in / groups) x kernel."""
-        return self.full_weight.numel() // self.full_weight.shape[self.out_axis]
+        weight = self.full_weight
+        return weight.numel() // weight.shape[self.out_axis]
 
     @property
     def channel_axis(self) -> int:
         """Axis of the channels in the site's output, from the end: before the space axes behind a convolution or a
         norm of images, else the last."""
         if self.kind == "conv":
-            return 1 - self.full_weight.dim()
+            return 1 - self.full_weight.dim()  # the weight has two axes beside those of space
         return -3 if type(self.module).__name__.endswith("Norm2d") else -1
 
     def take(self, y: Tensor) -> Tensor:
@@ -153,7 +176,10 @@ class Site(SitePlace):
 
     def per_channel(self, vector: Tensor) -> Tensor:
         """A vector [out] shaped so that it broadcasts over the site's output."""
-        return vector if self.kind != "conv" else vector.view(-1, *[1] * (self.full_weight.dim() - 2))
+        if self.kind != "conv":
+            return vector
+        space = self.full_weight.dim() - 2
+        return vector.view(-1, *[1] * space)
 
     def low_rank(self, x: Tensor, down: Tensor, up: Tensor, scale: float = 1.0) -> Tensor:
         """``scale up @ down`` applied to the site's input as its own weight would be, without forming the product.
@@ -165,9 +191,11 @@ class Site(SitePlace):
         """
         if self.kind == "conv" and self.module.groups > 1:  # type: ignore[operator]
             # Each group sees other channels: the product is the weight itself.
-            return self._convolve(x, (scale * up @ down).view(-1, *self.full_weight.shape[1:]))
+            product = scale * up @ down
+            return self._convolve(x, product.view(-1, *self.full_weight.shape[1:]))
         hidden = self.project(x, down)
-        return self.mix(hidden if scale == 1 else hidden * scale, up)
+        scaled = hidden if scale == 1 else hidden * scale
+        return self.mix(scaled, up)
 
     def project(self, x: Tensor, matrix: Tensor) -> Tensor:
         """``matrix`` [rank, in] applied to the site's input as its own weight would be -> rank channels."""
@@ -176,18 +204,20 @@ class Site(SitePlace):
         return self._convolve(x, matrix.view(-1, *self.full_weight.shape[1:]))
 
     def mix(self, y: Tensor, matrix: Tensor) -> Tensor:
-        """``matrix`` [out, in] applied to the channels of what stands on the site's output side."""
+        """``matrix`` [out, in] applied to the channels of a tensor on the site's output side."""
         if self.kind != "conv":
             return F.linear(y, matrix)
         space = self.full_weight.dim() - 2
         convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[space]
-        return convolve(y, matrix.view(*matrix.shape, *[1] * space))
+        kernel = matrix.view(*matrix.shape, *[1] * space)  # a kernel of one point
+        return convolve(y, kernel)
 
     def _convolve(self, x: Tensor, weight: Tensor) -> Tensor:
         """What the site's convolution makes of ``x`` with another weight and no bias; it pads and strides as ever."""
         conv: Any = self.module
         if type(conv).forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward):
             return conv._conv_forward(x, weight, None)
+        # A subclass pads or standardises in its own way: it is lent the other weight for one call.
         held = dict(conv._parameters)
         conv._parameters.update(weight=weight, bias=None)
         try:
@@ -199,16 +229,20 @@ class Site(SitePlace):
         """The site's part of ``weight`` (the module's layout) as a matrix [out, in]."""
         if self.kind == "module":
             return weight
-        weight = weight.t() if self.kind == "conv1d" else weight.flatten(1)
-        return weight if self.rows is None else self.rows.take(weight)
+        rows = self._as_rows(weight)
+        return rows if self.rows is None else self.rows.take(rows)
+
+    def _as_rows(self, weight: Tensor) -> Tensor:
+        """``weight`` (the layout of a linear map) with one row for each output channel."""
+        return weight.t() if self.kind == "conv1d" else weight.flatten(1)
 
     def unmatrix(self, matrix: Tensor, weight: Tensor) -> Tensor:
         """``weight`` (the module's layout) with the site's part replaced by ``matrix`` [out, in], as a new tensor."""
         if self.kind == "module":
             return matrix
         if self.rows is not None:
-            whole = weight.t() if self.kind == "conv1d" else weight.flatten(1)
-            matrix = self.rows.put(whole.to(matrix.dtype), matrix)
+            whole = self._as_rows(weight).to(matrix.dtype)
+            matrix = self.rows.put(whole, matrix)
         return matrix.t() if self.kind == "conv1d" else matrix.reshape(weight.shape)
 
 
@@ -219,4 +253,6 @@ def _last(value: Any) -> Any:
         return tuple(_last(part) for part in value)
     if not isinstance(value, Tensor):
         return value
-    return value[..., -1:] if value.dtype in (torch.int32, torch.int64) else value[..., -1:, :]
+    if value.dtype in (torch.int32, torch.int64):  # ids of positions have no axis behind that of the tokens
+        return value[..., -1:]
+    return value[..., -1:, :]

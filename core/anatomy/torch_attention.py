@@ -23,18 +23,19 @@ Setting = tuple[nn.Module, str, Any]
 def settings(modules: Mapping[str, nn.Module], path: str) -> list[Setting]:
     """What must be so for the module at ``path`` to be called by the modules around it."""
     found: list[Setting] = []
-    for place in _places(path):
-        module = modules[place]
+    for outer_path in _paths_towards(path):
+        module = modules[outer_path]
         if is_attention(module):
-            found.append((module, "forward", functools.partial(attention_forward, module)))  # type: ignore[arg-type]
+            forward = functools.partial(attention_forward, module)  # type: ignore[arg-type]
+            found.append((module, "forward", forward))
         elif isinstance(module, nn.TransformerEncoderLayer):
-            found.append((module, "activation_relu_or_gelu", 0))
+            found.append((module, "activation_relu_or_gelu", 0))  # the fused kernel knows only these two activations
         elif isinstance(module, nn.TransformerEncoder):
-            found.append((module, "use_nested_tensor", False))
+            found.append((module, "use_nested_tensor", False))  # nested tensors go through the fused kernel only
     return found
 
 
-def _places(path: str) -> Iterator[str]:
+def _paths_towards(path: str) -> Iterator[str]:
     """The paths of a module and of all around it, from the root inwards."""
     parts = path.split(".") if path else []
     for depth in range(len(parts) + 1):
@@ -44,8 +45,10 @@ def _places(path: str) -> Iterator[str]:
 def is_attention(module: nn.Module) -> bool:
     """Whether this is torch's attention in its plain form: one map for queries, keys and values, and nothing beside the
     keys that it is given."""
-    if not isinstance(module, nn.MultiheadAttention) or type(module).forward is not nn.MultiheadAttention.forward:
+    if not isinstance(module, nn.MultiheadAttention):
         return False
+    if type(module).forward is not nn.MultiheadAttention.forward:
+        return False  # a subclass that computes something else
     return module.in_proj_weight is not None and module.bias_k is None and not module.add_zero_attn
 
 
@@ -55,34 +58,54 @@ def attention_forward(attention: nn.MultiheadAttention, query: Tensor, key: Tens
                       ) -> tuple[Tensor, Tensor | None]:
     """``nn.MultiheadAttention.forward``, which calls `F.linear` on the fused map, torch's attention call, and the
     output projection. Shapes and masks are those of torch."""
-    batched, heads = query.dim() == 3, attention.num_heads
-    x, memory, values = (_lined(states, batched, attention.batch_first) for states in (query, key, value))
-    weight, bias, dim = attention.in_proj_weight, attention.in_proj_bias, attention.embed_dim
-    if key is query and value is query:
-        parts = F.linear(x, weight, bias).chunk(3, -1)
-    else:
-        ends = (slice(0, dim), slice(dim, 2 * dim), slice(2 * dim, 3 * dim))
-        parts = tuple(F.linear(states, weight[rows], None if bias is None else bias[rows])
-                      for states, rows in zip((x, memory, values), ends, strict=True))
-    q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in parts)  # [batch, heads, tokens, width]
-    mask = _mask(attn_mask, key_padding_mask if batched or key_padding_mask is None else key_padding_mask[None], q, k,
-                 is_causal)
+    batched = query.dim() == 3
+    q, k, v = _projections(attention, query, key, value)
+    if key_padding_mask is not None and not batched:
+        key_padding_mask = key_padding_mask[None]
+    mask = _mask(attn_mask, key_padding_mask, q, k, is_causal)
     dropout = attention.dropout if attention.training else 0.0
     weights = None
     if need_weights:
-        scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
-        weights = F.dropout(torch.softmax(scores if mask is None else scores + mask, -1), dropout)
+        weights = _weights(q, k, mask, dropout)
         out = weights @ v
         weights = weights.mean(1) if average_attn_weights else weights
     else:
         out = F.scaled_dot_product_attention(q, k, v, mask, dropout)
-    out = attention.out_proj(out.transpose(1, 2).flatten(2))
-    if not batched:
-        return out[0], None if weights is None else weights[0]
-    return out if attention.batch_first else out.transpose(0, 1), weights
+    joined = out.transpose(1, 2).flatten(2)  # [batch, tokens, heads * width]
+    out = attention.out_proj(joined)
+    if batched:
+        return out if attention.batch_first else out.transpose(0, 1), weights
+    return out[0], None if weights is None else weights[0]
 
 
-def _lined(states: Tensor, batched: bool, batch_first: bool) -> Tensor:
+def _projections(attention: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+    """Queries, keys and values, each [batch, heads, tokens, width]."""
+    weight, bias = attention.in_proj_weight, attention.in_proj_bias
+    dim = attention.embed_dim
+    batched = query.dim() == 3
+    states = [_batch_first(one, batched, attention.batch_first) for one in (query, key, value)]
+    if key is query and value is query:
+        # As torch does: one product where all three read the same states.
+        parts = list(F.linear(states[0], weight, bias).chunk(3, -1))
+    else:
+        parts = []
+        for i, one in enumerate(states):
+            rows = slice(i * dim, (i + 1) * dim)
+            part_bias = None if bias is None else bias[rows]
+            parts.append(F.linear(one, weight[rows], part_bias))
+    heads = attention.num_heads
+    return [part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in parts]
+
+
+def _weights(q: Tensor, k: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """The weights [batch, heads, queries, keys], written out where the caller asks to see them."""
+    scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
+    if mask is not None:
+        scores = scores + mask
+    return F.dropout(torch.softmax(scores, -1), dropout)
+
+
+def _batch_first(states: Tensor, batched: bool, batch_first: bool) -> Tensor:
     """States as [batch, tokens, dim]."""
     if not batched:
         return states[None]
@@ -92,18 +115,24 @@ def _lined(states: Tensor, batched: bool, batch_first: bool) -> Tensor:
 def _mask(attn_mask: Tensor | None, padding: Tensor | None, q: Tensor, k: Tensor, is_causal: bool) -> Tensor | None:
     """What is added to the scores [batch or 1, heads or 1, queries or 1, keys]: both masks, in which True hides."""
     if is_causal and attn_mask is None:
-        attn_mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).triu(1)
+        everything = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device)
+        attn_mask = everything.triu(1)
     found = None
     if attn_mask is not None:
-        found = _added(attn_mask, q)
-        found = found[None, None] if found.dim() == 2 else torch.unflatten(found, 0, (-1, q.shape[1]))
+        found = _as_summand(attn_mask, q)
+        if found.dim() == 2:
+            found = found[None, None]
+        else:  # torch takes three axes as [batch * heads, queries, keys]
+            found = torch.unflatten(found, 0, (-1, q.shape[1]))
     if padding is not None:
-        hidden = _added(padding, q)[:, None, None]
+        hidden = _as_summand(padding, q)[:, None, None]
         found = hidden if found is None else found + hidden
     return found
 
 
-def _added(mask: Tensor, like: Tensor) -> Tensor:
+def _as_summand(mask: Tensor, like: Tensor) -> Tensor:
+    """A mask as a summand of the scores: minus infinity where it is True."""
     if mask.dtype != torch.bool:
-        return mask.to(like.dtype)
-    return torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill_(mask, float("-inf"))
+        return mask.to(like.dtype)  # it is a summand already
+    zeros = torch.zeros(mask.shape, dtype=like.dtype, device=like.device)
+    return zeros.masked_fill_(mask, float("-inf"))

@@ -6,14 +6,10 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from core.cli.failures import says_what_failed
 from core.errors import ScionError, printable
-
-if TYPE_CHECKING:
-
-    pass
 
 
 @says_what_failed
@@ -47,14 +43,17 @@ def describe(config: str, overrides: list[str], as_json: bool, trust: bool = Fal
         if as_json:
             records.append({"axes": axes, "batch": list(batch.shape), **counted.to_dict()})
         else:
-            head = ", ".join(f"{axis}={value}" for axis, value in axes.items())
-            print(f"{head + ': ' if head else ''}one step on a batch {list(batch.shape)}")
+            values = ", ".join(f"{axis}={value}" for axis, value in axes.items())
+            head = f"{values}: " if values else ""
+            print(f"{head}one step on a batch {list(batch.shape)}")
             if assembly.tuner.aside:
                 print("training runs the backbone once more for what stands beside it; FLOPs and kept bytes leave it "
                       "out")
             print(counted, end="\n\n" if point is not found[-1] else "\n")
     if as_json:
-        print(json.dumps(records if len(records) > 1 or found[0].axes else records[0], indent=1, default=str))
+        # a list as soon as there are axes, even of one value: what reads it then need not look
+        whole = records if len(records) > 1 or found[0].axes else records[0]
+        print(json.dumps(whole, indent=1, default=str))
     return 0
 
 

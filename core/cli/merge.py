@@ -45,15 +45,22 @@ def merge_methods(tuner: FineTuner) -> None:
     methods = tuner.methods
     stuck = [method for method in methods if not method.mergeable]
     if stuck:
-        raise ScionError(f"{listed(method.name for method in stuck)} cannot be written into the weights "
-                         f"({'; '.join(dict.fromkeys(method.inference_cost for method in stuck))})")
-    sites = list({site.path: site for method in methods for site in (graft.site for graft in method.grafts)}.values())
-    before = {site.path: _probe(site) for site in sites}
+        costs = "; ".join(dict.fromkeys(method.inference_cost for method in stuck))
+        raise ScionError(f"{listed(method.name for method in stuck)} cannot be written into the weights ({costs})")
+    sites: dict[str, Site] = {}
+    for method in methods:
+        for graft in method.grafts:
+            sites[graft.site.path] = graft.site
+    before = {path: _probe(site) for path, site in sites.items()}
     for method in methods:
         method.merge()
-    for site in sites:
-        was, now = before[site.path], _probe(site)
-        if was is not None and now is not None and float((now - was).abs().max()) > 1e-3 * float(was.abs().max()):
+    # methods that can each be merged may act on each other in the stack, so that the result is tried on numbers
+    for path, site in sites.items():
+        was, now = before[path], _probe(site)
+        if was is None or now is None:
+            continue
+        difference = float((now - was).abs().max())
+        if difference > 1e-3 * float(was.abs().max()):
             raise ScionError(f"{listed(method.name for method in methods)} cannot be merged together: at {site.name} "
                              "the merged weight gives other values than the stack")
 
@@ -84,8 +91,10 @@ def save_plain(tuner: FineTuner, folder: Path) -> None:
     head = tuner.task.plain_head()
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in head.state_dict().items()}
     save_file(tensors, folder / "head.safetensors", metadata={"format": "pt"})
-    labels = {"classes": list(getattr(tuner.task, "classes", [])), "multilabel": bool(tuner.hparams.get("multilabel")),
-              "task": type(tuner.task).__name__, "head": str(head), "features": int(tuner.backbone.dim)}
+    classes = list(getattr(tuner.task, "classes", []))
+    multilabel = bool(tuner.hparams.get("multilabel"))
+    labels = {"classes": classes, "multilabel": multilabel, "task": type(tuner.task).__name__, "head": str(head),
+              "features": int(tuner.backbone.dim)}
     (folder / "labels.json").write_text(json.dumps(labels, indent=1) + "\n")
 
 

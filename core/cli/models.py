@@ -39,18 +39,17 @@ def model_of(name: str, weights: bool = True) -> nn.Module:
         ScionError: nothing here knows the name, or its weights are not at hand.
     """
     if name.count(":") == 2:
-        domain, class_name, inner = name.split(":")
+        key, _, inner = name.rpartition(":")
         known = _domain_backbones()
-        if f"{domain}:{class_name}" not in known:
-            raise ScionError(f"no backbone {domain}:{class_name}{nearest(f'{domain}:{class_name}', known)}; "
-                             f"there are {listed(known)}")
-        return _built(known[f"{domain}:{class_name}"], inner, weights)
+        if key not in known:
+            raise ScionError(f"no backbone {key}{nearest(key, known)}; there are {listed(known)}")
+        return _built(known[key], inner, weights)
     if Path(name).is_dir():
         return _from_folder(Path(name), weights)
     knowing = {key: cls for key, cls in _domain_backbones().items() if name in _names_known(cls)}
     if len(knowing) > 1:
-        raise ScionError(f"several backbones are called {name!r}; write one of "
-                         f"{listed(f'{key}:{name}' for key in knowing)}")
+        choices = listed(f"{key}:{name}" for key in knowing)
+        raise ScionError(f"several backbones are called {name!r}; write one of {choices}")
     if knowing:
         return _built(next(iter(knowing.values())), name, weights)
     return _from_timm(name, weights) or _from_transformers(name, weights)
@@ -74,8 +73,9 @@ def _domain_backbones() -> dict[str, Any]:
             published = {name: getattr(module, name) for name in getattr(module, "__all__", ())}
         except ImportError:  # a domain whose libraries are not installed
             continue
-        found |= {f"{info.name}:{name}": cls for name, cls in published.items()
-                  if isinstance(cls, type) and issubclass(cls, Backbone)}
+        for name, cls in published.items():
+            if isinstance(cls, type) and issubclass(cls, Backbone):
+                found[f"{info.name}:{name}"] = cls
     return found
 
 
@@ -107,6 +107,7 @@ def _from_timm(name: str, weights: bool) -> nn.Module | None:
 
 
 def _meta(make: Any) -> nn.Module:
+    """What ``make`` builds, on the meta device: shapes without numbers."""
     from core.adapters.rehearsal import rehearsing  # start-up time
 
     with rehearsing(calls=MOST_CALLS):
@@ -114,6 +115,7 @@ def _meta(make: Any) -> nn.Module:
 
 
 def _from_folder(folder: Path, weights: bool) -> nn.Module:
+    """The model in a folder that timm or transformers wrote."""
     from core.json_types import check  # start-up time
 
     file = folder / "config.json"
@@ -155,7 +157,9 @@ def _check_size(hollow: nn.Module, folder: Path) -> None:
 
 
 def first_line(error: Exception) -> str:
-    return one_line((str(error).strip().splitlines() or [type(error).__name__])[0][:150])
+    """The first line of what an exception says, cut where it is long; its name where it says nothing."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return one_line(lines[0][:150])
 
 
 def _from_transformers(name: str, weights: bool) -> nn.Module:

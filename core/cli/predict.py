@@ -80,14 +80,22 @@ def predict(run: str, files: list[str], as_json: bool, trust: bool = False) -> i
                 if len(shown) < MOST:
                     shown.append((one, f"{caption(entry)}\n{Path(entry['file']).name}"))
                 if not as_json:
-                    label = ", ".join(entry["labels"]) or "-" if "labels" in entry else entry["label"]
-                    bar.write(f"{printable(entry['file'])}\t{printable(label)}\t{entry['score']:.4f}", file=sys.stdout)
+                    bar.write(_line(entry), file=sys.stdout)
             results += chunk
             bar.update(len(chunk))
     if as_json:
         print(json.dumps(results, indent=1, allow_nan=False))
     _show(run, data, shown)
     return 2 if any("error" in entry for entry in results) else 0
+
+
+def _line(entry: dict[str, Any]) -> str:
+    """A file's prediction as people read it: file, label or labels, score."""
+    if "labels" in entry:
+        label = ", ".join(entry["labels"]) or "-"
+    else:
+        label = entry["label"]
+    return f"{printable(entry['file'])}\t{printable(label)}\t{entry['score']:.4f}"
 
 
 def _check_agreement(run: str, tuner: FineTuner, data: DataModule) -> None:
@@ -97,7 +105,8 @@ def _check_agreement(run: str, tuner: FineTuner, data: DataModule) -> None:
     if not os.path.lexists(Path(run) / "data_state.json"):
         return
     for name in signature(type(tuner.backbone)).parameters:
-        here, there = getattr(data, name, None), getattr(tuner.backbone, name, None)
+        here = getattr(data, name, None)
+        there = getattr(tuner.backbone, name, None)
         if isinstance(here, int) and isinstance(there, int) and here != there:
             raise ScionError(f"{run}: the data have {name} {here}, the backbone was trained with {there}")
 
@@ -119,8 +128,9 @@ def _outputs(tuner: FineTuner, inputs: list[Tensor]) -> Tensor:
     import torch
 
     try:
+        device = next(tuner.parameters()).device
         with torch.inference_mode():
-            return tuner(torch.stack(inputs).to(next(tuner.parameters()).device)).cpu()
+            return tuner(torch.stack(inputs).to(device)).cpu()
     except ScionError:
         raise
     except Exception as error:  # inputs of another shape, memory that is not there
@@ -129,7 +139,8 @@ def _outputs(tuner: FineTuner, inputs: list[Tensor]) -> Tensor:
 
 def _failure(file: str, reason: object) -> str:
     """Why a file has no prediction, in one line with its name."""
-    text, name = one_line(reason) or type(reason).__name__, printable(file)
+    text = one_line(reason) or type(reason).__name__
+    name = printable(file)
     return text if name in text else f"{name}: {text}"
 
 
@@ -138,9 +149,11 @@ def _show(run: str, data: DataModule, shown: list[tuple[Tensor, str]], columns: 
     from core.training.gallery import of_files  # start-up time
 
     file = Path(run) / "predictions.png"
+    inputs = [one for one, _ in shown]
+    # line by line: a line break of ours stays, and one in a file's name does not
     texts = ["\n".join(map(printable, text.split("\n"))) for _, text in shown]
     try:
-        if of_files(data, [one for one, _ in shown], texts, file, columns=columns):
+        if of_files(data, inputs, texts, file, columns=columns):
             print(f"pictures: {printable(file)}", file=sys.stderr)
     except OSError as error:  # what was asked for is printed already
         print(f"{printable(file)}: cannot be written ({error.strerror})", file=sys.stderr)
@@ -172,15 +185,15 @@ def _compare(run: str, tuner: FineTuner, data: DataModule, files: list[str], as_
     places, scores = neighbours(torch.stack(vectors), SHOWN[1])
     shown: list[tuple[Tensor, str]] = []
     for row, (entry, near, score) in enumerate(zip(readable, places.tolist(), scores.tolist(), strict=True)):
-        entry["neighbours"] = [{"file": readable[i]["file"], "score": round(value, 4)}
-                               for i, value in zip(near, score, strict=True)]
+        found = list(zip(near, score, strict=True))
+        entry["neighbours"] = [{"file": readable[i]["file"], "score": round(value, 4)} for i, value in found]
         if not as_json:
-            print("\t".join([printable(entry["file"]), *(f"{printable(one['file'])} {one['score']:.4f}"
-                                                         for one in entry["neighbours"])]))
+            named = [f"{printable(one['file'])} {one['score']:.4f}" for one in entry["neighbours"]]
+            print("\t".join([printable(entry["file"]), *named]))
         if row < SHOWN[0]:
-            shown += [(inputs[row], f"query\n{Path(entry['file']).name}"), *(
-                (inputs[i], f"{value:.2f}\n{Path(readable[i]['file']).name}")
-                for i, value in zip(near, score, strict=True))]
+            shown.append((inputs[row], f"query\n{Path(entry['file']).name}"))
+            for i, value in found:
+                shown.append((inputs[i], f"{value:.2f}\n{Path(readable[i]['file']).name}"))
     if as_json:
         print(json.dumps(results, indent=1, allow_nan=False))
     _show(run, data, shown, columns=1 + len(places[0]))
@@ -190,10 +203,12 @@ def _compare(run: str, tuner: FineTuner, data: DataModule, files: list[str], as_
 def _inside(file: str, data: DataModule) -> list[str]:
     """The files that a name on the command line stands for: itself, or what a folder holds. An empty folder stays, so
     that it is named as what cannot be read."""
+    if not os.path.isdir(file):
+        return [file]
     try:
-        found = [str(inner) for inner in data.files(Path(file))] if os.path.isdir(file) else []
-    except OSError:  # told when it is read
-        found = []
+        found = [str(inner) for inner in data.files(Path(file))]
+    except OSError:  # named when it is read
+        return [file]
     return found or [file]
 
 
@@ -215,7 +230,8 @@ def data_of(run: str, trust: bool = False) -> DataModule:
     if not os.path.isfile(file):
         raise ScionError(f"{file}: missing; predict needs a whole run folder, not an adapter alone")
     config = read(file)
-    part, domain = config.get("data"), config.get("domain") or ""
+    part = config.get("data")
+    domain = config.get("domain") or ""
     if not isinstance(part, dict) or "class_path" not in part:
         raise ScionError(f"{file}: no data section with a class_path")
     check(part["class_path"], str, str(file), "data.class_path")
@@ -229,7 +245,8 @@ def data_of(run: str, trust: bool = False) -> DataModule:
     for name, value in part.get("init_args", {}).items():
         if isinstance(value, int) and abs(value) > LARGEST_SIZE and name != "seed":
             raise ScionError(f"{file}: data.{name} {value} is more than any data need")
-    data: DataModule = make({"init_args": {}, **part}, "data", domain, DataModule)
+    whole_part = {"init_args": {}, **part}
+    data: DataModule = make(whole_part, "data", domain, DataModule)
     state = Path(run) / "data_state.json"
     if os.path.lexists(state):
         saved = read_json(state)

@@ -8,7 +8,6 @@ from core.cli.failures import says_what_failed
 from core.cli.models import shapes_of
 
 if TYPE_CHECKING:
-
     from core.anatomy import Anatomy, Site
 
 
@@ -38,15 +37,19 @@ def role_table(anatomy: Anatomy) -> list[str]:
     for site in anatomy.all_sites():
         places.setdefault(site.role, []).append(site)
     body = []
+    # in the order of the table of roles; a role that is not in it comes last
     for role in sorted(places, key=lambda role: [*ROLES, role].index(role)):
         sites = places[role]
+        first = sites[0].path or "(itself)"  # the model itself has an empty path
+        last = sites[-1].path if len(sites) > 1 else ""
         shapes = list(dict.fromkeys(map(_shape, sites)))
-        body.append([role, str(len(sites)), sites[0].path or "(itself)", sites[-1].path if len(sites) > 1 else "",
-                     shapes[0] if len(shapes) == 1 else f"{shapes[0]} .. {shapes[-1]}", ROLES.get(role, "")])
+        shape = shapes[0] if len(shapes) == 1 else f"{shapes[0]} .. {shapes[-1]}"
+        body.append([role, str(len(sites)), first, last, shape, ROLES.get(role, "")])
     return aligned(["role", "sites", "first module", "last module", "shape", "what stands there"], body, left=6)
 
 
 def _shape(site: Site) -> str:
+    """The shape of what is at a site: of its weight, its heads or its hidden state."""
     if site.kind == "conv":
         return str(list(site.full_weight.shape))
     if site.kind != "module":

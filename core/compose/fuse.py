@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,6 @@ from core.anatomy import Anatomy, Site
 from core.compose.joined import Joined, JoinedMethods
 from core.errors import ScionError
 from core.graft import Graft
-
-if TYPE_CHECKING:
-    pass
 
 HIDDEN = ("attention", "mlp", "block", "norm1", "norm2")
 """Roles where a hidden state of a block enters and leaves."""
@@ -29,36 +26,43 @@ class FusionGraft(Joined):
     def __init__(self, site: Site, parts: Sequence[Graft], dropout: float) -> None:
         super().__init__(site, parts)
         dim = site.width
-        self.query, self.key = nn.Linear(dim, dim), nn.Linear(dim, dim, bias=dropout > 0)
+        self.query = nn.Linear(dim, dim)
+        self.key = nn.Linear(dim, dim, bias=dropout > 0)
         self.value = nn.Linear(dim, dim, bias=False)
         self.dropout = nn.Dropout(dropout)
         for linear in (self.query, self.key):
             nn.init.normal_(linear.weight, std=0.02)
             if linear.bias is not None:
                 nn.init.zeros_(linear.bias)
+        # as AdapterHub starts it: the identity, with 1e-6 in all other places
         with torch.no_grad():
             self.value.weight.fill_(1e-6).fill_diagonal_(1.0)
 
     def before(self, x: Tensor) -> Tensor:
         wide = x.to(self.value.weight.dtype)
-        changes = torch.stack([part(wide, verb="before") - wide for part in self.parts], -2)
-        return x + self.mixed(self.again(x), changes).to(x.dtype)
+        changes = torch.stack([part(wide, verb="before") - wide for part in self.parts], -2)  # [..., methods, dim]
+        mixture = self.mixed(self.again(x), changes)
+        return x + mixture.to(x.dtype)
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         wide = y.to(self.value.weight.dtype)
-        changes = torch.stack([part(x, wide, verb="after") - wide for part in self.parts], -2)
-        return y + self.mixed(y, changes).to(y.dtype)
+        changes = torch.stack([part(x, wide, verb="after") - wide for part in self.parts], -2)  # [..., methods, dim]
+        mixture = self.mixed(y, changes)
+        return y + mixture.to(y.dtype)
 
     def mixed(self, z: Tensor, changes: Tensor) -> Tensor:
         """z [..., dim] and changes [..., methods, dim] -> what is added [..., dim]."""
         query = self.query(z.to(self.value.weight.dtype))
-        scores = (self.key(changes) @ query[..., None]).squeeze(-1)
+        scores = (self.key(changes) @ query[..., None]).squeeze(-1)  # [..., methods]
         weights = torch.softmax(self.dropout(scores), -1)
-        return self.value((weights[..., None, :] @ changes).squeeze(-2))
+        mixture = (weights[..., None, :] @ changes).squeeze(-2)  # [..., dim]
+        return self.value(mixture)
 
     def penalty(self) -> Tensor:
         """||V - I||_F^2"""
-        return (self.value.weight - torch.eye(self.site.width, device=self.value.weight.device)).square().sum()
+        weight = self.value.weight
+        identity = torch.eye(self.site.width, device=weight.device)
+        return (weight - identity).square().sum()
 
 
 class Fuse(JoinedMethods):
@@ -90,7 +94,8 @@ class Fuse(JoinedMethods):
             raise ScionError(f"Fuse: one method ({self.methods[0].name}) leaves nothing to choose")
         if not 0 <= dropout < 1 or penalty < 0:
             raise ScionError(f"Fuse: dropout {dropout} must be in [0, 1), penalty {penalty} not negative")
-        self.dropout, self.penalty = dropout, penalty
+        self.dropout = dropout
+        self.penalty = penalty
 
     def fits(self, part: Graft) -> bool:
         return part.site.role in HIDDEN
@@ -99,7 +104,7 @@ class Fuse(JoinedMethods):
         return FusionGraft(site, parts, self.dropout)
 
     def arrange(self, module: nn.Module, anatomy: Anatomy) -> None:
-        module.requires_grad_(False)
+        module.requires_grad_(False)  # before the mixtures are added, which are trained
         super().arrange(module, anatomy)
 
     @property
@@ -108,4 +113,6 @@ class Fuse(JoinedMethods):
 
     def loss_terms(self, module: Any, batch: Any, outputs: Any) -> Tensor | None:
         terms = [graft.penalty() for graft in self.grafts if isinstance(graft, FusionGraft)]
-        return self.penalty * torch.stack(terms).sum() if self.penalty and self.is_trained else None
+        if not self.penalty or not self.is_trained:
+            return None
+        return self.penalty * torch.stack(terms).sum()

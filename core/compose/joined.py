@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -12,9 +12,6 @@ from core.compose.side_by_side import SideBySide
 from core.errors import ScionError
 from core.graft import Graft
 from core.method import key_of
-
-if TYPE_CHECKING:
-    pass
 
 
 class Joined(Graft):
@@ -64,11 +61,12 @@ class JoinedMethods(SideBySide):
                                      f" {self.refusal}")
                 self._parts.setdefault(part.site.name, []).append(part)
         for name, parts in self._parts.items():
-            if len(parts) != len(self.methods) or len({part.verbs for part in parts}) > 1:
+            ways = {part.verbs for part in parts}
+            if len(parts) != len(self.methods) or len(ways) > 1:
                 raise ScionError(f"{self.name}: its methods must stand at the same sites in the same way, and do not "
                                  f"at {name}")
             module.add_module(key_of(name), self.make_graft(parts[0].site, anatomy))
-        self._parts = {}
+        self._parts = {}  # needed only by `build`, and what they hold belongs to the branches
 
     def standing(self, module: nn.Module) -> list[Graft]:
         return [child for child in module.children() if isinstance(child, Graft)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +14,6 @@ from core.compose.side_by_side import SideBySide
 from core.errors import ScionError, nearest
 from core.graft import Graft, route_rows
 from core.method import key_of, methods_on
-
-if TYPE_CHECKING:
-    pass
 
 
 class Route(SideBySide):
@@ -35,14 +31,19 @@ class Route(SideBySide):
     inference_cost = "each variant computes its own rows"
 
     def arrange(self, module: nn.Module, anatomy: Anatomy) -> None:
-        for i, method in enumerate(self.methods):
+        first = self.methods[0]
+        for method in self.methods:
             for graft in self.branch(method):
-                graft.active = i == 0
+                graft.active = method is first
 
     def standing(self, module: nn.Module) -> list[Graft]:
         children = dict(module.named_children())
-        return [graft for method in self.methods if key_of(method.name) in children
-                for graft in method.standing(children[key_of(method.name)])]
+        found: list[Graft] = []
+        for method in self.methods:
+            branch = children.get(key_of(method.name))
+            if branch is not None:
+                found += method.standing(branch)
+        return found
 
     @contextlib.contextmanager
     def route(self, variant: str | Tensor | Sequence[int]) -> Iterator[None]:
@@ -60,7 +61,8 @@ class Route(SideBySide):
                 raise ScionError(f"{self.name}: no variant is called {variant!r}{nearest(variant, names)}; there are "
                                  f"{names}")
         else:
-            route = torch.as_tensor(variant, device=next(self.module.parameters()).device).long()
+            device = next(self.module.parameters()).device
+            route = torch.as_tensor(variant, device=device).long()
             if route.dim() != 1 or (route.numel() and not 0 <= int(route.min()) <= int(route.max()) < len(names)):
                 raise ScionError(f"{self.name}: a route is one index a row, 0 to {len(names) - 1}")
             for other in methods_on(root):
@@ -68,6 +70,7 @@ class Route(SideBySide):
                     raise ScionError(f"{self.name}: {other.name} lets several streams ride in the batch, whose rows "
                                      "are then no samples to route; route the whole batch by name")
         try:
+            # with a route all variants take part, each for its own rows; with a name only that variant
             for i, method in enumerate(self.methods):
                 branch = self.branch(method)
                 for graft in branch:

@@ -47,6 +47,12 @@ class SideBySide(AddsLoss, PEFTMethod):
         self.trained: dict[str, Trained] = {}
         """What there is of those methods that come from folders, by their names."""
         self.methods: list[PEFTMethod] = [self._method(entry) for entry in methods]
+        self._check_methods(kind)
+        self.config["methods"] = self._noted(methods)
+        self.identity_at_start = not self.trained and all(method.identity_at_start for method in self.methods)
+
+    def _check_methods(self, kind: str) -> None:
+        """Refuse methods that cannot share a batch."""
         names = [method.name for method in self.methods]
         if not names or len(set(names)) < len(names):
             raise ScionError(f"{kind}: the methods need names of their own, got {names}; give name=... to each")
@@ -60,17 +66,26 @@ class SideBySide(AddsLoss, PEFTMethod):
                                  "them (positions, a class token)")
             if method.prepares:
                 raise ScionError(f"{kind}: {method.name} computes start values from data, alone on its backbone")
-        self.config["methods"] = [method if isinstance(entry, PEFTMethod) or method.name not in self.trained else entry
-                                  for entry, method in zip(methods, self.methods, strict=True)]
-        self.identity_at_start = not self.trained and all(method.identity_at_start for method in self.methods)
+
+    def _noted(self, entries: Sequence[Any]) -> list[Any]:
+        """What the configuration notes of the methods: of those from folders the folder, otherwise the method."""
+        found = []
+        for entry, method in zip(entries, self.methods, strict=True):
+            # a method given as an object may have the name of one that comes from a folder
+            is_from_folder = method.name in self.trained and not isinstance(entry, PEFTMethod)
+            found.append(entry if is_from_folder else method)
+        return found
 
     def _method(self, entry: Any) -> PEFTMethod:
+        """The method that an entry of ``methods`` describes: an object, a folder, or a class with its arguments."""
         if isinstance(entry, PEFTMethod):
             return entry
         kind = type(self).__name__
         check(entry, str | dict[str, Any], kind, "methods")
-        if isinstance(entry, str) or "adapter" in entry:
-            return self._from_folder({"adapter": entry} if isinstance(entry, str) else entry)
+        if isinstance(entry, str):
+            return self._from_folder({"adapter": entry})
+        if "adapter" in entry:
+            return self._from_folder(entry)
         part = class_and_arguments(entry, kind)
         check(part, Component, kind)
         return peft.make(part["class_path"], part["init_args"])
@@ -80,8 +95,11 @@ class SideBySide(AddsLoss, PEFTMethod):
         return self.methods
 
     def _from_folder(self, entry: dict[str, Any]) -> PEFTMethod:
-        kind, folder = type(self).__name__, str(entry["adapter"])
-        if unknown := sorted(set(entry) - {"adapter", "name"}):
+        """A trained method; its tensors are kept in ``trained`` until it is on a model."""
+        kind = type(self).__name__
+        folder = str(entry["adapter"])
+        unknown = sorted(set(entry) - {"adapter", "name"})
+        if unknown:
             raise ScionError(f"{kind}: {folder}: a trained method takes a name of its own, not {unknown[0]!r}")
         record, tensors = read_adapter(folder)
         names = [spec["name"] for spec in record["methods"]]
@@ -90,6 +108,7 @@ class SideBySide(AddsLoss, PEFTMethod):
         spec = record["methods"][0]
         check(entry.get("name"), str | None, kind, "name")
         method = method_of(spec, name=entry.get("name") or spec["name"])
+        # a later stage has other tensors, and only its own training leads to it
         stage = _stage(spec.get("structure", {}))
         if stage and stage != _stage(plain(method.structure())):
             raise ScionError(f"{kind}: {folder}: {spec['name']} was saved in a later stage than {spec['class']} "
@@ -107,9 +126,11 @@ class SideBySide(AddsLoss, PEFTMethod):
         return {"plans": plans}
 
     def _check_bases(self, anatomy: Anatomy) -> None:
+        """Refuse trained methods of another base."""
         if not self.trained or any(p.is_meta for p in anatomy.root.parameters()):
             return
         home: Any = getattr(anatomy.root, "peft", None)
+        # where methods are attached already the base is changed, and its fingerprint was taken before
         here = fingerprint(anatomy.root, anatomy.head_names()) if home is None else home.fingerprint
         for trained in self.trained.values():
             if trained.base != here:
@@ -156,29 +177,46 @@ class SideBySide(AddsLoss, PEFTMethod):
             raise ScionError(f"{self.name}: {trained.folder}: {what}") from error
 
     def _load(self, name: str, branch: nn.Module) -> None:
+        """Copy a trained method's tensors into its branch; what a graft packs may be packed in the file, or plain."""
         folder, tensors = self.trained[name].folder, self.trained[name].tensors
         into = {key: tensor for key, tensor in branch.state_dict().items() if not key.endswith("_extra_state")}
-        packed = {key: (graft, into.pop(key)) for path, graft in branch.named_modules() if isinstance(graft, Graft)
-                  for key in (f"{path}.{part}" for part in graft.packed) if key not in tensors}
+        grafts = {path: graft for path, graft in branch.named_modules() if isinstance(graft, Graft)}
+        packed: dict[str, tuple[Graft, Tensor]] = {}
+        for path, graft in grafts.items():
+            for part in graft.packed:
+                key = f"{path}.{part}"
+                if key not in tensors:
+                    packed[key] = graft, into.pop(key)
         parts = {key: graft.pack(tensor) for key, (graft, tensor) in packed.items()}
-        into |= {f"{key}.{part}": tensor for key, found in parts.items() for part, tensor in found.items()}
-        for key in sorted(into.keys() | tensors.keys()):
-            one, two = (list(side[key].shape) if key in side else "absent" for side in (tensors, into))
-            if one != two:
-                raise ScionError(f"{self.name}: {folder}: {key} is {one} in the file, {two} here")
-        limits = {f"{path}.{key}": limit for path, graft in branch.named_modules() if isinstance(graft, Graft)
-                  for key, limit in graft.limits().items()}
-        for key, tensor in into.items():
-            check_fit(tensors[key], tensor, key, f"{self.name}: {folder}")
-            check_values(tensors[key], tensor, key, f"{self.name}: {folder}", limits.get(key))
+        for key, found in parts.items():
+            for part, tensor in found.items():
+                into[f"{key}.{part}"] = tensor
+        self._check_tensors(folder, tensors, into, grafts)
         with torch.no_grad():
             for key, tensor in into.items():
                 tensor.copy_(tensors[key])
+            # the tensors that a graft packs are not in ``into``: their parts there are copies that nobody keeps
             for key, (graft, tensor) in packed.items():
                 graft.unpack({part: tensors[f"{key}.{part}"] for part in parts[key]}, tensor)
 
+    def _check_tensors(self, folder: str, tensors: dict[str, Tensor], into: dict[str, Tensor],
+                       grafts: dict[str, Graft]) -> None:
+        """Refuse tensors of a file that are not those that the method has here."""
+        for key in sorted(into.keys() | tensors.keys()):
+            there, here = _shape(tensors, key), _shape(into, key)
+            if there != here:
+                raise ScionError(f"{self.name}: {folder}: {key} is {there} in the file, {here} here")
+        limits = {}
+        for path, graft in grafts.items():
+            for key, limit in graft.limits().items():
+                limits[f"{path}.{key}"] = limit
+        where = f"{self.name}: {folder}"
+        for key, tensor in into.items():
+            check_fit(tensors[key], tensor, key, where)
+            check_values(tensors[key], tensor, key, where, limits.get(key))
+
     def arrange(self, module: nn.Module, anatomy: Anatomy) -> None:
-        """Say which of the grafts in the filled branches stand at sites, and how."""
+        """Say which of the grafts in the filled branches are at sites, and how."""
 
     def branch(self, method: PEFTMethod) -> list[Graft]:
         """The grafts of one of its methods."""
@@ -191,39 +229,62 @@ class SideBySide(AddsLoss, PEFTMethod):
 
     def restructure(self, structure: dict[str, Any]) -> None:
         for method in self.methods:
-            alone, method.root = method.root, self.root  # some look at the model that they stand on
+            own_root = method.root
+            method.root = self.root  # some look at the model that they are on
             try:
                 method.restructure(structure.get("methods", {}).get(method.name, {}))
             finally:
-                method.root = alone
+                method.root = own_root
 
     def spec(self) -> dict[str, Any]:  # what is saved holds the tensors, wherever a folder is by then
         found = super().spec()
-        return {**found, "config": {**found["config"], "methods": [
-            {"class": spec["class"], **spec["config"], "name": spec["name"]}
-            for spec in (method.spec() for method in self.methods)]}}
+        methods = []
+        for method in self.methods:
+            spec = method.spec()
+            methods.append({"class": spec["class"], **spec["config"], "name": spec["name"]})
+        config = {**found["config"], "methods": methods}
+        return {**found, "config": config}
 
     # --------------------------------------------------------------------------------- in training
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        for method in self.methods if stage == "fit" and self.is_trained else ():
+        if stage == "fit" and self.is_trained:
+            self._check_training()
+        super().setup(trainer, pl_module, stage)
+
+    def _check_training(self) -> None:
+        """Refuse to train a method that wants a say in the training."""
+        for method in self.methods:
             if method.is_trained and (method.is_scheduled or isinstance(method, OwnOptimizer) or method.stages):
                 raise ScionError(f"{self.name}: {method.name} steers its own training, which has no place here: train "
                                  "it alone, and give its folder, or trainable: false")
-        super().setup(trainer, pl_module, stage)
 
     @property
     def adds_loss(self) -> bool:
         return any(method.adds_loss for method in self.methods)
 
     def loss_terms(self, module: Any, batch: Any, outputs: Any) -> Tensor | None:
-        terms = [term for method in self.methods
-                 if (term := method.loss_terms(module, batch, outputs)) is not None]
+        terms = []
+        for method in self.methods:
+            term = method.loss_terms(module, batch, outputs)
+            if term is not None:
+                terms.append(term)
         return torch.stack(terms).sum() if terms else None
+
+
+def _shape(tensors: dict[str, Tensor], key: str) -> list[int] | str:
+    """The shape of a tensor, for messages."""
+    return list(tensors[key].shape) if key in tensors else "absent"
 
 
 def _stage(structure: dict[str, Any]) -> dict[str, Any]:
     """What of a structure says how far a method has come, and not on which weights."""
-    found = {key: _stage(value) if isinstance(value, dict) else value for key, value in structure.items()
-             if key not in ("shapes", "basis", "stored", "ranks")}
-    return {key: value for key, value in found.items() if value != {}}
+    found = {}
+    for key, value in structure.items():
+        if key in ("shapes", "basis", "stored", "ranks"):
+            continue
+        if isinstance(value, dict):
+            value = _stage(value)
+        if value != {}:
+            found[key] = value
+    return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,6 @@ from core.anatomy import Anatomy, Site
 from core.compose.joined import Joined, JoinedMethods
 from core.errors import ScionError, nearest
 from core.graft import Graft
-
-if TYPE_CHECKING:
-    pass
 
 
 class SplitGraft(Joined):
@@ -27,10 +24,12 @@ class SplitGraft(Joined):
     """First position of the second graft: one for all samples, or [batch]."""
 
     def before(self, x: Tensor) -> Tensor:
-        return self._split(*(part(x, verb="before") for part in self.parts))
+        first, second = (part(x, verb="before") for part in self.parts)
+        return self._split(first, second)
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        return self._split(*(part(x, y, verb="after") for part in self.parts))
+        first, second = (part(x, y, verb="after") for part in self.parts)
+        return self._split(first, second)
 
     def _split(self, first: Tensor, second: Tensor) -> Tensor:
         start, name = self.start, self.site.name
@@ -39,12 +38,15 @@ class SplitGraft(Joined):
         if first.dim() != 3:
             raise ScionError(f"Split: {name} has states of shape {list(first.shape)}, not [batch, positions, channels]")
         if isinstance(start, Tensor):
-            start = start if self.batch is None else start[self.batch]
+            if self.batch is not None:
+                start = start[self.batch]
+            # a block may see more rows than samples, as where windows of one sample lie side by side in the batch
             times, rest = divmod(len(first), max(1, len(start)))
             if rest:
                 raise ScionError(f"Split: {len(start)} samples are split, but {len(first)} rows arrive at {name}")
-            start = start.repeat_interleave(times)[:, None, None]
-        return torch.where(torch.arange(first.shape[1], device=first.device)[:, None] < start, first, second)
+            start = start.repeat_interleave(times)[:, None, None]  # [rows, 1, 1]
+        positions = torch.arange(first.shape[1], device=first.device)[:, None]  # [positions, 1]
+        return torch.where(positions < start, first, second)
 
 
 class Boundary(Graft):
@@ -52,7 +54,9 @@ class Boundary(Graft):
 
     def __init__(self, site: Site, by: str, separator: int | None, splits: Sequence[SplitGraft]) -> None:
         super().__init__(site)
-        self.by, self.separator, self.splits = by, separator, list(splits)
+        self.by = by
+        self.separator = separator
+        self.splits = list(splits)
         self.wanted, self.position = read_by(site, by)
 
     def notice(self, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -64,6 +68,7 @@ class Boundary(Graft):
         else:  # what follows the first separator, or the first run of them
             separators = ids == self.separator
             second = (separators.cumsum(-1) > 0) & ~separators
+        # the positions before the first one of the second part; all where there is none
         start = (second.cumsum(-1) == 0).sum(-1)
         for graft in self.splits:
             graft.start = start
@@ -73,7 +78,9 @@ def read_by(site: Site, by: str) -> tuple[str, int]:
     """Name and place of the model's argument that says where to split; "" where it has none."""
     names = list(inspect.signature(site.module.forward).parameters)
     wanted = "token_type_ids" if by == "token_type" else "input_ids"
-    return (wanted, names.index(wanted)) if wanted in names else ("", 0)
+    if wanted not in names:
+        return "", 0
+    return wanted, names.index(wanted)
 
 
 class Split(JoinedMethods):
@@ -100,14 +107,14 @@ class Split(JoinedMethods):
         super().__init__(methods, **common)
         if len(self.methods) != 2:
             raise ScionError(f"Split: two methods share a sequence, got {len(self.methods)}")
-        if isinstance(by, bool) or not (by is None or by in ("token_type", "separator") or (
-                isinstance(by, int) and by >= 0)):
+        if not _is_boundary(by):
             raise ScionError(f"Split: by {by!r} is no position, nor 'token_type' or 'separator'"
                              f"{nearest(str(by), ('token_type', 'separator'))}")
         if (by == "separator") != (separator is not None):
             raise ScionError(f"Split: by='separator' and separator=<its id> go together, got by={by!r} and "
                              f"separator={separator}")
-        self.by, self.separator = by, separator
+        self.by = by
+        self.separator = separator
 
     def check(self, anatomy: Anatomy) -> None:
         super().check(anatomy)
@@ -132,21 +139,39 @@ class Split(JoinedMethods):
     def at(self, positions: int | Tensor | Sequence[int]) -> Iterator[None]:
         """Within this context sample i is split at ``positions[i]``, or all at one position."""
         self.need_root()
-        start: int | Tensor = positions if isinstance(positions, int) else torch.as_tensor(
-            positions, device=next(self.module.parameters()).device).long()
-        if (isinstance(start, Tensor) and start.dim() != 1) or bool((torch.as_tensor(start) < 0).any()):
-            raise ScionError(f"{self.name}: positions are one index a sample, from 0")
+        start = self._starts(positions)
         splits = [graft for graft in self.grafts if isinstance(graft, SplitGraft)]
         readers = [graft for graft in self.grafts if isinstance(graft, Boundary)]
-        states = [graft.start for graft in splits], [graft.active for graft in readers]
+        starts_before = [graft.start for graft in splits]
+        active_before = [graft.active for graft in readers]
         try:
             for graft in splits:
                 graft.start = start
-            for graft in readers:
+            for graft in readers:  # which would set it anew in every forward
                 graft.active = False
             yield
         finally:
-            for graft, before in zip(splits, states[0], strict=True):
+            for graft, before in zip(splits, starts_before, strict=True):
                 graft.start = before
-            for graft, active in zip(readers, states[1], strict=True):
+            for graft, active in zip(readers, active_before, strict=True):
                 graft.active = active
+
+    def _starts(self, positions: int | Tensor | Sequence[int]) -> int | Tensor:
+        """Where the second part begins: one position, or [batch] on the model's device."""
+        start: int | Tensor
+        if isinstance(positions, int):
+            start = positions
+        else:
+            device = next(self.module.parameters()).device
+            start = torch.as_tensor(positions, device=device).long()
+        has_wrong_shape = isinstance(start, Tensor) and start.dim() != 1
+        if has_wrong_shape or bool((torch.as_tensor(start) < 0).any()):
+            raise ScionError(f"{self.name}: positions are one index a sample, from 0")
+        return start
+
+
+def _is_boundary(by: Any) -> bool:
+    """Whether ``Split`` can be split by this."""
+    if by is None or by in ("token_type", "separator"):
+        return True
+    return isinstance(by, int) and not isinstance(by, bool) and by >= 0

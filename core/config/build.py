@@ -5,16 +5,14 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import inspect
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from core.component import cut, short
 from core.errors import ScionError, called, listed, nearest, one_line
 from core.json_types import shown, wanted
 from core.record import is_finite, signature, types_of
-
-if TYPE_CHECKING:
-    pass
 
 
 def find_class(name: str, key: str, domain: str) -> type:
@@ -67,22 +65,26 @@ def _imported(name: str, key: str) -> type:
 def first_line_of(error: BaseException) -> str:
     """What an exception says, in one line."""
     text = one_line(error)
-    text = text if len(text) <= 300 else f"{text[:297]}..."
-    plain = isinstance(error, (ImportError, AttributeError))
-    return text if plain and text else f"{type(error).__name__}: {text}" if text else type(error).__name__
+    if not text:
+        return type(error).__name__
+    if len(text) > 300:
+        text = f"{text[:297]}..."
+    # these two say in their text already what is missing
+    if isinstance(error, (ImportError, AttributeError)):
+        return text
+    return f"{type(error).__name__}: {text}"
 
 
 def choices(part: dict[str, Any], argument: str, domain: str) -> list[Any]:
     """What ``all`` stands for as a value of an argument of the data."""
     cls: Any = find_class(part["class_path"], "data", domain)
     try:
-        found = list(cls.choices(argument, part["init_args"]))
+        return list(cls.choices(argument, part["init_args"]))
     except ScionError:
         raise
-    except Exception as error:
+    except Exception as error:  # it may be anybody's class
         raise ScionError(f"--over data.{argument}=all: {cls.__name__} does not say what all of them are "
                          f"({first_line_of(error)}); list them") from error
-    return found
 
 
 def make(part: dict[str, Any], key: str, domain: str, base: type, **linked: Any) -> Any:
@@ -99,10 +101,14 @@ def make(part: dict[str, Any], key: str, domain: str, base: type, **linked: Any)
         return cls(**arguments)
     except ScionError as error:
         text = str(error)
-        told = text.startswith((key, cls.__name__, key.partition(".")[2] or key))
-        raise ScionError(text if told else f"{key}: {text}") from None
+        starts = (key, cls.__name__, key.partition(".")[2] or key)
+        # most constructors say themselves what they refuse: the key would then be there twice
+        if not text.startswith(starts):
+            text = f"{key}: {text}"
+        raise ScionError(text) from None
     except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
-        given = listed((f"{name}={shown(value)}" for name, value in part["init_args"].items()), 6)
+        written = [f"{name}={shown(value)}" for name, value in part["init_args"].items()]
+        given = listed(written, 6)
         raise ScionError(f"{key}: {cls.__name__}({given}) cannot be made ({first_line_of(error)})") from error
 
 
@@ -117,12 +123,12 @@ def typed(cls: Any, arguments: dict[str, Any], key: str) -> dict[str, Any]:
         if name not in known:
             raise ScionError(f"{key}.{cut(name)}: {cls.__name__} has no option {short(name)}"
                              f"{called(name, known)}; it has {listed(known, 40)}")
-    missing = [name for name, p in known.items() if p.default is p.empty and name not in arguments
-               and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    if missing:
-        raise ScionError(f"{key}.{missing[0]}: {cls.__name__} needs it")
+    for name, parameter in known.items():
+        if name not in arguments and _is_required(parameter):
+            raise ScionError(f"{key}.{name}: {cls.__name__} needs it")
+    left_out = frozenset(known) - set(arguments)
     try:
-        found = _parser(cls, frozenset(known) - set(arguments)).parse_object(arguments).as_dict()
+        found = _parser(cls, left_out).parse_object(arguments).as_dict()
     except (Exception, SystemExit) as error:  # mostly ArgumentError, but what it meets on its way comes through as well
         raise _untyped(cls, arguments, key, error) from error
     for name, value in found.items():
@@ -131,21 +137,33 @@ def typed(cls: Any, arguments: dict[str, Any], key: str) -> dict[str, Any]:
     return found
 
 
+def _is_required(parameter: inspect.Parameter) -> bool:
+    """Whether a call without this argument fails."""
+    is_open = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    return parameter.default is parameter.empty and not is_open
+
+
 def _untyped(cls: Any, arguments: dict[str, Any], key: str, error: BaseException) -> ScionError:
     """The message for arguments of which jsonargparse has refused one."""
+    # jsonargparse names the argument within its text only, in quotes behind the word key
     bad = re.search(r'[kK]ey "([\w.]+)"', str(error))
     name = bad.group(1).partition(".")[0] if bad else ""
     if name not in arguments:
         return ScionError(f"{key}: {cls.__name__} cannot take these arguments ({first_line_of(error)})")
-    asked, value = wanted(types_of(cls)[name]), arguments[name]
-    one = f"; write [{value}]" if asked.startswith("a list") and isinstance(value, str) and value.isprintable() else ""
-    return ScionError(f"{key}.{name}: must be {asked}, not {shown(value)}{one if len(one) < 80 else ''}")
+    asked = wanted(types_of(cls)[name])
+    value = arguments[name]
+    hint = ""
+    if asked.startswith("a list") and isinstance(value, str) and value.isprintable():
+        hint = f"; write [{value}]"
+    if len(hint) >= 80:
+        hint = ""
+    return ScionError(f"{key}.{name}: must be {asked}, not {shown(value)}{hint}")
 
 
 @functools.cache  # jsonargparse reads the sources of all of a class's bases; a table of runs asks again and again
 def _parser(cls: Any, left_out: frozenset[str]) -> Any:
     """A parser of ``cls``'s arguments but those."""
-    import jsonargparse
+    import jsonargparse  # slow to import
 
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, fail_untyped=False, skip=set(left_out))

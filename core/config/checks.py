@@ -41,6 +41,7 @@ def _has_domain(name: str) -> bool:
 
 
 def _check_stages(stages: dict[str, Any]) -> None:
+    """Refuse stages that share a folder, or start from what is not there."""
     folded: dict[str, str] = {}
     for name in stages:
         other = folded.setdefault(name.casefold(), name)
@@ -65,21 +66,15 @@ def _check_stage(config: dict[str, Any]) -> None:
         if rate != "auto" and method["init_args"].get("lr") is not None:
             raise ScionError(f"peft.lr: optimizer.lr is {rate} for all methods, and this one's would be lost; write "
                              "optimizer.lr: auto, or leave it out")
-    root = config["data"]["init_args"].get("root")
-    if isinstance(root, str):
-        try:
-            there = Path(root).exists()
-        except (OSError, ValueError):
-            there = False
-        if not there:
-            raise ScionError(f"data.root: no folder {root if len(root) <= 300 else short(root)}")
+    _check_root(config["data"]["init_args"].get("root"))
     schedule = config["lr_scheduler"]
     if schedule.get("name") == "constant" and schedule.get("final"):
         raise ScionError(f"lr_scheduler.final: a constant rate ends as it began, and not at {schedule['final']} of it; "
                          "leave it out")
-    both = [key for key in ("lr", "weight_decay", "params") if key in config["optimizer"].get("options", {})]
-    if both:
-        raise ScionError(f"optimizer.options.{both[0]}: write optimizer.{both[0]}")
+    options = config["optimizer"].get("options", {})
+    for key in ("lr", "weight_decay", "params"):
+        if key in options:
+            raise ScionError(f"optimizer.options.{key}: write optimizer.{key}")
     trainer = config["trainer"]
     check_length(trainer)
     if trainer.get("checkpoint_every_n_steps") and trainer.get("enable_checkpointing") is False:
@@ -88,20 +83,37 @@ def _check_stage(config: dict[str, Any]) -> None:
         raise ScionError("select: 'best' is chosen by the validation set, and trainer.limit_val_batches is 0")
 
 
+def _check_root(root: Any) -> None:
+    """Refuse a folder of the data that is not there."""
+    if not isinstance(root, str):
+        return
+    try:
+        is_there = Path(root).exists()
+    except (OSError, ValueError):  # a name that no file system takes
+        is_there = False
+    if not is_there:
+        raise ScionError(f"data.root: no folder {root if len(root) <= 300 else short(root)}")
+
+
 def _methods(config: dict[str, Any]) -> list[dict[str, Any]]:
-    return config["peft"] if isinstance(config["peft"], list) else [config["peft"]]
+    methods = config["peft"]
+    return methods if isinstance(methods, list) else [methods]
 
 
 def _check_names(methods: list[dict[str, Any]]) -> None:
     """Refuse a stack in which two methods have one name."""
-    names = [method["init_args"].get("name") or method["class_path"].rpartition(".")[2] for method in methods]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise ScionError(f"peft: two methods are called {shown(twice)}; give one of them another name, as in {{class: "
-                         f"{cut(str(twice))}, name: second}}")
+    names = []
+    for method in methods:
+        class_name = method["class_path"].rpartition(".")[2]
+        names.append(method["init_args"].get("name") or class_name)
+    for name in names:
+        if names.count(name) > 1:
+            raise ScionError(f"peft: two methods are called {shown(name)}; give one of them another name, as in "
+                             f"{{class: {cut(str(name))}, name: second}}")
 
 
 def _check_method(method: dict[str, Any]) -> None:
+    """Refuse options that a method does not have; those of a stranger's class are known only when it is imported."""
     from core.peft import options  # start-up time
 
     name, arguments = method["class_path"], method["init_args"]
@@ -122,10 +134,10 @@ def _check_own_stages(methods: list[PEFTMethod], listed_stages: bool) -> None:
     if staged and listed_stages:
         raise ScionError(f"stages: {staged[0].name} has stages of its own ({listed(staged[0].stages)}), and a run goes "
                          "through those or through listed ones")
-    other = [method for method in staged if method.stages != staged[0].stages]
-    if other:
-        raise ScionError(f"peft: {staged[0].name} has the stages {listed(staged[0].stages)} and {other[0].name} "
-                         f"{listed(other[0].stages)}; one run goes through the same for all")
+    for method in staged[1:]:
+        if method.stages != staged[0].stages:
+            raise ScionError(f"peft: {staged[0].name} has the stages {listed(staged[0].stages)} and {method.name} "
+                             f"{listed(method.stages)}; one run goes through the same for all")
 
 
 def rehearse(points: Iterable[Point]) -> None:
@@ -148,8 +160,11 @@ def rehearse(points: Iterable[Point]) -> None:
         done.add(text)
         return is_new
 
-    fits = [({**point.config, **stage}, point.domain) for point in points
-            for stage in (point.config.get("stages") or {"": {}}).values()]
+    fits: list[tuple[dict[str, Any], str]] = []
+    for point in points:
+        stages = point.config.get("stages") or {"": {}}  # a run without stages is one fit
+        for stage in stages.values():
+            fits.append(({**point.config, **stage}, point.domain))
     for config, domain in fits:
         check_trainer(config["trainer"])
         if once("peft", config["peft"], domain, "stages" in config):

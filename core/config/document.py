@@ -54,9 +54,14 @@ WHOLE = re.compile(r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F]+|0b[01]+|0o[0-7]+)\Z")
 FLOAT = re.compile(r"[-+]?(([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+|"
                    r"\.(inf|Inf|INF))\Z|\.(nan|NaN|NAN)\Z")
 
-Reader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (f"{TAG}int", f"{TAG}float", f"{TAG}timestamp")]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_SURPRISING = (f"{TAG}int", f"{TAG}float", f"{TAG}timestamp")
+"""Kinds whose forms in YAML 1.1 surprise; numbers have our own forms, `WHOLE` and `FLOAT`."""
+
+# PyYAML's table says by a value's first letter which kinds it can be of; a class that has its own leaves PyYAML's alone
+Reader.yaml_implicit_resolvers = {}
+for _letter, _resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items():
+    _plain = [(tag, pattern) for tag, pattern in _resolvers if tag not in _SURPRISING]
+    Reader.yaml_implicit_resolvers[_letter] = _plain
 for _kind in (Reader, Writer):
     _kind.add_implicit_resolver(f"{TAG}int", WHOLE, list("-+0123456789"))
     _kind.add_implicit_resolver(f"{TAG}float", FLOAT, list("-+.0123456789"))
@@ -77,8 +82,11 @@ class Plain:
         """The nodes around the present one."""
 
     def error(self, node: yaml.Node, text: str) -> ScionError:
+        """An error that says where the node is."""
+        if not self.where:
+            return ScionError(text)
         line = f", line {node.start_mark.line + 1}" if self.lines else ""
-        return ScionError(f"{self.where}{line}: {text}" if self.where else text)
+        return ScionError(f"{self.where}{line}: {text}")
 
     def value(self, node: yaml.Node) -> Any:
         """The value of a node and of all below it."""
@@ -102,6 +110,7 @@ class Plain:
         return found
 
     def mapping(self, node: yaml.MappingNode) -> dict[str, Any]:
+        """The value of a mapping, whose own keys count more than those that ``<<`` brings."""
         own: dict[str, Any] = {}
         merged: dict[str, Any] = {}
         lines: dict[str, int] = {}
@@ -127,11 +136,13 @@ class Plain:
         for part in parts:
             if not isinstance(part, dict):
                 raise self.error(node, "<< merges mappings, nothing else")
-            found = {**part, **found}
+            found = {**part, **found}  # in this order: what is there already stays
         return found
 
     def scalar(self, node: yaml.ScalarNode) -> Any:
-        kind, text = node.tag.removeprefix(TAG), node.value
+        """The value of a node that has no parts."""
+        kind = node.tag.removeprefix(TAG)
+        text = node.value
         if kind in ("str", "value", "merge"):
             if "\0" in text:
                 raise self.error(node, "a NUL character")
@@ -147,19 +158,23 @@ class Plain:
         raise self.error(node, f"{_short(text)} with the tag {node.tag.replace(TAG, '!!')!r}; write the value alone")
 
     def whole(self, node: yaml.Node, text: str) -> int:
+        # the longest that fits is written in base 2, with a sign and 0b; Python refuses to read thousands of digits
         value = int(text, 0) if len(text) <= BITS + 3 else 2**BITS
         if abs(value) >= 2**BITS:
             raise self.error(node, f"{_short(text)} is too large a number, 2^{BITS} or more")
         return value
 
     def real(self, node: yaml.Node, text: str) -> float:
-        value = math.nan if text.lstrip("+-").startswith((".i", ".I", ".n", ".N")) else float(text)
+        # Python does not read YAML's .inf and .nan
+        is_special = text.lstrip("+-").startswith((".i", ".I", ".n", ".N"))
+        value = math.nan if is_special else float(text)
         if not math.isfinite(value):
             raise self.error(node, f"{_short(text)} is not a finite number")
         return value
 
 
 def _short(text: str) -> str:
+    """Text in quotes, cut where it is long."""
     return repr(text) if len(text) <= 60 else f"{text[:57]!r}..."
 
 
@@ -219,23 +234,47 @@ def _find(config: str) -> Path:
     path = Path(config)
     if path.is_file():
         return path
-    spec = importlib.util.find_spec("domains")
-    homes = [Path(home) for home in (spec.submodule_search_locations if spec else []) or []]
-    inside = Path(*path.parts[1:]) if path.parts[:1] == ("domains",) else path
-    for home in homes if inside.name and ".." not in inside.parts else ():
-        for candidate in (home / inside, home / inside.with_suffix(".yaml")):
-            if candidate.suffix in (".yaml", ".yml") and candidate.is_file():
-                return candidate
+    homes = _domain_homes()
+    installed = _installed(path, homes)
+    if installed is not None:
+        return installed
     if (path / "config.yaml").is_file():
         raise ScionError(f"{_short(config)}: a folder, where a file is wanted; its configuration is "
                          f"{path / 'config.yaml'}")
     if path.exists():
         check_regular(path)  # says what it is
-    known = list(dict.fromkeys(f"domains/{file.relative_to(home)}" for home in homes
-                               for file in sorted(home.glob("*/*.yaml"))))
+    known = _known_configurations(homes)
     same = [name for name in known if Path(name).stem == path.stem]
     hint = f" (did you mean {' or '.join(map(repr, same))}?)" if same else nearest(config, known)
     raise ScionError(f"{_short(config)}: no such configuration{hint}; there are {listed(known, 20)}")
+
+
+def _domain_homes() -> list[Path]:
+    """The folders of the installed package ``domains``; a namespace package has several."""
+    spec = importlib.util.find_spec("domains")
+    places = spec.submodule_search_locations if spec else None
+    return [Path(place) for place in places or []]
+
+
+def _installed(path: Path, homes: list[Path]) -> Path | None:
+    """The configuration of that name among the installed domains, with or without ``domains/`` and its ending."""
+    inside = Path(*path.parts[1:]) if path.parts[:1] == ("domains",) else path
+    if not inside.name or ".." in inside.parts:  # no way out of the domains
+        return None
+    for home in homes:
+        for candidate in (home / inside, home / inside.with_suffix(".yaml")):
+            if candidate.suffix in (".yaml", ".yml") and candidate.is_file():
+                return candidate
+    return None
+
+
+def _known_configurations(homes: list[Path]) -> list[str]:
+    """The installed configurations by their names, each once."""
+    found: dict[str, None] = {}
+    for home in homes:
+        for file in sorted(home.glob("*/*.yaml")):
+            found[f"domains/{file.relative_to(home)}"] = None
+    return list(found)
 
 
 # ------------------------------------------------------------------------------------------------- the command line

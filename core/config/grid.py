@@ -50,33 +50,42 @@ class Point:
 
         A name that is too long, or another point's as well, has the configuration's hash in it.
         """
-        methods = self.config["peft"] if isinstance(self.config["peft"], list) else [self.config["peft"]]
+        methods = self.config["peft"]
+        if not isinstance(methods, list):
+            methods = [methods]
         parts = ["+".join(_word(label(method)) for method in methods)]
-        parts += [f"{axis.rpartition('.')[2]}={_word(label(value))}" for axis, value in self.axes.items()
-                  if axis not in ("peft", "seed_everything")]
+        for axis, value in self.axes.items():
+            if axis not in ("peft", "seed_everything"):  # these two are in every name
+                argument = axis.rpartition(".")[2]
+                parts.append(f"{argument}={_word(label(value))}")
         seed = f"seed{self.config['seed_everything']}"
         name = "-".join([*parts, seed])
         if not self.ambiguous and len(name.encode()) <= LONGEST:
             return name
         end = f"-{self.hash}-{seed}"
-        return "-".join(parts).encode()[:LONGEST - len(end)].decode(errors="ignore") + end
+        # cut by bytes, as file systems count; of a letter that is cut in two nothing stays
+        begin = "-".join(parts).encode()[:LONGEST - len(end)].decode(errors="ignore")
+        return begin + end
 
     @property
     def hash(self) -> str:
         """12 digits of what determines the results; where they are written does not."""
         kept = {key: value for key, value in self.config.items() if key not in ("run_dir", "over")}
-        return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:12]
+        text = json.dumps(kept, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def label(value: Any) -> Any:
     """A class in a configuration as a person would write it, arguments included; other values as they are."""
     if not isinstance(value, dict) or value.keys() != {"class_path", "init_args"}:
         return value
+    name = value["class_path"].rpartition(".")[2]
     given = ", ".join(f"{key}={argument}" for key, argument in value["init_args"].items())
-    return value["class_path"].rpartition(".")[2] + (f"({given})" if given else "")
+    return f"{name}({given})" if given else name
 
 
 def _word(value: Any) -> str:
+    """A value as a part of a file's name."""
     return re.sub(r"[^\w.+-]+", "_", str(value)).strip("_")
 
 
@@ -98,35 +107,50 @@ def points(config: str, overrides: list[str] | None = None) -> list[Point]:
 def _axes(in_file: dict[str, list[Any]], asked: CommandLine) -> dict[str, list[Any]]:
     """The axes: the command line's, and of the file's those of which it says nothing."""
     said = {path_of(axis) for axis in asked.axes} | {change.path for change in asked.changes}
-    axes = {**asked.axes, **{axis: values for axis, values in in_file.items() if path_of(axis) not in said}}
+    axes = dict(asked.axes)
+    for axis, values in in_file.items():
+        if path_of(axis) not in said:
+            axes[axis] = values
     check(axes, Over, "over")
     for axis, values in axes.items():
-        if axis.partition(".")[0] in NO_AXES:
-            raise ScionError(f"--over {axis}: {axis.partition('.')[0]} is no axis; it is the same for all runs")
-        if axis in COMPONENTS:  # a table shows a class by its name, without the module
-            values = [label(component(value, axis)) for value in values]
-        kept = [_identity(value) for value in values]
-        twice = [value for i, value in enumerate(values) if kept[i] in kept[:i]]
-        if twice:
-            raise ScionError(f"--over {axis}: the value {shown(twice[0])} stands twice, and a run counts once")
+        _check_axis(axis, values)
     count = math.prod(len(values) for values in axes.values())
     if count > MOST_POINTS:
         raise ScionError(f"--over: {count} runs; {MOST_POINTS} at most")
     return axes
 
 
-def _identity(value: Any) -> str:
-    """The same text for values that mean the same, as 0 and 0.0."""
-    def same(one: Any) -> Any:
-        if isinstance(one, str):
-            one = _number(one)
-        if isinstance(one, (int, float)) and not isinstance(one, bool):
-            return float(one) if abs(one) < 2**53 else str(one)
-        if isinstance(one, list):
-            return [same(part) for part in one]
-        return {key: same(part) for key, part in one.items()} if isinstance(one, dict) else one
+def _check_axis(axis: str, values: list[Any]) -> None:
+    """Refuse what is no axis, and values that are one."""
+    first_word = axis.partition(".")[0]
+    if first_word in NO_AXES:
+        raise ScionError(f"--over {axis}: {first_word} is no axis; it is the same for all runs")
+    if axis in COMPONENTS:  # a table shows a class by its name, without the module
+        values = [label(component(value, axis)) for value in values]
+    seen: set[str] = set()
+    for value in values:
+        identity = json.dumps(_same(value), sort_keys=True)
+        if identity in seen:
+            raise ScionError(f"--over {axis}: the value {shown(value)} stands twice, and a run counts once")
+        seen.add(identity)
 
-    return json.dumps(same(value), sort_keys=True)
+
+def _same(value: Any) -> Any:
+    """The same for values that mean the same, as 0 and 0.0."""
+    if isinstance(value, str):
+        value = _number(value)
+    if _is_number(value):
+        # a larger whole number would be rounded to another one's float
+        return float(value) if abs(value) < 2**53 else str(value)
+    if isinstance(value, list):
+        return [_same(part) for part in value]
+    if isinstance(value, dict):
+        return {key: _same(part) for key, part in value.items()}
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _number(text: str) -> Any:
@@ -135,7 +159,7 @@ def _number(text: str) -> Any:
         value = parse(text)
     except ScionError:
         return text
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else text
+    return value if _is_number(value) else text
 
 
 def _per(in_file: dict[str, Any], asked: CommandLine, where: str) -> dict[str, Any]:
@@ -143,8 +167,9 @@ def _per(in_file: dict[str, Any], asked: CommandLine, where: str) -> dict[str, A
     per = in_file
     for key, value in asked.per:
         axis = key.removeprefix("per").removeprefix(".")
-        per = {**per, axis: value} if axis else value
-        per = normal_value("per", per) or {}
+        if axis:
+            value = {**per, axis: value}
+        per = normal_value("per", value) or {}
         where = f"--{key}"
     check(per, Per, "per")
     for axis, table in per.items():
@@ -167,14 +192,19 @@ class Grid:
 
     def points(self, axes: dict[str, list[Any]]) -> list[Point]:
         """The points of all axes, checked."""
-        axes = {axis: self.every(axis) if values == ["all"] else values for axis, values in axes.items()}
+        every = {}
+        for axis, values in axes.items():
+            every[axis] = self.every(axis) if values == ["all"] else values
         found: list[Point] = []
-        for values in itertools.product(*axes.values()):
-            at = [Change(axis, value) for axis, value in zip(axes, values, strict=True)]
-            config = self.config(at, self.settings(self.config(at, [])) if self.per else [])
+        for values in itertools.product(*every.values()):
+            at = [Change(axis, value) for axis, value in zip(every, values, strict=True)]
+            settings: list[Change] = []
+            if self.per:
+                # what goes with a value is known only when the command line and the axes have had their say
+                settings = self.settings(self.config(at, []))
+            config = self.config(at, settings)
             check_whole(config)
-            labels = {one.key: label(component(one.value, one.key) if one.key in COMPONENTS else one.value)
-                      for one in at}
+            labels = {change.key: _value_label(change) for change in at}
             found.append(Point(config, str(self.file), self.domain(config), labels))
         check_points(found)
         _tell_apart(found)
@@ -205,32 +235,56 @@ class Grid:
         """What ``per`` says for the values that ``config`` has."""
         found: list[Change] = []
         for key, table in self.per.items():
-            node: Any = config
-            for part in key.split("."):
-                if isinstance(node, dict) and "init_args" in node and part not in node:
-                    node = node["init_args"]
-                if not isinstance(node, dict) or part not in node:
-                    raise ScionError(f"{self.file.name}: per.{key}: the configuration does not say {key}; write its "
-                                     "value, or null")
-                node = node[part]
-            fitting = [value for value in table if _says(value, node)]
+            value = self._value_of(config, key)
+            fitting = [text for text in table if _says(text, value)]
             if len(fitting) > 1:
                 raise ScionError(f"{self.file.name}: per.{key}: {listed(fitting)} are the same value")
-            found += whole_first(table[fitting[0]]) if fitting else []
+            if fitting:
+                found += whole_first(table[fitting[0]])
         return found
+
+    def _value_of(self, config: dict[str, Any], key: str) -> Any:
+        """What a configuration says under a key of ``per``."""
+        node: Any = config
+        for part in key.split("."):
+            if isinstance(node, dict) and "init_args" in node and part not in node:
+                node = node["init_args"]
+            if not isinstance(node, dict) or part not in node:
+                raise ScionError(f"{self.file.name}: per.{key}: the configuration does not say {key}; write its "
+                                 "value, or null")
+            node = node[part]
+        return node
+
+
+def _value_label(change: Change) -> Any:
+    """The value of an axis as a table shows it."""
+    value = change.value
+    if change.key in COMPONENTS:
+        value = component(value, change.key)
+    return label(value)
 
 
 def _says(text: str, value: Any) -> bool:
     """Whether a key of ``per`` means a value: numbers by what they print as, classes by their names."""
-    if isinstance(value, (dict, list)):
-        return text == label(value) or isinstance(value, dict) and text == label({**value, "init_args": {}})
-    return text == str(value) or parse(text) == value and type(parse(text)) is type(value)
+    if isinstance(value, (dict, list)) and text == label(value):
+        return True
+    if isinstance(value, dict):  # a class also without its arguments
+        return text == label({**value, "init_args": {}})
+    if isinstance(value, list):
+        return False
+    if text == str(value):
+        return True
+    meant = parse(text)
+    return meant == value and type(meant) is type(value)  # True == 1, and they are not the same
 
 
 @functools.cache  # all points of a grid ask
 def _domain_of(file: Path) -> str:
+    """The domain in whose folder a file lies; empty where it lies in none."""
     parts = file.resolve().parts
-    return parts[parts.index("domains") + 1] if "domains" in parts[:-2] else ""
+    if "domains" not in parts[:-2]:
+        return ""
+    return parts[parts.index("domains") + 1]
 
 
 def _tell_apart(found: list[Point]) -> None:
@@ -241,6 +295,7 @@ def _tell_apart(found: list[Point]) -> None:
         if twin is not point:
             raise ScionError(f"--over: {short(twin.name)} and {short(point.name)} are the same run: what one axis "
                              "sets, another sets anew")
+    # file systems differ in what they take for one name: in capitals, and in how a letter with an accent is written
     folded = [unicodedata.normalize("NFKC", point.name).casefold() for point in found]
     counts = Counter(folded)
     for point, name in zip(found, folded, strict=True):

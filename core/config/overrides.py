@@ -61,25 +61,31 @@ def split(arguments: list[str]) -> list[tuple[str, str, str]]:
             if re.match(r"--\w", rest[0]):
                 raise ScionError(f"--{key}: a value is missing before {short(rest[0])}; one that begins with -- stands "
                                  "behind an equals sign")
-            operator, value = "=", rest.pop(0)
+            operator = "="
+            value = rest.pop(0)
         found.append((key, operator, value))
     return found
 
 
 def split_commas(text: str) -> list[str]:
     """The parts between commas; those in brackets and in quotes stay together."""
-    parts, depth, start, quote = [], 0, 0, ""
+    parts: list[str] = []
+    depth, start, quote = 0, 0, ""
     for i, letter in enumerate(text):
         if quote:
-            quote = "" if letter == quote else quote
+            if letter == quote:
+                quote = ""
         elif letter in "'\"" and not text[start:i].strip(" [{(:,"):  # an apostrophe within a word is no quote
             quote = letter
         elif letter == "," and depth == 0:
             parts.append(text[start:i])
             start = i + 1
-        else:
-            depth = max(0, depth + (letter in "[{(") - (letter in ")}]"))
-    return [part.strip() for part in [*parts, text[start:]]]
+        elif letter in "[{(":
+            depth += 1
+        elif letter in ")}]":
+            depth = max(0, depth - 1)  # one closed and never opened is a letter like others
+    parts.append(text[start:])
+    return [part.strip() for part in parts]
 
 
 @dataclass
@@ -101,7 +107,8 @@ def command_line(arguments: list[str]) -> CommandLine:
     for key, operator, text in split(arguments):
         if key == "over":
             axis, values = _axis(operator, text)
-            if any(path_of(axis) == path_of(other) for other in found.axes):
+            paths = [path_of(other) for other in found.axes]
+            if path_of(axis) in paths:
                 raise ScionError(f"--over {axis}: the axis stands twice; write all of its values behind one --over")
             found.axes[axis] = values
         elif key == "per" or key.startswith("per."):
@@ -111,12 +118,14 @@ def command_line(arguments: list[str]) -> CommandLine:
         elif key.startswith("over."):
             raise ScionError(f"--{key}: write --over {key.removeprefix('over.')}=VALUE,VALUE,...")
         else:
-            found.changes.append(Change(key, parse(text, f"--{key}"), operator == "+="))
+            value = parse(text, f"--{key}")
+            found.changes.append(Change(key, value, append=operator == "+="))
     _check_lost(found)
     return found
 
 
 def _axis(operator: str, text: str) -> tuple[str, list[Any]]:
+    """The axis and the values of what follows ``--over``."""
     axis, equals, values = text.partition("=")
     axis = axis.strip()
     if operator != "=" or not axis or not equals:
@@ -130,8 +139,11 @@ def _axis(operator: str, text: str) -> tuple[str, list[Any]]:
 def _check_lost(found: CommandLine) -> None:
     """Refuse what a later word would undo. The same key again is no mistake: the last one holds."""
     for i, late in enumerate(found.changes):
+        if late.append:
+            continue
         for early in found.changes[:i]:
-            if not late.append and (_is_below(early.path, late.path) or early.append and early.path == late.path):
+            is_replaced = early.append and early.path == late.path
+            if is_replaced or _is_below(early.path, late.path):
                 raise ScionError(f"--{early.key} stands before --{late.key}, which would undo it; write it behind")
     for axis in found.axes:
         for change in found.changes:
@@ -144,8 +156,11 @@ def _is_below(path: str, other: str) -> bool:
     if path.startswith(f"{other}."):
         return True
     part, _, last = other.rpartition(".")
-    base = part.rpartition(".")[2] or part
-    return last == "name" and base in BELONGS and f"{path}.".startswith(f"{part}.{BELONGS[base][1]}.")
+    base = part.rpartition(".")[2] or part  # without the stage that it may be in
+    if last != "name" or base not in BELONGS:
+        return False
+    settings = BELONGS[base][1]
+    return f"{path}.".startswith(f"{part}.{settings}.")
 
 
 def in_order(changes: Iterable[Change], axes: Iterable[Change]) -> list[Change]:
@@ -155,8 +170,11 @@ def in_order(changes: Iterable[Change], axes: Iterable[Change]) -> list[Change]:
     early: list[Change] = []
     late: list[Change] = []
     for change in changes:
-        undone = any(_is_below(change.path, axis.path) or change.path == axis.path for axis in axes)
-        (late if undone else early).append(change)
+        if any(change.path == axis.path or _is_below(change.path, axis.path) for axis in axes):
+            late.append(change)
+        else:
+            early.append(change)
+    # the sort is stable: it only takes the stages to the end, since a new one starts from the whole configuration
     return sorted([*early, *axes, *late], key=lambda change: change.key.startswith("stages."))
 
 
@@ -165,7 +183,8 @@ def whole_first(settings: dict[str, Any]) -> list[Change]:
     changes = [Change(key, value) for key, value in settings.items()]
     found: list[Change] = []
     for change in changes:
-        place = next((i for i, other in enumerate(found) if _is_below(other.path, change.path)), len(found))
+        undone = [i for i, other in enumerate(found) if _is_below(other.path, change.path)]
+        place = undone[0] if undone else len(found)
         found.insert(place, change)
     return found
 
@@ -189,44 +208,52 @@ def assign(config: dict[str, Any], key: str, value: Any, append: bool = False) -
                          f"{listed(SETTABLE, 20)}")
     if not all(parts):
         raise ScionError(f"--{key}: a word is missing between two dots")
-    holder = config
     if parts[0] == "stages" and len(parts) == 2 and isinstance(config.get("stages", {}), dict):
-        config.setdefault("stages", {})[parts[1]] = normal_stage(parts[1], value)
+        stage = normal_stage(parts[1], value)
+        config.setdefault("stages", {})[parts[1]] = stage
         return
+    node: Any = config
     if parts[0] == "stages" and len(parts) > 2:
-        holder, parts = _stage(config, parts, append, key), parts[2:]
-    node: Any = holder
+        node = _stage(config, parts, append, key)
+        parts = parts[2:]
     for i, part in enumerate(parts[:-1]):
         node = _into(node, part, parts[:i], key)
     try:
         _set(node, parts, value, append, key)
     except ScionError as error:
-        place = key.removesuffix(".".join(parts))
-        raise ScionError(str(error) if str(error).startswith("--") else f"{place}{error}") from None
+        text = str(error)
+        if not text.startswith("--"):  # it names the key without the stage
+            text = key.removesuffix(".".join(parts)) + text
+        raise ScionError(text) from None
 
 
 def _stage(config: dict[str, Any], parts: list[str], append: bool, key: str) -> dict[str, Any]:
     """The stage that a key names, with its own copy of what the key is part of."""
     stages = config.get("stages")
-    stages = stages if isinstance(stages, dict) else {}
-    stage = stages.get(parts[1])
+    if not isinstance(stages, dict):
+        stages = {}
+    name, slot = parts[1], parts[2]
+    stage = stages.get(name)
     if not isinstance(stage, dict):
-        raise ScionError(f"--{key}: no stage is called {short(parts[1])}{nearest(parts[1], stages)}; there are "
+        raise ScionError(f"--{key}: no stage is called {short(name)}{nearest(name, stages)}; there are "
                          f"{listed(stages) or 'none'}")
-    if parts[2] not in STAGE_KEYS:
-        raise ScionError(f"--{key}: unknown key {short(parts[2])}{nearest(parts[2], STAGE_KEYS)}; the keys of a stage "
+    if slot not in STAGE_KEYS:
+        raise ScionError(f"--{key}: unknown key {short(slot)}{nearest(slot, STAGE_KEYS)}; the keys of a stage "
                          f"are {listed(STAGE_KEYS, 20)}")
-    if parts[2] not in stage and parts[2] in config and (append or len(parts) > 3):
-        stage[parts[2]] = copy.deepcopy(config[parts[2]])
+    # a key that is set as a whole needs no copy of what it replaces
+    sets_a_part = append or len(parts) > 3
+    if sets_a_part and slot not in stage and slot in config:
+        stage[slot] = copy.deepcopy(config[slot])
     return stage
 
 
 def _leaf(method: dict[str, Any]) -> str:
+    """The name of a method's class, without its module."""
     return method["class_path"].rpartition(".")[2]
 
 
 def _into(node: Any, part: str, before: list[str], key: str) -> Any:
-    """What stands under ``part`` in ``node``, made where there is nothing."""
+    """What is under ``part`` in ``node``, made where there is nothing."""
     if isinstance(node, list) and before == ["peft"]:  # a stack: the method of that name, or the last one
         named = [one for one in node if part in (_leaf(one), one["init_args"].get("name"))]
         if len(named) > 1:
@@ -236,7 +263,7 @@ def _into(node: Any, part: str, before: list[str], key: str) -> Any:
             return named[0]
         node = node[-1]
     if isinstance(node, dict) and "class_path" in node and part not in node:
-        if before == ["peft"] and _leaf(node) == part:
+        if before == ["peft"] and _leaf(node) == part:  # one method, named as in a stack
             return node
         node = node["init_args"]
     if not isinstance(node, dict):
@@ -247,30 +274,39 @@ def _into(node: Any, part: str, before: list[str], key: str) -> Any:
 
 
 def _set(node: Any, parts: list[str], value: Any, append: bool, key: str) -> None:
-    last, slot, place = parts[-1], ".".join(parts), ".".join(parts[:-1])
+    """Set the last of ``parts`` in ``node``, to which the others have led."""
+    last = parts[-1]
+    slot = ".".join(parts)
+    place = ".".join(parts[:-1])
     if isinstance(node, list) and place == "peft":
         node = node[-1]
     if isinstance(node, dict) and "class_path" in node and slot not in COMPONENTS:
         if last in ("class_path", "init_args"):
-            node.update(component({**node, last: value}, place))
+            changed = {**node, last: value}
+            node.update(component(changed, place))
             return
         node = node["init_args"]
     if not isinstance(node, dict):
         raise ScionError(f"--{key}: {place} is {shown(node)}, which has no {short(last)}")
     if append:
         value = _appended(node, last, value, slot, key)
-    if place in BELONGS and last == "name" and value != node.get("name", BELONGS[place][0]):
-        node.pop(BELONGS[place][1], None)
+    if place in BELONGS and last == "name":
+        usual_name, settings = BELONGS[place]
+        if value != node.get("name", usual_name):
+            node.pop(settings, None)
     node[last] = normal_value(slot, value)
 
 
 def _appended(node: dict[str, Any], last: str, value: Any, slot: str, key: str) -> list[Any]:
-    """The list at hand with one value more, or with those of a list."""
+    """The present list with one value more, or with those of a list."""
     present = node.get(last)
     more = value if isinstance(value, list) else [value]
     if slot == "peft":
-        present = [] if present is None else present
-        return [*(present if isinstance(present, list) else [present]), *(component(one, slot) for one in more)]
+        if present is None:
+            present = []
+        elif not isinstance(present, list):
+            present = [present]
+        return [*present, *(component(one, slot) for one in more)]
     if not isinstance(present, list):
         what = "says nothing of it" if present is None else f"has {shown(present)} there"
         raise ScionError(f"--{key}+=: the configuration {what}, and not a list; write the whole list with --{key}")

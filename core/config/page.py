@@ -19,7 +19,9 @@ def resolved(points: list[Point]) -> str:
     documents = []
     for point in points:
         named = f"# {point.name}\n" if len(points) > 1 else ""
-        documents.append(named + dump({**point.config, "domain": point.domain}))
+        # the domain may follow from the folder that the file is in, and has to be said anywhere else
+        config = {**point.config, "domain": point.domain}
+        documents.append(named + dump(config))
     return "---\n".join(documents)
 
 
@@ -29,8 +31,10 @@ def fields_text(point: Point) -> str:
     for key, text in KEYS.items():
         lines.append(f"{key}: {text}")
         for name, kind, value, meaning in _fields(point, key):
-            lines.append(f"  --{name}  {kind}" + ("" if value is None else f" = {value}"))
-            lines += textwrap.wrap(meaning, 110, initial_indent=" " * 8, subsequent_indent=" " * 8)
+            given = "" if value is None else f" = {value}"
+            lines.append(f"  --{name}  {kind}{given}")
+            indent = " " * 8
+            lines += textwrap.wrap(meaning, 110, initial_indent=indent, subsequent_indent=indent)
         lines.append("")
     return "\n".join(lines).rstrip()
 
@@ -49,7 +53,9 @@ def _fields(point: Point, key: str) -> Iterator[Field]:
         component = point.config
         for part in key.split("."):
             component = component.get(part) or {}
-        yield from _of_component(component or {"class_path": "Classification", "init_args": {}}, key, point.domain)
+        if not component:  # only the task may be left out
+            component = {"class_path": "Classification", "init_args": {}}
+        yield from _of_component(component, key, point.domain)
     elif key == "peft":
         peft = point.config["peft"]
         methods = peft if isinstance(peft, list) else [peft]
@@ -66,20 +72,24 @@ def _fields(point: Point, key: str) -> Iterator[Field]:
     elif key in SINGLE:
         kind, default = SINGLE[key]
         given = point.config["model"] if key.startswith("model.") else point.config
-        yield key, kind, given.get(key.rpartition(".")[2], default), ""
+        value = given.get(key.rpartition(".")[2], default)
+        yield key, kind, value, ""
 
 
 def _of_component(component: dict[str, Any], key: str, domain: str) -> Iterator[Field]:
     """The class of a component, and its arguments."""
     cls = find_class(component["class_path"], key, domain)
-    yield key, "class", component["class_path"], sections(cls.__doc__ or "")["summary"]
+    summary = sections(cls.__doc__ or "")["summary"]
+    yield key, "class", component["class_path"], summary
     given = component["init_args"]
     for argument in arguments(cls):
-        value = given.get(argument["name"], argument["default"])
-        yield f"{key}.{argument['name']}", argument["type"] or "any", value, argument["help"]
+        name = argument["name"]
+        value = given.get(name, argument["default"])
+        yield f"{key}.{name}", argument["type"] or "any", value, argument["help"]
 
 
 def _of_settings(cls: Any, key: str, given: dict[str, Any]) -> Iterator[Field]:
+    """The fields of a dataclass, whose docstring says what they mean."""
     meanings = argument_help(cls.__doc__ or "")
     defaults = cls()
     for field in fields(cls):
@@ -88,6 +98,7 @@ def _of_settings(cls: Any, key: str, given: dict[str, Any]) -> Iterator[Field]:
 
 
 def _of_trainer(given: dict[str, Any]) -> Iterator[Field]:
+    """The Trainer's arguments, without those that a run sets itself, and the one that is ours."""
     from lightning.pytorch import Trainer  # slow to import
 
     yield ("trainer.checkpoint_every_n_steps", "int | None", given.get("checkpoint_every_n_steps"),
@@ -97,6 +108,7 @@ def _of_trainer(given: dict[str, Any]) -> Iterator[Field]:
         if name == "self" or name in SET_BY_RUN:
             continue
         value = given.get(name, parameter.default)
+        # Lightning's explanations go on for paragraphs
         first_sentence = meanings.get(name, "").partition(". ")[0]
         yield f"trainer.{name}", _type_text(parameter.annotation), value, first_sentence
 

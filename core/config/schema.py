@@ -135,7 +135,9 @@ def place_of(word: str, known: tuple[str, ...]) -> str:
     """A hint for an unknown key at the top of a configuration: where what is meant is set, or the nearest names."""
     if word in RESUMING:
         return " (the same command with the same --run_dir goes on from its last checkpoint)"
-    return f" (did you mean {ELSEWHERE[word]!r}?)" if word in ELSEWHERE else nearest(word, known)
+    if word in ELSEWHERE:
+        return f" (did you mean {ELSEWHERE[word]!r}?)"
+    return nearest(word, known)
 
 
 KEYS = tuple(fields_of(Configuration))
@@ -163,9 +165,11 @@ def check(value: Any, kind: Any, place: str) -> None:
         return
     at = f"{place}{found.place}".lstrip(".")
     if isinstance(found, UnknownKey):
-        own = f" (an optimizer's own arguments: {at}.options.{cut(found.key)})" if at.endswith("optimizer") else ""
-        raise ScionError(f"{at}{'.' if at else ''}{cut(found.key)}: unknown key{nearest(found.key, found.known) or own}"
-                         f"; the keys are {listed(found.known, 20)}")
+        key = f"{at}.{cut(found.key)}" if at else cut(found.key)
+        hint = nearest(found.key, found.known)
+        if not hint and at.endswith("optimizer"):
+            hint = f" (an optimizer's own arguments: {at}.options.{cut(found.key)})"
+        raise ScionError(f"{key}: unknown key{hint}; the keys are {listed(found.known, 20)}")
     raise ScionError(f"{at}: must be {found.wanted}, not {shown(found.value)}")
 
 
@@ -185,7 +189,8 @@ def check_whole(config: dict[str, Any]) -> None:
 def check_trainer_shape(arguments: dict[str, Any], place: str = "trainer") -> None:
     """Refuse values of the Trainer's arguments of which `Trainer` says more than Lightning does."""
     known = fields_of(Trainer)
-    check({name: value for name, value in arguments.items() if name in known}, Trainer, place)
+    of_known = {name: value for name, value in arguments.items() if name in known}
+    check(of_known, Trainer, place)
 
 
 def _check_trainers(config: dict[str, Any]) -> None:
@@ -224,22 +229,38 @@ def normal_value(slot: str, value: Any) -> Any:
     if slot in ("optimizer", "lr_scheduler") and isinstance(value, str):
         return {"name": value}
     if slot == "model" and isinstance(value, dict):
-        parts = fields_of(Model)
-        return {key: component(one, f"model.{key}") if key in parts else one for key, one in value.items()}
+        return _normal_model(value)
     if slot == "stages" and isinstance(value, dict):
         return {name: normal_stage(name, stage) for name, stage in value.items()}
     if slot == "over" and isinstance(value, dict):
-        return {axis: values if isinstance(values, list) else [values] for axis, values in value.items()}
+        return _normal_over(value)
     if slot == "per" and value is not None:
         return _normal_per(value)
     return copy.deepcopy(value)
 
 
+def _normal_model(value: dict[str, Any]) -> dict[str, Any]:
+    parts = fields_of(Model)
+    found = {}
+    for key, one in value.items():  # an unknown key stays, for `check` to refuse
+        found[key] = component(one, f"model.{key}") if key in parts else one
+    return found
+
+
+def _normal_over(value: dict[str, Any]) -> dict[str, Any]:
+    found = {}
+    for axis, values in value.items():  # one value without brackets is an axis of one
+        found[axis] = values if isinstance(values, list) else [values]
+    return found
+
+
 def _normal_per(value: Any) -> Any:
+    """A copy of what is written under ``per``, checked here for messages with an example."""
     if not isinstance(value, dict):
         raise ScionError("per is a mapping, as in {data.task: {svhn: {peft.scale: 10}}}")
     for axis, table in value.items():
-        if not isinstance(table, dict) or not all(isinstance(settings, dict) for settings in table.values()):
+        is_table = isinstance(table, dict) and all(isinstance(settings, dict) for settings in table.values())
+        if not is_table:
             raise ScionError(f"per.{axis} is a mapping from its values to settings, as in {{svhn: {{peft.scale: 10}}}}")
     return copy.deepcopy(value)
 
@@ -266,8 +287,10 @@ def normal(raw: dict[str, Any], where: str) -> dict[str, Any]:
         if key not in KEYS:
             raise ScionError(f"{where}: unknown key {short(key)}{place_of(key, KEYS)}; the keys are {listed(KEYS, 20)}")
     try:
-        config = {**copy.deepcopy(DEFAULTS), **{key: normal_value(key, value) for key, value in raw.items()}}
-        if config.get("stages", "") is None:
+        config = copy.deepcopy(DEFAULTS)
+        for key, value in raw.items():
+            config[key] = normal_value(key, value)
+        if config.get("stages", "") is None:  # written down, and left empty
             del config["stages"]
         for key, value in config.items():
             check(value, fields_of(Configuration)[key], key)

@@ -11,7 +11,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from core.component import cut, short
 from core.config.build import first_line_of, typed
@@ -19,9 +19,6 @@ from core.config.schema import Optimizer, Schedule, check, check_trainer_shape
 from core.errors import ScionError, called, listed, nearest
 from core.json_types import shown
 from core.record import is_finite, signature
-
-if TYPE_CHECKING:
-    pass
 
 OUR_ARGUMENTS = ("checkpoint_every_n_steps",)
 """Arguments under ``trainer`` that Lightning does not know: a checkpoint within the epoch."""
@@ -59,6 +56,7 @@ def _trainer_problem(arguments_as_json: str, construct: bool) -> str:
 
     arguments = json.loads(arguments_as_json)
     known = [name for name in signature(L.Trainer).parameters if name not in SET_BY_RUN]
+    # before the types: of an argument that a run sets itself the type does not matter
     for name in arguments:
         if name in SET_BY_RUN:
             return f"trainer.{name}: a run sets this itself ({SET_BY_RUN[name]}); leave it out"
@@ -66,7 +64,8 @@ def _trainer_problem(arguments_as_json: str, construct: bool) -> str:
             return f"trainer.{cut(name)}: Lightning's Trainer has no such argument{called(name, known)}"
     own = {name: value for name, value in arguments.items() if name not in OUR_ARGUMENTS}
     try:
-        if re.match("ddp_(spawn|fork|notebook)", str(arguments.get("strategy", "")), re.IGNORECASE):
+        strategy = str(arguments.get("strategy", ""))
+        if re.match("ddp_(spawn|fork|notebook)", strategy, re.IGNORECASE):
             return f"trainer.strategy: {_copies(arguments['strategy'])}"
         own = typed(L.Trainer, own, "trainer")
         if construct:
@@ -80,13 +79,19 @@ def _make_trainer(arguments: dict[str, Any]) -> None:
     """Make a Trainer without consequences: what it would set in torch for the whole process is left out."""
     arguments = {name: value for name, value in arguments.items() if name not in ("deterministic", "benchmark")}
     problem = _refusal(arguments)
-    if problem:
-        alone = [name for name, value in arguments.items() if _refusal({name: value})]
-        named = sorted((name for name in arguments if re.search(rf"\b{name}\b", problem)), key=problem.find)
-        blamed = (alone or named)[:1]
-        hint = f" ({shown(arguments['accelerator'])} asked for; auto takes what this machine has)" if (
-            blamed == ["accelerator"]) else ""
-        raise ScionError(f"{'.'.join(['trainer', *blamed])}: {problem}{hint}")
+    if not problem:
+        return
+    # Lightning does not say which argument it refuses: it is the one that is refused without the others, too, or else
+    # the first one in the message
+    refused = [name for name, value in arguments.items() if _refusal({name: value})]
+    named = [name for name in arguments if re.search(rf"\b{name}\b", problem)]
+    named.sort(key=problem.find)
+    blamed = (refused or named)[:1]
+    hint = ""
+    if blamed == ["accelerator"]:
+        hint = f" ({shown(arguments['accelerator'])} asked for; auto takes what this machine has)"
+    place = ".".join(["trainer", *blamed])
+    raise ScionError(f"{place}: {problem}{hint}")
 
 
 def _refusal(arguments: dict[str, Any]) -> str:
@@ -95,12 +100,13 @@ def _refusal(arguments: dict[str, Any]) -> str:
 
     quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
                              "enable_model_summary": False}
+    usual: dict[str, Any] = {"devices": 1, "num_sanity_val_steps": 0}
     with _unchanged(), _silent():
         try:
-            trainer = L.Trainer(**{"devices": 1, "num_sanity_val_steps": 0, **arguments, **quiet})
+            trainer = L.Trainer(**{**usual, **arguments, **quiet})
         except (Exception, SystemExit) as error:
             said = first_line_of(error)
-            return said.partition(": ")[2] or said
+            return said.partition(": ")[2] or said  # without the exception's name
     launcher = type(trainer.strategy.launcher).__name__
     if "MultiProcessing" in launcher or "XLA" in launcher:
         return _copies(arguments.get("strategy", "auto"))
@@ -108,6 +114,7 @@ def _refusal(arguments: dict[str, Any]) -> str:
 
 
 def _copies(strategy: str) -> str:
+    """What is wrong with a strategy that trains in processes of its making."""
     return f"{strategy} trains in copies of this process, which bring nothing back; write ddp"
 
 
@@ -164,7 +171,8 @@ def _optimizer_problem(settings_as_json: str) -> str:
     import torch
 
     settings = json.loads(settings_as_json)
-    name, options = settings.get("name", "AdamW"), settings.get("options", {})
+    name = settings.get("name", "AdamW")
+    options = settings.get("options", {})
     known = [one for one in dir(torch.optim) if isinstance(getattr(torch.optim, one), type) and one != "Optimizer"]
     if name not in known:
         return f"optimizer.name: torch.optim has no {short(name)}{nearest(name, known)}; it has {listed(known, 40)}"
@@ -176,20 +184,32 @@ def _optimizer_problem(settings_as_json: str) -> str:
                     f"{nearest(option, accepted)}; it has {listed(accepted, 40)}")
     if not is_finite(options):
         return "optimizer.options: a number that is not finite"
-    tensors = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((2, 2), (2,))]
-    numbers = {one: settings[one] for one in ("lr", "weight_decay") if settings.get(one, "auto") != "auto"}
-    groups = [{"params": [tensor], "lr": 1e-3, "weight_decay": 0.0, **numbers} for tensor in tensors]
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            made = kind(groups, **options)
-            if not options.get("fused") and not options.get("capturable"):  # which want the device that is trained on
-                for tensor in tensors:
-                    tensor.grad = torch.ones_like(tensor)
-                made.step()
+        _try_step(kind, settings, options)
     except Exception as error:
         return f"optimizer: {name} refuses these settings ({first_line_of(error)})"
     return ""
+
+
+def _try_step(kind: Any, settings: dict[str, Any], options: dict[str, Any]) -> None:
+    """Make an optimizer as a run would, and take a step with it on a matrix and a vector."""
+    import torch
+
+    # some optimizers refuse what is no matrix, and a model has vectors too
+    tensors = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((2, 2), (2,))]
+    numbers = {"lr": 1e-3, "weight_decay": 0.0}
+    for name in numbers:
+        if settings.get(name, "auto") != "auto":
+            numbers[name] = settings[name]
+    groups = [{"params": [tensor], **numbers} for tensor in tensors]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer = kind(groups, **options)
+        if options.get("fused") or options.get("capturable"):  # these need the device that is trained on
+            return
+        for tensor in tensors:
+            tensor.grad = torch.ones_like(tensor)
+        optimizer.step()
 
 
 def check_length(trainer: dict[str, Any]) -> None:
@@ -200,8 +220,10 @@ def check_length(trainer: dict[str, Any]) -> None:
     interval = trainer.get("val_check_interval")
     if isinstance(interval, (str, dict)) and _seconds(interval, "trainer.val_check_interval") <= 0:
         raise ScionError(f"trainer.val_check_interval: {shown(interval)} is no time between two validations")
-    epochs, steps = trainer.get("max_epochs"), trainer.get("max_steps", -1)
-    if steps == -1 and (epochs == -1 or epochs is None and duration is not None):
+    epochs = trainer.get("max_epochs")
+    # with a time Lightning trains without a limit of epochs, unless one is given
+    is_endless = epochs == -1 or (epochs is None and duration is not None)
+    if is_endless and trainer.get("max_steps", -1) == -1:
         raise ScionError("trainer.max_epochs: give it, or max_steps, a number of at least 1: the learning rate follows "
                          "the length of the training, which max_time can only cut short")
 
@@ -210,9 +232,11 @@ def _seconds(duration: Any, key: str) -> float:
     """The seconds of what Lightning takes for a duration."""
     import datetime
 
-    if isinstance(duration, str) and (match := re.fullmatch(r"(\d{1,6}):(\d\d):(\d\d):(\d\d)", duration.strip())):
-        days, hours, minutes, seconds = map(int, match.groups())
-        return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    if isinstance(duration, str):
+        match = re.fullmatch(r"(\d{1,6}):(\d\d):(\d\d):(\d\d)", duration.strip())
+        if match:
+            days, hours, minutes, seconds = map(int, match.groups())
+            return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
     if isinstance(duration, dict):
         with contextlib.suppress(TypeError, ValueError, OverflowError):
             return datetime.timedelta(**duration).total_seconds()

@@ -101,6 +101,7 @@ class EpochSampler(DistributedSampler):
         rank, processes = self.processes()
         order = self.order()
         mine = order[rank::processes]
+        # with fewer samples than processes one has none, and reads another's
         repeated = mine or order
         return mine + repeated[-1:] * (len(self) - len(mine))
 
@@ -150,14 +151,16 @@ class ClassSampler(EpochSampler):
             raise ScionError(f"data.batch_size: {batch_size} samples, {per_class} of each class, take "
                              f"{batch_size // per_class} classes, and the training set has {len(members)}; at most "
                              f"{len(members) * per_class} can be")
-        self.batch_size, self.per_class = batch_size, per_class
+        self.batch_size = batch_size
+        self.per_class = per_class
         self.members = [members[target] for target in sorted(members)]
 
     def order(self) -> list[int]:
         """The indices that this process reads in the present epoch."""
         rank, world = self.processes()
         generator = torch.Generator().manual_seed(seed_of(self.seed, "classes", self.epoch))
-        rates = self._rates(self.batch_size // self.per_class)
+        classes = self.batch_size // self.per_class
+        rates = self._rates(classes)
         credit = torch.zeros(len(rates), dtype=torch.float64)
         pools: list[list[int]] = [[] for _ in self.members]
         found: list[int] = []
@@ -165,7 +168,7 @@ class ClassSampler(EpochSampler):
             credit += rates
             # the classes that are due; the chance added lets different ones meet in every round
             due = credit + torch.rand(len(rates), generator=generator, dtype=torch.float64)
-            chosen = due.masked_fill(rates >= 1, torch.inf).topk(self.batch_size // self.per_class).indices
+            chosen = due.masked_fill(rates >= 1, torch.inf).topk(classes).indices
             credit[chosen] -= 1
             for number in chosen.tolist():
                 taken = self._take(pools[number], self.members[number], generator)
@@ -178,7 +181,9 @@ class ClassSampler(EpochSampler):
         sizes = torch.tensor([len(rows) for rows in self.members], dtype=torch.float64)
         always = torch.zeros(len(sizes), dtype=torch.bool)
         while True:
-            rates = torch.where(always, 1.0, sizes * (most - int(always.sum())) / sizes[~always].sum())
+            # the classes that are in every batch leave the other places to the others
+            places = most - int(always.sum())
+            rates = torch.where(always, 1.0, sizes * places / sizes[~always].sum())
             if always.all() or not (rates > 1).any():
                 return rates
             always |= rates >= 1
@@ -186,9 +191,11 @@ class ClassSampler(EpochSampler):
     def _take(self, pool: list[int], rows: list[int], generator: torch.Generator) -> list[int]:
         """``per_class`` samples off the pool, into which ``rows`` come again, shuffled, when it runs out."""
         while len(pool) < self.per_class:
-            fresh = [rows[index] for index in torch.randperm(len(rows), generator=generator).tolist()]
+            order = torch.randperm(len(rows), generator=generator).tolist()
+            fresh = [rows[index] for index in order]
             pool += sorted(fresh, key=set(pool).__contains__)  # no sample twice in one batch while there are others
-        taken, pool[:] = pool[:self.per_class], pool[self.per_class:]
+        taken = pool[:self.per_class]
+        del pool[:self.per_class]
         return taken
 
     def own(self) -> list[int]:
@@ -244,19 +251,24 @@ class EpochLoader(DataLoader):
         order = self.epoch_sampler
         if order is None:
             return []
-        return order.own()[batch * order.batch_size:(batch + 1) * order.batch_size]
+        start = batch * order.batch_size
+        return order.own()[start:start + order.batch_size]
 
 
 def bounded(lines: list[str], most: int) -> list[str]:
     """``lines``, or the first ``most`` of them and how many more there are."""
     more = len(lines) - most
-    return [*lines[:most], f"... and {more} more"] if more > 0 else list(lines)
+    if more <= 0:
+        return list(lines)
+    return [*lines[:most], f"... and {more} more"]
 
 
 @rank_zero_only
 def _tell_skipped(skipped: list[str]) -> None:
+    """Name the files that are left out: a few on the screen, more in the run's log."""
     for line in bounded(skipped, 10):
-        print(f"skipped {line}" if not line.startswith("...") else line, file=sys.stderr)
+        text = line if line.startswith("...") else f"skipped {line}"
+        print(text, file=sys.stderr)
     for line in bounded(skipped, 1000):
         logging.getLogger("scion.data").info("skipped %s", line)
 
@@ -298,7 +310,9 @@ class DataModule(Recorded, LightningDataModule, ABC):
                 raise ScionError(f"data.{name}: {value} must be at least {least}")
         self.root = Path(root) if root is not None else None
         self.source: Source = source
-        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.seed = seed
         self.skipped = []
         self.is_loaded = False
 
@@ -326,9 +340,12 @@ class DataModule(Recorded, LightningDataModule, ABC):
         import json
 
         origin = {key: value for key, value in self.origin.items() if key != "note"}
-        sets = [getattr(self, f"{which}_set", None) for which in ("train", "validation", "test")]
-        sizes = [len(part) if isinstance(part, Sized) else None for part in sets]
-        return hashlib.sha256(json.dumps([origin, self.classes, sizes]).encode()).hexdigest()[:16]
+        sizes = []
+        for which in ("train", "validation", "test"):
+            dataset = getattr(self, f"{which}_set", None)
+            sizes.append(len(dataset) if isinstance(dataset, Sized) else None)
+        text = json.dumps([origin, self.classes, sizes])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def name_of(self, dataset: Dataset, index: int) -> str:
         """What people call a sample of one of the sets: its file, where the dataset has ``names``, else its number."""
@@ -362,8 +379,13 @@ class DataModule(Recorded, LightningDataModule, ABC):
 
     def files(self, folder: Path) -> list[Path]:
         """The files below ``folder`` that ``read`` may be asked for: all that are not hidden."""
-        return [file for file in sorted(folder.rglob("*")) if file.is_file()
-                and not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+        found = []
+        for file in sorted(folder.rglob("*")):
+            # hidden below ``folder``; the folder itself may lie in a hidden one
+            is_hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+            if file.is_file() and not is_hidden:
+                found.append(file)
+        return found
 
     def setup(self, stage: str | None = None) -> None:
         if not self.is_loaded:
@@ -379,15 +401,21 @@ class DataModule(Recorded, LightningDataModule, ABC):
             sampler.process = where.get("rank", 0), where.get("num_replicas", 1)
         if train and hasattr(dataset, "set_epoch"):
             sampler.listeners.append(dataset.set_epoch)  # type: ignore[attr-defined]
+        collate = self.collate_train() if train else None
+        # without one of its own a DataLoader draws its workers' seed from the global random state
+        generator = torch.Generator().manual_seed(self.seed or 0)
         return EpochLoader(dataset, batch_size=self.batch_size, sampler=sampler, num_workers=self.num_workers,
-                           collate_fn=self.collate_train() if train else None,
-                           generator=torch.Generator().manual_seed(self.seed or 0))
+                           collate_fn=collate, generator=generator)
 
     def train_dataloader(self) -> EpochLoader:
         return self.loader(self.train_set, train=True)
 
     def val_dataloader(self) -> EpochLoader | list:
-        return self.loader(self.validation_set, train=False) if self.validation_set is not None else []
+        if self.validation_set is None:
+            return []
+        return self.loader(self.validation_set, train=False)
 
     def test_dataloader(self) -> EpochLoader | list:
-        return self.loader(self.test_set, train=False) if self.test_set is not None else []
+        if self.test_set is None:
+            return []
+        return self.loader(self.test_set, train=False)

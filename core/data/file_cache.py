@@ -63,6 +63,7 @@ def kept(file: Path, what: str, read: Callable[[], T], make: Callable[[], None])
 
 
 def _whole(read: Callable[[], T], warn_of: Path | None = None) -> T | None:
+    """What is read; None where it is not there, or damaged, of which the file ``warn_of`` is then named."""
     try:
         return read()
     except (FileNotFoundError, NotADirectoryError):
@@ -103,12 +104,13 @@ def making(file: Path, what: str) -> Iterator[None]:
 def _concerns(error: OSError, folder: Path) -> bool:
     """Whether an error is about a file in ``folder``: what is read to make a file lies elsewhere."""
     names = [name for name in (error.filename, error.filename2) if isinstance(name, (str, bytes, os.PathLike))]
-    paths, here = [Path(os.fsdecode(name)).absolute() for name in names], folder.absolute()
+    paths = [Path(os.fsdecode(name)).absolute() for name in names]
+    here = folder.absolute()
     return not paths or any(path.is_relative_to(here) or here.is_relative_to(path) for path in paths)
 
 
 def _tell(line: str) -> None:
-    """Print ``line``, in the first process of a run alone."""
+    """Print ``line``, in the first process of a run only."""
     from lightning.pytorch.utilities import rank_zero_only  # slow to import, and seldom needed
 
     rank_zero_only(print)(one_line(line), file=sys.stderr, flush=True)
@@ -124,7 +126,8 @@ def sweep(folder: Path) -> None:
     for mark in (WRITING, DOWNLOAD):
         for path in folder.glob(f"{mark}*"):
             name = path.name.removeprefix(mark)
-            unfinished.setdefault(_lock(name.rpartition("-")[0] or name), []).append(path)
+            name = name.rpartition("-")[0] or name  # without what makes it unique
+            unfinished.setdefault(_lock(name), []).append(path)
     for lock, paths in unfinished.items():
         # the lock's own file goes with it; a file system without locks does not say who is still at work
         with contextlib.suppress(ScionError, OSError), locked(folder / lock, "busy") as held:

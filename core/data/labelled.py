@@ -13,6 +13,7 @@ import warnings
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -79,8 +80,10 @@ class LabelledData(BenchmarkDeclarations, DataModule):
         if shots is not None and shots < 1:
             raise ScionError(f"data.shots: {shots} training {self.samples_are} a class are too few; at least 1, or "
                              "null for all")
-        self.shots, self.skip_bad = shots, skip_bad
-        self.cache = Path(os.path.expanduser(cache or os.environ.get("SCION_CACHE") or "~/.cache/scion")) / self.domain
+        self.shots = shots
+        self.skip_bad = skip_bad
+        caches = cache or os.environ.get("SCION_CACHE") or "~/.cache/scion"
+        self.cache = Path(os.path.expanduser(caches)) / self.domain
         self.notes: list[str] = []
         """What has to be known of the data beside their name."""
         self._place: Path | Literal["mini", "download"] | None = None
@@ -142,7 +145,8 @@ class LabelledData(BenchmarkDeclarations, DataModule):
         """What is of this kind below ``folder`` by its ending, without hidden ones. Pipes and folders that cannot be
         listed are among them, so that they are named as what cannot be read."""
         files, closed = files_below(folder)
-        return sorted([file for file in files if file.suffix.lower() in self.suffixes] + closed)
+        of_this_kind = [file for file in files if file.suffix.lower() in self.suffixes]
+        return sorted(of_this_kind + closed)
 
     def with_files(self, folders: list[Path], least: int, hint: str = "") -> dict[Path, list[Path]]:
         """The files of each of these folders of classes. A folder that holds others alone (notes, say) is left out and
@@ -154,6 +158,7 @@ class LabelledData(BenchmarkDeclarations, DataModule):
         found = {folder: self.files(folder) for folder in folders}
         lacking = [folder for folder, files in found.items() if not files]
         others = {folder: files_below(folder)[0] for folder in lacking}
+        # an empty folder is a class without files, and rather a mistake than notes
         wrong = next((folder for folder, files in others.items() if not files), None)
         if lacking and wrong is None and len(found) - len(lacking) < least:
             wrong = lacking[0]
@@ -176,7 +181,7 @@ class LabelledData(BenchmarkDeclarations, DataModule):
                 continue
             if entry.is_symlink() and Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(child)):
                 reason: dict[int, str] = {}
-                with noted(reason, 0, self.skip_bad):
+                with noted(reason, 0, self.skip_bad):  # which raises it, or keeps it
                     raise ScionError(f"{child}: a link back to a folder that it lies in")
                 self.skipped += reason.values()
                 continue
@@ -203,8 +208,10 @@ class LabelledData(BenchmarkDeclarations, DataModule):
         with plainly():
             if place == "mini":
                 self.load_mini()
+            elif place == "download":
+                self._load_real(self._download())
             else:
-                self._load_real(self._download() if place == "download" else place)
+                self._load_real(place)
 
     # ------------------------------------------------------------------------------ where the data come from
 
@@ -218,7 +225,9 @@ class LabelledData(BenchmarkDeclarations, DataModule):
         return self._place
 
     def _find(self) -> Path | Literal["mini", "download"]:
-        ready = self.cache / (self.archive.folder if self.archive else self.folder or self.title)
+        """Look for the samples: what is given, then the cache, then the network, then the mini."""
+        name = self.archive.folder if self.archive else self.folder or self.title
+        ready = self.cache / name
         if self.source == "mini":
             return "mini"
         if self.root is not None:  # given explicitly: it is this or nothing
@@ -278,20 +287,22 @@ class LabelledData(BenchmarkDeclarations, DataModule):
         return self._listing
 
     def _load_real(self, root: Path) -> None:
+        """Load the samples below ``root``, less those that cannot be read."""
         samples, classes, bad = self.look(root)
         if samples and len(bad) == len(samples):
             raise ScionError(f"data: none of {len(samples)} files can be read ({next(iter(bad.values()))})")
         while True:  # what turns out to be bad when it is decoded changes what there is to choose from
-            self.classes, known = classes, set(bad)
-            parts = {which: [row for row in rows if row not in known] for which, rows in
-                     self.parts(samples, known).items()}
+            self.classes = classes
+            known = set(bad)
+            parts = self._readable_parts(samples, known)
             self.check_parts(samples, parts, bad)
-            notes = []
+            notes: list[str] = []
+            wanted = None
             if self.shots:
                 parts["train"], short = self._few(samples, parts["train"])
-                notes += [f"data.shots {self.shots}: fewer training {self.samples_are} of {listed(short)}"] \
-                    if short else []
-            wanted = sorted(row for rows in parts.values() for row in rows) if self.shots else None
+                if short:
+                    notes.append(f"data.shots {self.shots}: fewer training {self.samples_are} of {listed(short)}")
+                wanted = sorted(chain.from_iterable(parts.values()))
             bad = bad | self.prepare(samples, wanted, bad)
             if set(bad) == known:
                 break
@@ -299,22 +310,34 @@ class LabelledData(BenchmarkDeclarations, DataModule):
             notes.append(f"{len(bad)} of {len(samples)} files could not be read and were left out (named under "
                          "skipped)")
         self.skipped += list(bad.values())
-        shots = f", {self.shots} training {self.samples_are} a class" if self.shots else ""
         good = [sample for row, sample in enumerate(samples) if row not in bad]
-        self.origin = {"source": "real", "name": self.named(good, classes) + shots}
-        if self.notes or notes:
-            self.origin["note"] = "; ".join([*self.notes, *notes])
+        name = self.named(good, classes)
+        if self.shots:
+            name += f", {self.shots} training {self.samples_are} a class"
+        self.origin = {"source": "real", "name": name}
+        all_notes = [*self.notes, *notes]
+        if all_notes:
+            self.origin["note"] = "; ".join(all_notes)
         self._contents = contents_of(root, self.classes, samples, parts)
         self.fill(samples, parts, wanted)
+
+    def _readable_parts(self, samples: list[Any], bad: set[int]) -> Parts:
+        """The rows of each set without unreadable ones."""
+        found: Parts = {}
+        for which, rows in self.parts(samples, bad).items():
+            found[which] = [row for row in rows if row not in bad]
+        return found
 
     def check_parts(self, samples: list[Any], parts: Parts, bad: dict[int, str]) -> None:
         """Every class is trained, where that is wanted, and every set that the protocol has holds something."""
         covered = {label for row in parts["train"] for label in samples[row].labels}
         missing = [name for name in self.classes if name not in covered]
         if missing and self.every_class:
+            # most likely all files of the class are unreadable: why the first of them is
             reason = next((reason for row, reason in bad.items() if missing[0] in samples[row].labels), "")
+            hint = f" ({reason})" if reason else ""
             raise ScionError(f"data: of {len(self.classes)} classes the training set holds none of {listed(missing)}"
-                             f"{f' ({reason})' if reason else ''}")
+                             f"{hint}")
         for which in PARTS[1:]:
             if which in parts and not parts[which]:
                 raise ScionError(f"data: no readable {self.samples_are.rstrip('s')} in the {which} set")
@@ -322,10 +345,12 @@ class LabelledData(BenchmarkDeclarations, DataModule):
     def _few(self, samples: list[Any], rows: list[int]) -> tuple[list[int], list[str]]:
         """``shots`` of the training rows of each class, and the classes that have fewer."""
         assert self.shots is not None
-        kept = few(rows, [sample.name for sample in samples], [sample.labels for sample in samples], self.shots,
-                   self.seed or 0)
+        names = [sample.name for sample in samples]
+        labels = [sample.labels for sample in samples]
+        kept = few(rows, names, labels, self.shots, self.seed or 0)
         counts = Counter(label for row in kept for label in samples[row].labels)
-        return kept, [f"{name} ({counts[name]})" for name in self.classes if counts[name] < self.shots]
+        short = [f"{name} ({counts[name]})" for name in self.classes if counts[name] < self.shots]
+        return kept, short
 
 
 def few(rows: list[int], names: Sequence[str], labels: Sequence[tuple[str, ...]], shots: int, seed: int) -> list[int]:

@@ -26,34 +26,44 @@ def read_csv(file: Path, columns: Sequence[str] = ()) -> list[dict[str, str]]:
     Raises:
         ScionError: the file cannot be read, lacks one of ``columns``, has no rows, or ends within quotation marks.
     """
+    rows = [row for row in _rows(file) if row]
+    names = [name.strip() for name in rows[0]] if rows else []
+    for name, times in Counter(names).items():
+        if name and times > 1:
+            raise ScionError(f"{file}: two columns are called {name!r}; which one is meant?")
+    lacking = [column for column in columns if column not in names]
+    if lacking:
+        wrong = f"no column {listed(lacking)}" if names else "empty"
+        raise ScionError(f"{file}: {wrong}{nearest(lacking[0], names)}; wanted are the columns {listed(columns)}")
+    if not names:
+        raise ScionError(f"{file}: empty; a table with a header wanted")
+    if len(rows) == 1:
+        raise ScionError(f"{file}: no rows below the header")
+    found = []
+    for row in rows[1:]:
+        values = [value.strip() for value in row]
+        found.append(dict(zip(names, values, strict=False)))  # spreadsheets leave out, or add, empty cells at the end
+    return found
+
+
+def _rows(file: Path) -> list[list[str]]:
+    """The rows of a table, the header first; an empty line is a row without cells."""
     text = read_text(file)
     header = next(iter(io.StringIO(text, newline="")), "")
+    separator = max(",;\t", key=header.count)
     # read after the table: where a mark of quotation is not closed it is not found as a row of its own
-    lines = csv.reader(chain(io.StringIO(text, newline=""), [END]), delimiter=max(",;\t", key=header.count))
+    lines = csv.reader(chain(io.StringIO(text, newline=""), [END]), delimiter=separator)
     rows: list[list[str]] = []
     begins, last = 0, 0
     try:
-        for row in lines:
+        for row in lines:  # a row goes over several lines where a quoted value does
             begins, last = last + 1, lines.line_num
             rows.append(row)
     except csv.Error as error:
         raise ScionError(f"{file}, line {lines.line_num}: cannot be read as a table ({error})") from None
     if rows.pop() != [END]:
         raise ScionError(f"{file}, line {begins}: a mark of quotation is opened and not closed")
-    rows = [row for row in rows if row]
-    names = [name.strip() for name in rows[0]] if rows else []
-    twice = next((name for name, times in Counter(names).items() if name and times > 1), None)
-    if twice is not None:
-        raise ScionError(f"{file}: two columns are called {twice!r}; which one is meant?")
-    lacking = [column for column in columns if column not in names]
-    if lacking:
-        raise ScionError(f"{file}: {'empty' if not names else 'no column ' + listed(lacking)}"
-                         f"{nearest(lacking[0], names)}; wanted are the columns {listed(columns)}")
-    if not names:
-        raise ScionError(f"{file}: empty; a table with a header wanted")
-    if len(rows) == 1:
-        raise ScionError(f"{file}: no rows below the header")
-    return [dict(zip(names, (value.strip() for value in row), strict=False)) for row in rows[1:]]
+    return rows
 
 
 class Numbered:
@@ -79,8 +89,8 @@ class Numbered:
 def at_least_two(classes: list[str], where: object) -> list[str]:
     """``classes``, refused where there is nothing to tell apart."""
     if len(classes) < 2:
-        raise ScionError(f"{where}: {'one class only' if classes else 'no classes'} ({listed(classes)}), at least two "
-                         "wanted")
+        found = "one class only" if classes else "no classes"
+        raise ScionError(f"{where}: {found} ({listed(classes)}), at least two wanted")
     return classes
 
 
@@ -88,7 +98,8 @@ def ordered(names: Iterable[str]) -> list[str]:
     """Names without repetition, in the order of their numbers where all of them are whole numbers, else of letters."""
     found = sorted(set(names))
     # Python makes no number of thousands of digits
-    return sorted(found, key=int) if all(name.isdecimal() and len(name) < 100 for name in found) else found
+    are_numbers = all(name.isdecimal() and len(name) < 100 for name in found)
+    return sorted(found, key=int) if are_numbers else found
 
 
 def as_text(name: str) -> str:
@@ -111,7 +122,8 @@ def contents_of(root: Path, classes: Sequence[str], samples: Sequence[Any], part
             size = os.stat(sample.file).st_size
         except OSError:
             size = None
-        digest.update(json.dumps([name, size, sample.labels, sample.group, sets.get(row)]).encode())
+        line = json.dumps([name, size, sample.labels, sample.group, sets.get(row)])
+        digest.update(line.encode())
     return digest.hexdigest()[:16]
 
 

@@ -1,4 +1,4 @@
-"""Ways of other libraries to save and to load a model that leave its methods out: said where they are taken."""
+"""Errors and warnings where other libraries save or load a model without its methods."""
 
 from __future__ import annotations
 
@@ -32,16 +32,20 @@ def end_watch(root: nn.Module) -> None:
     """Undo of `watch_saving`."""
     for module in _savable(root):
         hooks = module._state_dict_pre_hooks
-        for key in [key for key, hook in hooks.items() if hook is _warn_of_saving]:
+        ours = [key for key, hook in hooks.items() if hook is _warn_of_saving]
+        for key in ours:
             del hooks[key]
 
 
 def _savable(root: nn.Module) -> list[nn.Module]:
+    """The root, and the models of other libraries in it, each of which can be saved by itself."""
     return [module for module in root.modules() if module is root or hasattr(module, "save_pretrained")]
 
 
 def _warn_of_saving(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+    """The hook of `watch_saving`. torch also calls it where a module around this one is saved, with a prefix then."""
     attached = "peft" in module._modules
+    # The root of the methods warns in any case; a part of it only where it is saved by itself.
     if (prefix and not attached) or not _is_saved():
         return
     warnings.warn(f"{type(module).__name__} is being saved with methods attached, and what is written is read back as "
@@ -51,7 +55,7 @@ def _warn_of_saving(module: nn.Module, prefix: str, keep_vars: bool) -> None:
 
 def _is_saved() -> bool:
     """Whether one of the `SAVERS` is asking."""
-    frame: Any = sys._getframe(2)
+    frame: Any = sys._getframe(2)  # 0 is here, 1 the hook, 2 the caller of the hook
     for _ in range(DEPTH):
         if frame is None:
             return False
@@ -66,30 +70,36 @@ def _is_saved() -> bool:
 
 
 def watch_loading() -> None:
-    """Let LightningModules refuse a checkpoint whose methods they do not have: torch would show hundreds of missing
-    keys, or with ``strict=False`` load nothing without a word."""
+    """Let LightningModules refuse a checkpoint with methods that they do not have.
+
+    torch would show hundreds of missing keys, or with ``strict=False`` load nothing without a word.
+    """
     L.LightningModule.load_state_dict = _load_state_dict  # type: ignore[method-assign]
 
 
 def _load_state_dict(self: L.LightningModule, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
                      ) -> Any:
+    """``LightningModule.load_state_dict``, behind a check for methods that would be lost."""
     lost = _methods_lost(self, state_dict)
     if lost:
-        told = (f"the checkpoint holds {listed(lost, 3)}, which {type(self).__name__} does not have: make the module, "
-                "then core.load_adapter(checkpoint, module) attaches the methods and loads all; or give the Trainer "
-                "the same methods as callbacks")
+        message = (f"the checkpoint holds {listed(lost, 3)}, which {type(self).__name__} does not have: make the "
+                   "module, then core.load_adapter(checkpoint, module) attaches the methods and loads all; or give the "
+                   "Trainer the same methods as callbacks")
         if strict:
-            raise ScionError(told)
-        warnings.warn(f"{told}. Without that the base alone is loaded", stacklevel=3)
+            raise ScionError(message)
+        warnings.warn(f"{message}. Without that the base alone is loaded", stacklevel=3)
     return super(L.LightningModule, self).load_state_dict(state_dict, strict=strict, assign=assign)
 
 
 def _methods_lost(module: nn.Module, state: Mapping[str, Any]) -> list[str]:
     """Names of the methods in ``state`` whose places in ``module`` are empty."""
-    found, modules = [], dict(module.named_modules())
+    found: list[str] = []
+    modules = dict(module.named_modules())
     for name in state:
+        # <path of the root>peft.<method>._extra_state holds each method's record; modules inside may have one as well.
         path, home, method = name.removesuffix("._extra_state").rpartition("peft.")
-        if not (home and name.endswith("._extra_state")) or "." in method:
+        is_record = bool(home) and name.endswith("._extra_state")
+        if not is_record or "." in method:
             continue
         root = modules.get(path.removesuffix("."))
         if root is None or "peft" not in root._modules:

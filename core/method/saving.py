@@ -1,5 +1,8 @@
-"""Methods into an adapter folder: ``adapter.safetensors`` (the tensors) and ``adapter.json`` (how to make the methods
-again, and which base they belong to)."""
+"""Saving methods in an adapter folder.
+
+It holds ``adapter.safetensors`` (the tensors) and ``adapter.json`` (how to make the methods again, and which base they
+belong to).
+"""
 
 from __future__ import annotations
 
@@ -19,16 +22,23 @@ if TYPE_CHECKING:
     from core.method import PEFTMethod
 
 FORMAT = 1
-TENSORS, RECORD = "adapter.safetensors", "adapter.json"
+TENSORS = "adapter.safetensors"
+RECORD = "adapter.json"
 
 
 def save_adapter(methods: list[PEFTMethod], folder: str | Path, extra: dict[str, Tensor] | None = None,
                  model: dict[str, Any] | None = None, beside: str = "") -> Path:
-    """Write the methods of one model into ``folder``; ``extra`` tensors (a head, say) too, with what rebuilds the
-    ``model`` and the path of the backbone in what they stand ``beside``.
+    """Write the methods of one model into ``folder``.
 
-    Both files are written beside their place and renamed, the record last. It holds the checksum of the tensors, so
+    Both files are written under other names and renamed, the record last. It holds the checksum of the tensors, so
     that a pair of which only one was written is never taken for an adapter.
+
+    Args:
+        methods: attached to one backbone.
+        folder: gets both files.
+        extra: further tensors to save, those of a head beside the backbone for instance.
+        model: the record of how to build the backbone and its head again.
+        beside: path of the backbone in the module that has the ``extra`` tensors.
 
     Raises:
         ScionError: a method is not attached, or the folder cannot be written.
@@ -44,22 +54,27 @@ def save_adapter(methods: list[PEFTMethod], folder: str | Path, extra: dict[str,
         check_model(method)
         tensors.update(method.tensors())
     parameters = dict(root.named_parameters())
+    # A head inside the backbone belongs to no method; it is saved with them where it was trained.
     tensors.update({name: parameters[name].detach() for name in home.heads if parameters[name].requires_grad})
     unfrozen = home.unfrozen()
-    tensors.update({**unfrozen, **(extra or {})})
-    record = {
+    tensors.update(unfrozen)
+    tensors.update(extra or {})
+    record: dict[str, Any] = {
         "format": FORMAT,
         "methods": [method.spec() for method in methods],
         "base": {"class": dissect(root).family, "fingerprint": home.fingerprint},
         "versions": versions(),
-        **({"model": model} if model else {}),
-        **({"beside": beside} if beside else {}),
-        **({"unfrozen": sorted(unfrozen)} if unfrozen else {}),
     }
+    if model:
+        record["model"] = model
+    if beside:
+        record["beside"] = beside
+    if unfrozen:
+        record["unfrozen"] = sorted(unfrozen)
     target = Path(folder)
     try:
         write_with_record(target / TENSORS, tensors, target / RECORD, record)
-    except ScionError:  # which is a ValueError too
+    except ScionError:  # a ValueError as well, and not the one that is meant below
         raise
     except ValueError:
         raise ScionError(f"{folder}: an argument of {listed(method.name for method in methods)} is no finite number, "
@@ -69,10 +84,10 @@ def save_adapter(methods: list[PEFTMethod], folder: str | Path, extra: dict[str,
 
 @functools.cache  # a dozen milliseconds, and every adapter asks
 def versions() -> dict[str, str]:
-    """Versions of what results depend on."""
+    """Versions of the packages that results depend on."""
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {}
+    found: dict[str, str] = {}
     for package in ("scion-peft", "torch", "lightning", "transformers", "timm", "torchaudio"):
         try:
             found[package] = version(package)
@@ -82,5 +97,5 @@ def versions() -> dict[str, str]:
 
 
 def adapter_bytes(folder: str | Path) -> int:
-    """Size of an adapter's two files."""
+    """Size of an adapter's two files together."""
     return sum((Path(folder) / name).stat().st_size for name in (TENSORS, RECORD))

@@ -1,5 +1,8 @@
-"""Whether training can do what it is meant to: the optimizer has the method's tensors, gradients reach them, the model
-is still the one that the method was attached to, and nothing around it undoes them unseen."""
+"""Checks that training can do what it is meant to.
+
+The optimizer has the method's tensors, gradients reach them, the model is still the one that the method was attached
+to, and nothing around it undoes them unseen.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
 GRADIENT_STEPS = 3
 """Optimizer steps within which each trained tensor must have a gradient."""
 PATIENCE = 10
-"""How many times as many steps it may be zero: some tensors only start to matter when others have moved."""
+"""How many times as many steps the gradient may be zero: some tensors only start to matter when others have moved."""
 
 
 # ------------------------------------------------------------------------------------------------- the model
@@ -37,6 +40,7 @@ def check_model(method: PEFTMethod) -> None:
     for graft in method.grafts:
         site = graft.site
         now = modules.get(site.path)
+        # A wrapper around the site's module (of checkpointing, of FSDP) has taken its name: that is no replacement.
         replaced = now is not None and all(site.module is not child for child in now.modules())
         before = method.shapes_at_start.get(site.weight_name)
         if not replaced and before in (None, shapes.get(site.weight_name)):
@@ -54,17 +58,26 @@ def check_model(method: PEFTMethod) -> None:
 
 def shapes_of(method: PEFTMethod) -> dict[str, list[int]]:
     """The shapes of the weights at the method's sites, by their names, where there are any."""
-    weights = {graft.site.weight_name: getattr(graft.site.module, graft.site.parameter, None)
-               for graft in method.grafts}
-    return {name: list(weight.shape) for name, weight in weights.items() if isinstance(weight, Tensor)}
+    shapes: dict[str, list[int]] = {}
+    for graft in method.grafts:
+        site = graft.site
+        weight = getattr(site.module, site.parameter, None)
+        if isinstance(weight, Tensor):
+            shapes[site.weight_name] = list(weight.shape)
+    return shapes
 
 
 def warn_of_recomputing(root: nn.Module, name: str) -> None:
-    """Say where a model's own gradient checkpointing is switched on and does nothing: transformers' layers recompute
-    only while they are in train mode, and frozen parts are in eval mode."""
-    layers = [path or type(module).__name__ for path, module in root.named_modules()
-              if getattr(module, "gradient_checkpointing", False) is True and not module.training
-              and hasattr(module, "_gradient_checkpointing_func")]
+    """Warn where a model's own gradient checkpointing is switched on and does nothing.
+
+    transformers' layers recompute only while they are in train mode, and frozen parts are in eval mode.
+    """
+    layers: list[str] = []
+    for path, module in root.named_modules():
+        is_on = getattr(module, "gradient_checkpointing", False) is True
+        # transformers gives a module this function when it turns its switch on.
+        if is_on and not module.training and hasattr(module, "_gradient_checkpointing_func"):
+            layers.append(path or type(module).__name__)
     if layers:
         warnings.warn(f"{name}: the model's own gradient checkpointing is on and does nothing, since frozen parts are "
                       f"in eval mode ({listed(layers, 2)}). Use checkpoint_activations(model) of core (in a "
@@ -80,7 +93,9 @@ def check_optimizers(method: PEFTMethod, optimizers: Iterable[Any]) -> None:
     Raises:
         ScionError: names them and the likely reason.
     """
-    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    held: set[int] = set()
+    for optimizer in optimizers:
+        held |= {id(p) for group in optimizer.param_groups for p in group["params"]}
     trained = method.trainable()
     missing = [name for name, tensor in trained.items() if id(tensor) not in held]
     if not missing:
@@ -97,18 +112,21 @@ def check_optimizers(method: PEFTMethod, optimizers: Iterable[Any]) -> None:
 class GradientWatch:
     """Within the first steps each trained tensor must get a gradient.
 
-    A step counts for tensors whose gradient is zero only while all of the method's learning rates are above zero: what
-    waits for others to move cannot matter before.
+    While a learning rate of the method is zero, as in a warmup, a step does not count for tensors whose gradient is
+    zero: what only matters when others have moved cannot matter yet.
     """
 
     def __init__(self, method: PEFTMethod) -> None:
         self.method = method
         idle = method.may_lack_gradient()
         self.waiting = {name: tensor for name, tensor in method.trainable().items() if name not in idle}
-        self.steps, self.moves = 0.0, 0.0
+        self.steps = 0.0
+        """Optimizer steps so far."""
+        self.moves = 0.0
+        """Those of them in which all tensors of the method could move."""
 
     def look(self, optimizers: Sequence[Any], share: float = 1.0) -> None:
-        """To be called behind a backward pass, of which ``share`` make an optimizer step.
+        """Look for gradients after a backward pass, which is the ``share`` of an optimizer step.
 
         Raises:
             ScionError: names the tensors that no gradient reaches.
@@ -119,17 +137,26 @@ class GradientWatch:
         if not self._rests(optimizers):
             self.moves += share
         resting = self.method.may_have_zero_gradient()
-        self.waiting = {name: tensor for name, tensor in self.waiting.items()
-                        if tensor.grad is None or (name not in resting and not bool(tensor.grad.any()))}
-        late = [name for name, tensor in self.waiting.items()
-                if (self.steps >= GRADIENT_STEPS if tensor.grad is None else self.moves >= GRADIENT_STEPS * PATIENCE)]
+        waiting: dict[str, Tensor] = {}
+        for name, tensor in self.waiting.items():
+            if tensor.grad is None or (name not in resting and not bool(tensor.grad.any())):
+                waiting[name] = tensor
+        self.waiting = waiting
+        late = [name for name, tensor in waiting.items() if self._is_late(tensor)]
         if late:
             self._refuse(late)
 
+    def _is_late(self, tensor: Tensor) -> bool:
+        """Whether a tensor without a gradient, or with one that is zero, should have had another by now."""
+        if tensor.grad is None:
+            return self.steps >= GRADIENT_STEPS
+        return self.moves >= GRADIENT_STEPS * PATIENCE
+
     def look_now(self) -> None:
-        """Refuse tensors without any gradient, where a backward pass has been made."""
+        """Refuse tensors without any gradient, if a backward pass has been made."""
         tensors = [p for p in self.method.need_root().parameters() if p.requires_grad]
         without = [name for name, tensor in self.waiting.items() if tensor.grad is None]
+        # Some other tensor's gradient is the sign of a backward pass.
         if without and any(tensor.grad is not None for tensor in tensors):
             self._refuse(without)
 
@@ -140,8 +167,11 @@ class GradientWatch:
     def _rests(self, optimizers: Sequence[Any]) -> bool:
         """Whether some tensor of the method has a learning rate of zero for the time being."""
         mine = {id(tensor) for tensor in self.method.trainable().values()}
-        return any(float(group.get("lr", 1.0)) == 0 and any(id(p) in mine for p in group["params"])
-                   for optimizer in optimizers for group in optimizer.param_groups)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                if float(group.get("lr", 1.0)) == 0 and _has_any(group, mine):
+                    return True
+        return False
 
 
 def watch_steps(method: PEFTMethod, optimizers: Sequence[torch.optim.Optimizer]) -> None:
@@ -149,8 +179,8 @@ def watch_steps(method: PEFTMethod, optimizers: Sequence[torch.optim.Optimizer])
     watch = GradientWatch(method)
     watch.look_now()
     mine = {id(tensor) for tensor in watch.waiting.values()}
-    first = next((optimizer for optimizer in optimizers
-                  if any(id(p) in mine for group in optimizer.param_groups for p in group["params"])), None)
+    holding = (optimizer for optimizer in optimizers if any(_has_any(group, mine) for group in optimizer.param_groups))
+    first = next(holding, None)
     if first is None:
         return
 
@@ -162,11 +192,16 @@ def watch_steps(method: PEFTMethod, optimizers: Sequence[torch.optim.Optimizer])
     handle = first.register_step_pre_hook(look)
 
 
+def _has_any(group: dict[str, Any], ids: set[int]) -> bool:
+    """Whether a group of an optimizer has one of the tensors with these ids."""
+    return any(id(p) in ids for p in group["params"])
+
+
 # ------------------------------------------------------------------------------------------------- the Trainer
 
 
 def check_place(method: PEFTMethod, module: nn.Module) -> None:
-    """Refuse a method that stands on another model than that of ``module``.
+    """Refuse a method that is attached to another model than that of ``module``.
 
     Raises:
         ScionError: says what to do.
@@ -194,19 +229,31 @@ def check_averages(method: PEFTMethod, trainer: Any, module: nn.Module) -> None:
     from lightning.pytorch.callbacks.weight_averaging import WeightAveraging
 
     callbacks = list(getattr(trainer, "callbacks", []))
-    for callback in callbacks[:callbacks.index(method)] if method in callbacks else ():
-        copies = [value for value in vars(callback).values() if isinstance(value, nn.Module) and value is not module
-                  and isinstance(value, (AveragedModel, type(module)))]
+    if method not in callbacks:
+        return
+    for callback in callbacks[:callbacks.index(method)]:
+        copies = _copies_in(callback, module)
         if not any(_lacks(copy, method) for copy in copies):
             continue
-        told = (f"{method.name}: {type(callback).__name__} stands before it in callbacks and has copied the model "
-                "without the method, which its average never has: put it behind the methods")
+        message = (f"{method.name}: {type(callback).__name__} stands before it in callbacks and has copied the model "
+                   "without the method, which its average never has: put it behind the methods")
         if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
-            raise ScionError(told)
+            raise ScionError(message)
+        # Another library's callback is only warned of: what it does with the copy is not known.
         if any(isinstance(copy, AveragedModel) for copy in copies):
-            warnings.warn(told, stacklevel=2)
+            warnings.warn(message, stacklevel=2)
+
+
+def _copies_in(callback: Any, module: nn.Module) -> list[nn.Module]:
+    """The models that a callback holds beside the one in training: averages, or others of its class."""
+    copies: list[nn.Module] = []
+    for value in vars(callback).values():
+        if isinstance(value, nn.Module) and value is not module and isinstance(value, (AveragedModel, type(module))):
+            copies.append(value)
+    return copies
 
 
 def _lacks(copy: nn.Module, method: PEFTMethod) -> bool:
+    """Whether a copy of the model does not have the method."""
     homes = [module._modules["peft"] for module in copy.modules() if "peft" in module._modules]
     return all(method.name not in getattr(home, "methods", {}) for home in homes)

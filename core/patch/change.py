@@ -26,12 +26,15 @@ class Change:
         return (self.up @ self.down).view(self.shape)
 
     def scaled(self, factor: float) -> Change:
+        # One factor of a product is enough.
         return Change(self.up * factor, self.down, self.shape)
 
     def plus(self, other: Change) -> Change:
         """The sum: low-rank if both are and the sum still has fewer numbers."""
         if self.down is not None and other.down is not None:
-            up, down = torch.cat([self.up, other.up], dim=1), torch.cat([self.down, other.down])
+            # [B_1 B_2] [A_1; A_2] = B_1 A_1 + B_2 A_2
+            up = torch.cat([self.up, other.up], dim=1)
+            down = torch.cat([self.down, other.down])
             if up.numel() + down.numel() < self.up.shape[0] * self.down.shape[1]:
                 return Change(up, down, self.shape)
         return Change(self.dense() + other.dense(), None, self.shape)
@@ -40,19 +43,22 @@ class Change:
         """The nearest change of this rank (singular value decomposition); vectors stay as they are."""
         if len(self.shape) < 2:
             return self
-        u, s, v = torch.linalg.svd(self.dense().flatten(1), full_matrices=False)
-        return Change(u[:, :rank] * s[:rank], v[:rank].contiguous(), self.shape)
+        matrix = self.dense().flatten(1)
+        u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+        up = u[:, :rank] * s[:rank]
+        down = v[:rank].contiguous()
+        return Change(up, down, self.shape)
 
 
 @dataclass(frozen=True)
 class PatchData:
-    """What a patch is made of, and its files hold."""
+    """The parts of a patch, as its files hold them."""
 
     changes: dict[str, Change]
     base: str = ""
-    """Fingerprint of that base; empty where there were several."""
+    """Fingerprint of the base that the changes were trained on; empty where there were several."""
     head: dict[str, Tensor] = field(default_factory=dict)
-    """Tensors of a task head inside the model, as they were trained: they travel along, and replace."""
+    """Tensors of a task head inside the model, as they were trained; they replace those of another model."""
     architecture: str = ""
     """Of the base (`core.patch.take.architecture_of`); empty in patches of earlier versions."""
     beside: dict[str, Tensor] = field(default_factory=dict)

@@ -57,7 +57,8 @@ class Patch(PatchData):
     # --------------------------------------------------------------------------------- arithmetic
 
     def __mul__(self, factor: float) -> Patch:
-        return replace(self, changes={name: change.scaled(factor) for name, change in self.changes.items()})
+        changes = {name: change.scaled(factor) for name, change in self.changes.items()}
+        return replace(self, changes=changes)
 
     __rmul__ = __mul__
 
@@ -78,33 +79,38 @@ class Patch(PatchData):
                 raise ScionError(f"the patches do not fit: {name} is {list(changes[name].shape)} and "
                                  f"{list(change.shape)}")
             changes[name] = changes[name].plus(change) if name in changes else change
-        return Patch(changes, self.base if Fingerprint(self.base) == Fingerprint(other.base) else "",
-                     {**self.head, **other.head}, self.architecture or other.architecture,
-                     {**self.beside, **other.beside}, (self if self.beside or not other.beside else other).model)
+        # Compared as fingerprints: those of one model in float32 and in bfloat16 are equal, though their texts differ.
+        base = self.base if Fingerprint(self.base) == Fingerprint(other.base) else ""
+        head = {**self.head, **other.head}
+        architecture = self.architecture or other.architecture
+        beside = {**self.beside, **other.beside}
+        # The record of a model describes the head beside it, so it comes from the patch that has one.
+        described = self if self.beside or not other.beside else other
+        return Patch(changes, base, head, architecture, beside, described.model)
 
     def __sub__(self, other: Patch) -> Patch:
         return self + (-other).without_head()
 
     def without_head(self) -> Patch:
-        """The changes of the backbone alone."""
+        """The changes of the backbone, without a head."""
         return replace(self, head={}, beside={})
 
     # --------------------------------------------------------------------------------- applying
 
     def check(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """The parameters of the backbone ``model`` that the patch means; every one of its entries must have its place.
+        """The parameters of the backbone ``model`` that the patch changes; each of its entries must fit one.
 
         Raises:
             ScionError: a name that is missing, a shape that differs, another architecture though all names fit, values
                 that are not finite.
         """
         parameters = dict(model.named_parameters())
-        wanted = {**{name: change.shape for name, change in self.changes.items()},
-                  **{name: tuple(tensor.shape) for name, tensor in self.head.items()}}
-        missing = [name for name in wanted if name not in parameters]
+        shapes = {name: change.shape for name, change in self.changes.items()}
+        shapes |= {name: tuple(tensor.shape) for name, tensor in self.head.items()}
+        missing = [name for name in shapes if name not in parameters]
         if missing:
             raise ScionError(f"the patch belongs to another architecture: {listed(missing, 3)} is not here")
-        for name, shape in wanted.items():
+        for name, shape in shapes.items():
             if tuple(parameters[name].shape) != shape:
                 raise ScionError(f"the patch belongs to another architecture: {name} is {list(shape)} in the patch, "
                                  f"{list(parameters[name].shape)} here")
@@ -113,16 +119,16 @@ class Patch(PatchData):
             raise ScionError(f"the patch belongs to another architecture: {self.architecture}, and this is {here}; "
                              "class, names and shapes of all parameters must be the same")
         for name, change in self.changes.items():
-            if not all(bool(torch.isfinite(part).all()) for part in (change.up, change.down) if part is not None):
+            if not (_is_finite(change.up) and _is_finite(change.down)):
                 raise ScionError(f"the patch holds values that are not finite, at {name}")
         anatomy = dissect(model)
         base = fingerprint(model, without=anatomy.head_names())
         if self.base and base != self.base:
             warnings.warn(f"the patch is carried from base {self.base} to {base}", stacklevel=3)
-        return {name: parameters[name] for name in wanted}
+        return {name: parameters[name] for name in shapes}
 
     def warn_of_head(self) -> None:
-        """Say that what belongs beside the backbone is not applied."""
+        """Warn that what belongs beside the backbone is not applied."""
         if self.beside:
             warnings.warn(f"the patch's head ({listed(sorted(self.beside), 2)}) is not applied: it belongs beside the "
                           "backbone; apply the patch to the FineTuner, or module, around it", stacklevel=3)
@@ -145,6 +151,7 @@ class Patch(PatchData):
         if methods_on(model):
             raise ScionError("the model has methods attached: apply the patch before them")
         prefix, root = self._backbone_in(model)
+        # Everything that may be refused comes before the first parameter is written.
         places = {f"{prefix}{name}": parameter for name, parameter in self.check(root).items()}
         around: dict[str, nn.Parameter] = {}
         if model is root:
@@ -158,36 +165,42 @@ class Patch(PatchData):
             for name, parameter in places.items():
                 if keep:
                     before[name] = parameter.detach().clone()
-                own = name.removeprefix(prefix)
-                if own in self.head:
-                    parameter.copy_(self.head[own])
-                else:
-                    wide = torch.promote_types(parameter.dtype, torch.float32)
-                    change = scale * self.changes[own].dense().to(parameter.device, wide)
-                    parameter.copy_(parameter.to(wide) + change)
+                self._write(name.removeprefix(prefix), parameter, scale)
             places |= around
             self._write_beside(model, around)
-        except BaseException:
+        except BaseException:  # a key press in the middle as well
             for name, kept in before.items():
                 places[name].copy_(kept)
             raise
-        return Applied(model, before, {name: places[name].detach().clone() for name in before}, keep)
+        after = {name: places[name].detach().clone() for name in before}
+        return Applied(model, before, after, keep)
+
+    def _write(self, name: str, parameter: nn.Parameter, scale: float) -> None:
+        """Replace a parameter of a head, or add the scaled change to one of the backbone."""
+        if name in self.head:
+            parameter.copy_(self.head[name])
+            return
+        # The sum is made in float32 at least, and rounded once.
+        wide = torch.promote_types(parameter.dtype, torch.float32)
+        change = scale * self.changes[name].dense().to(parameter.device, wide)
+        parameter.copy_(parameter.to(wide) + change)
 
     def _backbone_in(self, model: nn.Module) -> tuple[str, nn.Module]:
-        """What stands before the names of the backbone's parameters in ``model``, and the backbone: ``model`` itself,
-        or its ``.backbone`` or ``.model`` where it has a head beside that."""
+        """The prefix of the names of the backbone's parameters in ``model``, and the backbone: ``model`` itself, or
+        its ``.backbone`` or ``.model`` where it has a head beside that."""
         names = {name for name, _ in model.named_parameters()}
-        wanted = [*self.changes, *self.head]
+        if names.issuperset([*self.changes, *self.head]):
+            return "", model
         for name in ("backbone", "model"):
             inner = getattr(model, name, None)
-            if isinstance(inner, nn.Module) and not names.issuperset(wanted):
+            if isinstance(inner, nn.Module):
                 inner = uncompiled(inner)
                 [path] = [path for path, module in model.named_modules() if module is inner]
                 return f"{path}.", inner
         return "", model
 
     def _places_beside(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """The parameters beside the backbone that the patch replaces; whatever is wrong with them is told here.
+        """The parameters beside the backbone that the patch replaces, checked before any of them is written.
 
         Raises:
             ScionError: the head of ``model`` is for other classes, or of another shape.
@@ -212,11 +225,14 @@ class Patch(PatchData):
         return {name: parameters[name] for name in self.beside}
 
     def _check_classes(self, here: dict[str, Any], where: str) -> None:
-        own, others = self.model.get("classes", []), here.get("classes", [])
+        """Refuse a head for other classes than the model's, where both are known: as many would fit all the same."""
+        own = self.model.get("classes", [])
+        others = here.get("classes", [])
         if own and others and own != others:
             raise ScionError(f"{where}: it is for the classes {listed(own, 4)}, the model's for {listed(others, 4)}")
 
     def _write_beside(self, model: nn.Module, places: dict[str, nn.Parameter]) -> None:
+        """Replace the parameters beside the backbone."""
         if isinstance(model, KnowsItsHead) and places:
             model.load_beside(self._named_beside(), "the patch's head")
             return
@@ -224,6 +240,7 @@ class Patch(PatchData):
             parameter.copy_(self.beside[name])
 
     def _named_beside(self) -> dict[str, Tensor]:
+        """The tensors beside the backbone as an adapter names them."""
         return {f"{OUTSIDE}{name}": tensor for name, tensor in self.beside.items()}
 
     # --------------------------------------------------------------------------------- files
@@ -269,16 +286,25 @@ class Applied:
 
 
 def residual_report(old: Patch, new: Patch, model: nn.Module, tolerance: float = 1e-6) -> dict[str, dict[str, float]]:
-    """For each parameter, how far the patch trained on the old base is from the one trained on ``model``: the norm of
-    C = new - old, its share of |W + old|, its largest entry, and its rank. A report, no test: two equally good runs
-    from different starts may be far apart."""
+    """How far the patch trained on the old base is from the one trained on ``model``, for each parameter.
+
+    That is the norm of C = new - old, its share of |W + old|, its largest entry, and its rank. A report, no test: two
+    equally good runs from different starts may be far apart.
+    """
     found: dict[str, dict[str, float]] = {}
     for name in old.changes.keys() & new.changes.keys():
-        one, other = old.changes[name].dense(), new.changes[name].dense()
-        rest = other - one
+        one = old.changes[name].dense()
+        rest = new.changes[name].dense() - one
         whole = model.get_parameter(name).detach().to(one) + one
-        found[name] = {"norm": float(rest.norm()), "share": float(rest.norm() / whole.norm()),
-                       "largest": float(rest.abs().max()),
-                       "rank": float(torch.linalg.matrix_rank(rest.flatten(1), rtol=tolerance))
-                       if rest.dim() > 1 else 1.0}
+        norm = rest.norm()
+        rank = 1.0
+        if rest.dim() > 1:
+            rank = float(torch.linalg.matrix_rank(rest.flatten(1), rtol=tolerance))
+        found[name] = {"norm": float(norm), "share": float(norm / whole.norm()), "largest": float(rest.abs().max()),
+                       "rank": rank}
     return found
+
+
+def _is_finite(part: Tensor | None) -> bool:
+    """Whether all values of a part of a change are finite; a part that does not exist has none that is not."""
+    return part is None or bool(torch.isfinite(part).all())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from core.anatomy import dissect
 from core.errors import ScionError, listed
-from core.method import home_in, methods_on, uncompiled
+from core.method import PEFTMethod, home_in, methods_on, uncompiled
 from core.method.beside import OUTSIDE, KnowsItsHead
 from core.patch.change import Change, PatchData
 
@@ -28,15 +28,15 @@ def take_from(model: nn.Module, rank: int | None = None) -> PatchData:
     if any(method.root is not root for method in methods):
         raise ScionError("Patch.take: methods are attached to several modules in this model; give one of them")
     home = root.get_submodule("peft")
-    base, heads = str(home.fingerprint), list(home.heads)  # type: ignore[arg-type]
+    base = str(home.fingerprint)
+    heads = list(home.heads)  # type: ignore[arg-type]
     parameters = dict(root.named_parameters())
     head = {name: parameters[name].detach().cpu().clone() for name in heads if parameters[name].requires_grad}
     architecture = architecture_of(root)
-    changes: dict[str, Change] = {}
-    before = {name: p.detach().clone() for name, p in parameters.items() if not name.startswith("peft.")}
-    before.update({name: start.to(parameters[name]) for m in methods for name, start in m.base_at_start.items()})
+    before = _before(parameters, methods)
     low = _factors(root)
-    merged = []
+    changes: dict[str, Change] = {}
+    merged: list[PEFTMethod] = []
     try:
         for method in methods:
             method.merge()
@@ -45,24 +45,48 @@ def take_from(model: nn.Module, rank: int | None = None) -> PatchData:
         for name, start in before.items():
             now = root.get_parameter(name).detach()
             if name not in heads and not torch.equal(now, start):
-                change = low.get(name) or Change((now.double() - start.double()).float().cpu(), None,
-                                                 tuple(start.shape))
+                change = low.get(name) or _difference(now, start)
                 changes[name] = change if rank is None else change.truncated(rank)
     finally:
         for method in reversed(merged):
             method.unmerge()
     patch = PatchData(changes, base, head, architecture)
-    return patch if around is root else replace(patch, **_surroundings(around, root))
+    if around is root:
+        return patch
+    return replace(patch, **_surroundings(around, root))
+
+
+def _before(parameters: dict[str, nn.Parameter], methods: list[PEFTMethod]) -> dict[str, Tensor]:
+    """The base's parameters as they are without the methods."""
+    before = {name: p.detach().clone() for name, p in parameters.items() if not name.startswith("peft.")}
+    # Methods that train the base's own tensors keep what those were.
+    for method in methods:
+        for name, start in method.base_at_start.items():
+            before[name] = start.to(parameters[name])
+    return before
+
+
+def _difference(now: Tensor, start: Tensor) -> Change:
+    """A dense change from ``start``."""
+    change = now.double() - start.double()
+    return Change(change.float().cpu(), None, tuple(start.shape))
 
 
 def architecture_of(model: nn.Module) -> str:
-    """The class that a backbone is described as, and a digest of the names and shapes of all its parameters: equal for
-    two models of one architecture, whatever their values. A task head and what methods have added do not count."""
+    """The class that a backbone is described as, and a digest of the names and shapes of all its parameters.
+
+    Two models of one architecture have the same, whatever their values. A task head and what methods have added do not
+    count.
+    """
     anatomy = dissect(model)
     heads = anatomy.head_names()
-    parts = sorted(f"{name}{list(p.shape)}" for name, p in model.named_parameters()
-                   if name not in heads and not name.startswith("peft."))
-    digest = hashlib.sha256("\n".join([anatomy.family, *parts]).encode()).hexdigest()
+    parts: list[str] = []
+    for name, parameter in model.named_parameters():
+        if name not in heads and not name.startswith("peft."):
+            parts.append(f"{name}{list(parameter.shape)}")
+    # Sorted, for the order in which a class makes its modules says nothing about their weights.
+    text = "\n".join([anatomy.family, *sorted(parts)])
+    digest = hashlib.sha256(text.encode()).hexdigest()
     return f"{anatomy.family} {digest[:16]}"
 
 
@@ -88,14 +112,16 @@ def _check_nothing_new(root: nn.Module, before: dict[str, Tensor]) -> None:
 
 
 def _factors(model: nn.Module) -> dict[str, Change]:
-    """Low-rank changes, exact, of parameters that grafts with ``factors`` alone change."""
+    """Low-rank changes, exact, of parameters that only grafts with ``factors`` change."""
     found: dict[str, Change] = {}
     spoiled: set[str] = set()
     for method in methods_on(model):
         spoiled |= set(method.base_at_start)
         for graft in method.grafts:
-            site, name = graft.site, graft.site.weight_name
+            site = graft.site
+            name = site.weight_name
             parts = graft(verb="factors")
+            # A Conv1D's weight is [in, out], and a change is up @ down in the layout [out, in].
             if parts is None or site.kind == "conv1d":
                 spoiled.add(name)
                 continue

@@ -6,15 +6,20 @@ from typing import Any
 
 from core.report.text import bytes_text, data_named, duration_text, methods_named, scalars
 
+CHECKPOINTS = {"last": "the last epoch's", "best": "the best by validation"}
+Row = tuple[str, str]
+
 
 def reasons(metrics: dict[str, Any]) -> list[str]:
     """Why the numbers of a run (its metrics.json) are no benchmark result; empty where they are one."""
-    data, backbone = metrics.get("data") or {}, metrics.get("backbone") or {}
+    data = metrics.get("data") or {}
+    backbone = metrics.get("backbone") or {}
     found = []
     if data.get("source") == "mini":
         found.append(f"the data are a generated mini ({data.get('name', 'unnamed')})")
     if backbone.get("kind") == "nano" or backbone.get("name") == "nano":
         found.append("the backbone is the built-in nano")
+    # Only False: the record of an unfinished run does not say ``pretrained``.
     if backbone.get("kind") == "random" or backbone.get("pretrained") is False:
         found.append("the backbone's weights are random")
     return found
@@ -27,45 +32,76 @@ def caution(found: list[str]) -> str:
 
 def summary(metrics: dict[str, Any]) -> str:
     """The closing summary of a run for a person, from the content of its metrics.json; what is missing is left out."""
-    data, backbone = metrics.get("data") or {}, metrics.get("backbone") or {}
-    title = f"{methods_named(metrics.get('peft')) or 'run'} on {backbone.get('name', 'an unnamed backbone')}"
-    lines = [f"{title}, {data_named(data)}: {metrics.get('status', 'status unknown')}"]
-    if reasons(metrics):
-        lines.append(f"*** {caution(reasons(metrics))} ***")
-    rows = [*_parameter_rows(metrics.get("parameters") or {})]
-    if metrics.get("adapter_bytes") is not None:
-        rows.append(("adapter", f"{bytes_text(metrics['adapter_bytes'])} ({metrics['adapter_bytes']:,} bytes)"))
-    for split in ("validation", "test"):
-        values = scalars((metrics.get("metrics") or {}).get(split))
-        if values:
-            rows.append((split, "   ".join(f"{name} {value:.4f}" for name, value in values.items())))
-    if metrics.get("select"):
-        rows.append(("checkpoint", {"last": "the last epoch's", "best": "the best by validation"}.get(
-            metrics["select"], str(metrics["select"]))))
-    if metrics.get("seconds") is not None:
-        rows.append(("time", duration_text(metrics["seconds"])))
-    if metrics.get("peak_memory_bytes"):
-        rows.append(("peak memory", bytes_text(metrics["peak_memory_bytes"])))
+    data = metrics.get("data") or {}
+    backbone = metrics.get("backbone") or {}
+    methods = methods_named(metrics.get("peft")) or "run"
+    backbone_name = backbone.get("name", "an unnamed backbone")
+    status = metrics.get("status", "status unknown")
+    lines = [f"{methods} on {backbone_name}, {data_named(data)}: {status}"]
+    why = reasons(metrics)
+    if why:
+        lines.append(f"*** {caution(why)} ***")
+    rows = _parameter_rows(metrics.get("parameters") or {})
+    rows += _result_rows(metrics)
+    rows += _effort_rows(metrics)
     rows += [("warning", str(text)) for text in metrics.get("warnings") or []]
     width = max((len(name) for name, _ in rows), default=0)
-    return "\n".join([*lines, *(f"  {name:<{width}}  {text}" for name, text in rows)])
+    lines += [f"  {name:<{width}}  {text}" for name, text in rows]
+    return "\n".join(lines)
 
 
-def _parameter_rows(counts: dict[str, int]) -> list[tuple[str, str]]:
+def _parameter_rows(counts: dict[str, int]) -> list[Row]:
+    """What was trained, as a share of the backbone (of the model where the backbone was not counted)."""
     if not counts:
         return []
     own = sum(counts.get(owner) or 0 for owner in ("method", "norms", "other"))
-    parts = [f"{own:,} parameters"]
-    of = "backbone" if counts.get("backbone") else "total"
-    if counts.get(of):
-        parts[0] += f", {own / counts[of]:.4%} of the {'backbone' if of == 'backbone' else 'model'}'s {counts[of]:,}"
+    rows = [("trained", "; ".join(_trained_parts(counts, own)))]
+    # Methods may store more than they train: the buffers of a normalization, for example.
+    if counts.get("stored") not in (None, own):
+        rows.append(("stored", f"{counts['stored']:,} numbers"))
+    return rows
+
+
+def _trained_parts(counts: dict[str, int], own: int) -> list[str]:
+    first = f"{own:,} parameters"
+    if counts.get("backbone"):
+        first += f", {own / counts['backbone']:.4%} of the backbone's {counts['backbone']:,}"
+    elif counts.get("total"):
+        first += f", {own / counts['total']:.4%} of the model's {counts['total']:,}"
+    parts = [first]
     if counts.get("norms"):
         parts.append(f"{counts['norms']:,} of them in norms")
     if counts.get("head"):
         parts.append(f"and a head of {counts['head']:,}")
     if counts.get("beside"):
         parts.append(f"beside the model, for training alone, {counts['beside']:,}")
-    rows = [("trained", "; ".join(parts))]
-    if counts.get("stored") not in (None, own):
-        rows.append(("stored", f"{counts['stored']:,} numbers"))
+    return parts
+
+
+def _result_rows(metrics: dict[str, Any]) -> list[Row]:
+    """The size of the adapter, and the metrics of each split with the checkpoint that they were measured on."""
+    rows = []
+    size = metrics.get("adapter_bytes")
+    if size is not None:
+        rows.append(("adapter", f"{bytes_text(size)} ({size:,} bytes)"))
+    by_split = metrics.get("metrics") or {}
+    for split in ("validation", "test"):
+        values = scalars(by_split.get(split))
+        if values:  # a run may have no test set, or may not have validated
+            numbers = [f"{name} {value:.4f}" for name, value in values.items()]
+            rows.append((split, "   ".join(numbers)))
+    select = metrics.get("select")
+    if select:
+        rows.append(("checkpoint", CHECKPOINTS.get(select, str(select))))
+    return rows
+
+
+def _effort_rows(metrics: dict[str, Any]) -> list[Row]:
+    rows = []
+    seconds = metrics.get("seconds")
+    if seconds is not None:
+        rows.append(("time", duration_text(seconds)))
+    peak = metrics.get("peak_memory_bytes")
+    if peak:  # 0 on a machine whose GPU the run did not use
+        rows.append(("peak memory", bytes_text(peak)))
     return rows

@@ -10,33 +10,42 @@ def methods_named(peft: Any) -> str:
     if isinstance(peft, (list, tuple)):
         return " + ".join(map(methods_named, peft))
     if isinstance(peft, dict):
-        return str(peft.get("class_path") or peft.get("class") or peft.get("name") or "?").rpartition(".")[2]
+        # A component of a configuration has class_path, a method as metrics.json records it has class.
+        name = peft.get("class_path") or peft.get("class") or peft.get("name") or "?"
+        return str(name).rpartition(".")[2]
     return "" if peft is None else str(peft)
 
 
 def scalars(values: Any) -> dict[str, float]:
     """The plain numbers of a split's metrics, names without the split, a loss last."""
-    found, losses = {}, {}
+    metrics: dict[str, float] = {}
+    losses: dict[str, float] = {}
     for key, value in (values or {}).items():
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
+        # A boolean is an int to Python, and no number to a reader.
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
         name = str(key).rpartition("/")[2]
-        part = losses if name in ("loss", "penalty") else found
-        part[name] = float(value)
-    return {**found, **losses}
+        if name in ("loss", "penalty"):
+            losses[name] = float(value)
+        else:
+            metrics[name] = float(value)
+    return {**metrics, **losses}
 
 
 def bytes_text(count: float) -> str:
-    """``1.4 KiB``"""
-    for unit in ("bytes", "KiB", "MiB"):
+    """A size as people read it: ``1.4 KiB``."""
+    if count < 1024:
+        return f"{count:,.0f} bytes"
+    count /= 1024
+    for unit in ("KiB", "MiB"):
         if count < 1024:
-            return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+            return f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.2f} GiB"
 
 
 def duration_text(seconds: float) -> str:
-    """``2 min 5 s``"""
+    """A time as people read it: ``2 min 5 s``."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -55,15 +64,19 @@ def value_text(value: Any) -> str:
 
 def data_named(data: dict[str, Any]) -> str:
     """The name of a run's data, and of the task in a suite."""
-    name, task = data.get("name", "unnamed data"), data.get("task")
+    name = data.get("name", "unnamed data")
+    task = data.get("task")
     return f"{name}: {task}" if task else str(name)
 
 
 def origin_of(metrics: dict[str, Any]) -> str:
     """Data and backbone of a run (its metrics.json)."""
-    data, backbone = metrics.get("data") or {}, metrics.get("backbone") or {}
-    random = ", random weights" if backbone.get("pretrained") is False or backbone.get("kind") == "random" else ""
-    return f"{data_named(data)}; {backbone.get('name', '?')}{random}"
+    data = metrics.get("data") or {}
+    backbone = metrics.get("backbone") or {}
+    # Only False: the record of an unfinished run does not say ``pretrained``.
+    is_random = backbone.get("pretrained") is False or backbone.get("kind") == "random"
+    weights = ", random weights" if is_random else ""
+    return f"{data_named(data)}; {backbone.get('name', '?')}{weights}"
 
 
 def trained(metrics: dict[str, Any]) -> int:
@@ -74,7 +87,8 @@ def trained(metrics: dict[str, Any]) -> int:
 
 def is_repetition(axis: str) -> bool:
     """Whether an axis of ``over`` repeats an experiment (seeds, folds) instead of comparing several."""
-    return axis == "seed_everything" or axis.rpartition(".")[2].endswith(("seed", "fold"))
+    option = axis.rpartition(".")[2]
+    return axis == "seed_everything" or option.endswith(("seed", "fold"))
 
 
 def aligned(header: list[str], body: list[list[str]], left: int = 1) -> list[str]:
@@ -85,6 +99,6 @@ def aligned(header: list[str], body: list[list[str]], left: int = 1) -> list[str
         padded = []
         for number, (cell, width) in enumerate(zip(cells, widths, strict=True)):
             padded.append(cell.ljust(width) if number < left else cell.rjust(width))
-        lines.append("  ".join(padded).rstrip())
+        lines.append("  ".join(padded).rstrip())  # an empty last cell would leave blanks at the line's end
     rule = "  ".join("-" * width for width in widths)
     return [lines[0], rule, *lines[1:]]

@@ -30,10 +30,13 @@ class MeanAveragePrecision(MultilabelAveragePrecision):
 
     def compute(self) -> Tensor:
         with warnings.catch_warnings():
+            # said of every label that does not occur, and those are left out below
             warnings.filterwarnings("ignore", "No positive samples")
             found = super().compute()
         occurs = dim_zero_cat(self.target).sum(0) > 0
-        return found[occurs].mean() if occurs.any() else found.new_zeros(())
+        if not occurs.any():
+            return found.new_zeros(())
+        return found[occurs].mean()
 
 
 class QuantizedLinear(nn.Linear):
@@ -42,7 +45,8 @@ class QuantizedLinear(nn.Linear):
 
     def __init__(self, inputs: int, outputs: int, bits: int) -> None:
         super().__init__(inputs, outputs, bias=False)
-        self.quantizer = QuantizedGraft(parameter_sites(self, ["weight"])[0], bits)
+        [site] = parameter_sites(self, ["weight"])
+        self.quantizer = QuantizedGraft(site, bits)
 
     def forward(self, input: Tensor) -> Tensor:
         """[batch, inputs] -> [batch, outputs]"""
@@ -78,7 +82,9 @@ class Classification(Task):
         if bits is not None and bits not in BITS:
             raise ScionError(f"Classification: bits {bits} must be one of {listed(BITS)}, or None")
         self.bits = bits
-        self.num_classes, self.label_smoothing, self.dropout = num_classes, label_smoothing, dropout
+        self.num_classes = num_classes
+        self.label_smoothing = label_smoothing
+        self.dropout = dropout
         self.classes: list[str] = []
         self.multilabel = False
 
@@ -90,18 +96,27 @@ class Classification(Task):
     def build(self, dim: int, classes: Sequence[str], multilabel: bool = False) -> None:
         self.check(classes)
         self.classes, self.multilabel = list(classes), multilabel
-        linear = nn.Linear(dim, len(classes)) if self.bits is None else QuantizedLinear(dim, len(classes), self.bits)
-        self.head = nn.Sequential(nn.Dropout(self.dropout), linear)
+        self.head = nn.Sequential(nn.Dropout(self.dropout), self._new_linear(dim, len(classes)))
         self.metrics = self._collections(self.make_metrics(len(classes)))
         self.selects = ("map", "max") if multilabel else ("accuracy", "max")
 
+    def _new_linear(self, dim: int, classes: int) -> nn.Linear:
+        if self.bits is None:
+            return nn.Linear(dim, classes)
+        return QuantizedLinear(dim, classes, self.bits)
+
     def packings(self) -> dict[str, Graft]:
-        return {f"{path}.weight": module.quantizer for path, module in self.named_modules()
-                if isinstance(module, QuantizedLinear)}
+        found: dict[str, Graft] = {}
+        for path, module in self.named_modules():
+            if isinstance(module, QuantizedLinear):
+                found[f"{path}.weight"] = module.quantizer
+        return found
 
     def plain_head(self) -> nn.Module:
         dropout, linear = self.head  # type: ignore[misc]
-        return nn.Sequential(dropout, linear.plain()) if isinstance(linear, QuantizedLinear) else self.head
+        if not isinstance(linear, QuantizedLinear):
+            return self.head
+        return nn.Sequential(dropout, linear.plain())
 
     def make_metrics(self, n: int) -> dict[str, Any]:
         """The metrics of ``n`` classes by their names."""
@@ -114,7 +129,9 @@ class Classification(Task):
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         if self.multilabel:
-            soft = targets.to(outputs.dtype) * (1 - self.label_smoothing) + self.label_smoothing / 2
+            # half of the smoothing goes to each of the two answers, yes and no
+            hard = targets.to(outputs.dtype)
+            soft = hard * (1 - self.label_smoothing) + self.label_smoothing / 2
             return F.binary_cross_entropy_with_logits(outputs, soft)
         return F.cross_entropy(outputs, targets, label_smoothing=self.label_smoothing)
 
@@ -124,12 +141,16 @@ class Classification(Task):
         return outputs.sigmoid() if self.multilabel else outputs
 
     def predict(self, outputs: Tensor) -> list[dict[str, Any]]:
-        scores = outputs.float().sigmoid() if self.multilabel else outputs.float().softmax(-1)
+        logits = outputs.float()
+        scores = logits.sigmoid() if self.multilabel else logits.softmax(-1)
         found = []
         for row in scores:
             order = torch.argsort(row, descending=True).tolist()
-            found.append({"label": self.classes[order[0]], "score": round(float(row[order[0]]), 4),
-                          "scores": {self.classes[i]: round(float(row[i]), 4) for i in order[:5]}})
+            rounded = {self.classes[i]: round(float(row[i]), 4) for i in order[:5]}
+            best = order[0]
+            score = round(float(row[best]), 4)
+            prediction: dict[str, Any] = {"label": self.classes[best], "score": score, "scores": rounded}
             if self.multilabel:
-                found[-1]["labels"] = [self.classes[i] for i in order if row[i] >= 0.5]
+                prediction["labels"] = [self.classes[i] for i in order if row[i] >= 0.5]
+            found.append(prediction)
         return found

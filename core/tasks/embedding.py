@@ -41,11 +41,13 @@ def proxy_anchor(z: Tensor, labels: Tensor, proxies: Tensor, alpha: float = 32.0
         proxies: one vector of any length a class [classes, dim].
     """
     kind = torch.promote_types(z.dtype, torch.float32)
+    # alpha would multiply the rounding errors that similarities have in half precision
     with torch.autocast(z.device.type, enabled=False):
         similarity = z.to(kind) @ F.normalize(proxies.to(kind), dim=-1).t()
         same = F.one_hot(labels, len(proxies)).bool()
         attracted = _log_one_plus(-alpha * (similarity - margin), same)
-        return (attracted + _log_one_plus(alpha * (similarity + margin), ~same)).mean()
+        repelled = _log_one_plus(alpha * (similarity + margin), ~same)
+        return (attracted + repelled).mean()
 
 
 def _log_one_plus(x: Tensor, mask: Tensor) -> Tensor:
@@ -59,7 +61,9 @@ def projection(dim: int, out: int, norm: bool = True) -> nn.Sequential:
     linear = nn.Linear(dim, out)
     nn.init.xavier_uniform_(linear.weight)
     nn.init.zeros_(linear.bias)
-    return nn.Sequential(*([nn.LayerNorm(dim)] if norm else []), linear)
+    if norm:
+        return nn.Sequential(nn.LayerNorm(dim), linear)
+    return nn.Sequential(linear)
 
 
 # ------------------------------------------------------------------------------------------------- neighbours
@@ -79,20 +83,26 @@ def neighbours(z: Tensor, k: int, gallery: Tensor | None = None, places: Tensor 
     Returns:
         Places in the gallery and similarities, each [queries, k].
     """
-    if places is None:
-        places = torch.arange(len(z), device=z.device) if gallery is None else z.new_full((len(z),), -1).long()
+    if places is None and gallery is None:
+        places = torch.arange(len(z), device=z.device)
+    elif places is None:
+        places = z.new_full((len(z),), -1).long()
     z = F.normalize(z.float(), dim=-1)
     gallery = z if gallery is None else F.normalize(gallery.float(), dim=-1)
-    k = min(k, len(gallery) - int(bool((places >= 0).any())))
-    found: list[tuple[Tensor, Tensor]] = []
+    # as soon as one query is in the gallery all find one vector less, so that the result is a matrix
+    itself = int(bool((places >= 0).any()))
+    k = min(k, len(gallery) - itself)
+    found: list[Tensor] = []
+    similarities: list[Tensor] = []
     size = max(1, ENTRIES // max(1, len(gallery)))
     for some, own in zip(z.split(size), places.split(size), strict=True):
-        similarity = some @ gallery.t()
+        similarity = some @ gallery.t()  # [some, gallery]
         inside = (own >= 0).nonzero().flatten()
         similarity[inside, own[inside]] = -torch.inf
         values, indices = similarity.topk(k, dim=1)
-        found.append((indices, values))
-    return torch.cat([indices for indices, _ in found]), torch.cat([values for _, values in found])
+        found.append(indices)
+        similarities.append(values)
+    return torch.cat(found), torch.cat(similarities)
 
 
 class Retrieval(Metric):
@@ -123,49 +133,68 @@ class Retrieval(Metric):
     def update(self, embeddings: Tensor, targets: Tensor) -> None:
         """embeddings [batch, dim]; targets [batch], or [batch, 2] with each sample's role (`BOTH`, `QUERY`,
         `GALLERY`)."""
+        if targets.dim() != 2:
+            targets = F.pad(targets[:, None], (0, 1), value=BOTH)
         self.embeddings.append(embeddings.float())
-        self.targets.append(targets if targets.dim() == 2 else F.pad(targets[:, None], (0, 1), value=BOTH))
+        self.targets.append(targets)
 
     def compute(self) -> dict[str, Tensor]:
-        z, (labels, roles) = dim_zero_cat(self.embeddings), dim_zero_cat(self.targets).t()
+        z = dim_zero_cat(self.embeddings)
+        labels, roles = dim_zero_cat(self.targets).t()
         gallery = (roles != QUERY).nonzero().flatten()
         places = torch.full_like(roles, -1)
         places[gallery] = torch.arange(len(gallery), device=places.device)
         _, kind, counts = labels.unique(return_inverse=True, return_counts=True)
+        # each class's size in the gallery: that among all samples would count the ones that only ask
         counts = counts.new_zeros(counts.shape).index_add(0, kind[gallery], torch.ones_like(gallery))
         relevant = counts[kind] - (roles == BOTH).long()  # others of its class that each could find
         asking = (roles != GALLERY) & (relevant > 0)
-        names = [*(f"recall_{k}" for k in self.ks), "map_r", "map_r_official"]
+        names = [f"recall_{k}" for k in self.ks] + ["map_r", "map_r_official"]
         sums = torch.zeros(len(names), dtype=torch.float64)
+        size = max(1, ENTRIES // len(z))
         for role in (BOTH, QUERY):
-            for some in (asking & (roles == role)).nonzero().flatten().split(max(1, ENTRIES // len(z))):
-                if len(some):
-                    sums += len(some) * self._means(z, labels, gallery, places, counts[kind[some]], some, role == BOTH)
-        means = (sums / asking.sum().clamp(min=1).cpu()).float().to(z.device)
-        found = dict(zip(names, means, strict=True))
-        if asking.any() and not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            queries = asking.nonzero().flatten()
-            spread = torch.linspace(0, len(queries) - 1, min(SHOWN[0], len(queries)), device=z.device)
-            shown = queries[spread.round().long()]
-            nearest = neighbours(z[shown], SHOWN[1], z[gallery], places[shown])[0]
-            found["neighbours"] = torch.cat([shown[:, None], gallery[nearest]], 1)
+            queries = (asking & (roles == role)).nonzero().flatten()
+            for some in queries.split(size):
+                if len(some):  # an empty tensor is split into one empty part
+                    sizes = counts[kind[some]]
+                    means = self._means(z, labels, gallery, places, sizes, some, role == BOTH)
+                    sums += len(some) * means
+        queries_in_all = asking.sum().clamp(min=1).cpu()
+        overall = (sums / queries_in_all).float().to(z.device)
+        found = dict(zip(names, overall, strict=True))
+        in_parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if asking.any() and not in_parallel:
+            found["neighbours"] = _neighbours_shown(z, asking, gallery, places)
         return found
 
     def _means(self, z: Tensor, labels: Tensor, gallery: Tensor, places: Tensor, counts: Tensor, some: Tensor,
                inside: bool) -> Tensor:
-        """The metrics of ``some`` queries, which all stand in the gallery or all do not; ``counts`` [queries] are the
+        """The metrics of ``some`` queries, which are all in the gallery or all not; ``counts`` [queries] are the
         sizes of their classes there."""
         from pytorch_metric_learning.utils.accuracy_calculator import EQUALITY, mean_average_precision
 
-        nearest = neighbours(z[some], max(*self.ks, int(counts.max())), z[gallery], places[some])[0]
-        found, wanted = labels[gallery][nearest].cpu(), labels[some][:, None].cpu()
+        most = max(*self.ks, int(counts.max()))
+        nearest = neighbours(z[some], most, z[gallery], places[some])[0]
+        found = labels[gallery][nearest].cpu()  # [queries, most]
+        wanted = labels[some][:, None].cpu()  # [queries, 1]
         hits = found == wanted
         recalls = [hits[:, :k].any(1).double().mean() for k in self.ks]
         kinds = {int(label): int(count) for label, count in zip(wanted, counts, strict=True)}
         sizes = torch.tensor(list(kinds))[:, None], torch.tensor(list(kinds.values()))
+        # the second is the official one, whose R counts the query itself also where it is in the gallery
         averages = [mean_average_precision(found, wanted, left_out, sizes, False, False, EQUALITY, at_r=True)
                     for left_out in (inside, False)]
         return torch.tensor([*recalls, *averages], dtype=torch.float64)
+
+
+def _neighbours_shown(z: Tensor, asking: Tensor, gallery: Tensor, places: Tensor) -> Tensor:
+    """A few queries and their nearest neighbours, by their numbers [queries, 1 + neighbours]."""
+    queries = asking.nonzero().flatten()
+    count = min(SHOWN[0], len(queries))
+    spread = torch.linspace(0, len(queries) - 1, count, device=z.device)
+    shown = queries[spread.round().long()]
+    nearest = neighbours(z[shown], SHOWN[1], z[gallery], places[shown])[0]
+    return torch.cat([shown[:, None], gallery[nearest]], 1)
 
 
 # ------------------------------------------------------------------------------------------------- the task
@@ -200,7 +229,11 @@ class Embedding(Task):
                              f"{proxy_lr_factor} positive")
         if not ks or min(ks) < 1:
             raise ScionError(f"Embedding: ks {list(ks)} must name at least one k, each at least 1")
-        self.dim, self.alpha, self.margin, self.ks, self.norm = dim, alpha, margin, tuple(ks), norm
+        self.dim = dim
+        self.alpha = alpha
+        self.margin = margin
+        self.ks = tuple(ks)
+        self.norm = norm
         self.lr_factors = {"proxies": proxy_lr_factor}
         self.selects = (f"recall_{self.ks[0]}", "max")
         self.classes: list[str] = []
@@ -219,7 +252,8 @@ class Embedding(Task):
                              "pip install 'scion-peft[vision]'")
         self.classes = list(classes)
         self.head = self.new_head(dim)
-        self.proxies = nn.Parameter(nn.init.xavier_uniform_(torch.empty(len(classes), self.dim)) / 8)
+        start = nn.init.xavier_uniform_(torch.empty(len(classes), self.dim))
+        self.proxies = nn.Parameter(start / 8)
         self.metrics = self._collections({"retrieval": Retrieval(self.ks)})
         self.metrics["train_"] = MetricCollection({})  # shuffled batches of a changing model: nothing to retrieve from
 
@@ -233,11 +267,13 @@ class Embedding(Task):
 
     def loss(self, outputs: Tensor, targets: Tensor, proxies: Tensor | None = None) -> Tensor:
         """Proxy-Anchor, with other ``proxies`` [classes, dim] in place of the task's own where they are given."""
-        proxies = self.proxies if proxies is None else proxies
+        if proxies is None:
+            proxies = self.proxies
         if proxies is None:
             raise ScionError("Embedding: the proxies are gone, for a finished run keeps what inference needs alone; "
                              "train from its checkpoint")
-        return proxy_anchor(outputs, targets if targets.dim() == 1 else targets[:, 0], proxies, self.alpha, self.margin)
+        labels = targets if targets.dim() == 1 else targets[:, 0]
+        return proxy_anchor(outputs, labels, proxies, self.alpha, self.margin)
 
     def predict(self, outputs: Tensor) -> list[dict[str, Any]]:
         """The training class whose proxy is nearest, with cosine similarities as scores. A finished run has no proxies
@@ -248,5 +284,6 @@ class Embedding(Task):
         found = []
         for row, scores in zip(places.tolist(), values.tolist(), strict=True):
             named = {self.classes[i]: round(score, 4) for i, score in zip(row, scores, strict=True)}
-            found.append({"label": self.classes[row[0]], "score": round(scores[0], 4), "scores": named})
+            label = self.classes[row[0]]
+            found.append({"label": label, "score": round(scores[0], 4), "scores": named})
         return found

@@ -46,11 +46,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, lambda temporary: torch.save(stamped, temporary))
         except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError where the disk is full
-            kept = "; the one before is kept, and the same command goes on from it" if Path(path).exists() else ""
+            kept = ""
+            if Path(path).exists():
+                kept = "; the one before is kept, and the same command goes on from it"
             raise ScionError(f"{path}: the checkpoint cannot be written ({_why(error)}){kept}") from None
 
 
 def _why(error: Exception) -> str:
+    """The reason in one short line: torch adds a trace of its C++ functions."""
     if "inline_container" in str(error):  # that is how torch's writer says that the disk took less than it was given
         return "no space left on the disk"
     return getattr(error, "strerror", None) or str(error).splitlines()[0][:200]
@@ -69,6 +72,7 @@ def read_checkpoint(path: Path, stamp: dict[str, Any] | None = None) -> dict[str
     """
     damaged = f"{path}: the checkpoint is damaged; delete it to begin again from the start, or pass --overwrite"
     try:
+        # torch.load does not compare the checksums, and would take damaged numbers for good ones.
         with zipfile.ZipFile(check_regular(path)) as packed:
             if packed.testzip() is not None:
                 raise ScionError(damaged)
@@ -90,8 +94,10 @@ def read_checkpoint(path: Path, stamp: dict[str, Any] | None = None) -> dict[str
 
 
 def _compare(path: Path, found: dict[str, Any], stamp: dict[str, Any]) -> None:
-    if found.get("config_hash") != stamp["config_hash"] or found.get("stage") != stamp["stage"]:
-        raise ScionError(f"{path}: the checkpoint belongs to another configuration ({found.get('config_hash')}, this "
+    """Refuse to go on from a checkpoint of another configuration or of other data."""
+    config_hash = found.get("config_hash")
+    if config_hash != stamp["config_hash"] or found.get("stage") != stamp["stage"]:
+        raise ScionError(f"{path}: the checkpoint belongs to another configuration ({config_hash}, this "
                          f"is {stamp['config_hash']}); choose another folder or pass --overwrite")
     if found.get("listing") != stamp["listing"]:
         raise ScionError(f"{path}: the run began with other data than there are now (files were added, removed or "
@@ -111,18 +117,21 @@ def stamp_of(path: Path) -> dict[str, Any]:
 class RunCheckpoints(Checkpoint):
     """Writes ``last.ckpt`` at the end of each epoch and, where asked for, every so many steps, and ``best.ckpt``.
 
-    It has to come behind the callbacks whose state of the same moment a checkpoint should hold.
+    It has to come after the callbacks whose state of the same moment a checkpoint should hold.
 
     Args:
         folder: where the checkpoints go.
-        every_n_steps: optimizer steps between two checkpoints within an epoch; None is at its end alone.
-        best: metric and ``min`` or ``max`` by which the best epoch is chosen; None keeps the last alone.
+        every_n_steps: optimizer steps between two checkpoints within an epoch; None is only at its end.
+        best: metric and ``min`` or ``max`` by which the best epoch is chosen; None keeps only the last.
         last: whether ``last.ckpt`` is written.
     """
 
     def __init__(self, folder: Path, every_n_steps: int | None = None, best: tuple[str, str] | None = None,
                  last: bool = True) -> None:
-        self.folder, self.every_n_steps, self.best, self.writes_last = folder, every_n_steps, best, last
+        self.folder = folder
+        self.every_n_steps = every_n_steps
+        self.best = best
+        self.writes_last = last
         self.best_epoch: int | None = None
         self.best_score: float | None = None
         self.validated: int | None = None
@@ -142,8 +151,11 @@ class RunCheckpoints(Checkpoint):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any,
                            batch_idx: int) -> None:
-        before, self._steps = self._steps, trainer.global_step
-        if not self.writes_last or not self.every_n_steps or self._steps % self.every_n_steps:
+        before = self._steps
+        self._steps = trainer.global_step
+        if not self.writes_last or not self.every_n_steps:
+            return
+        if self._steps % self.every_n_steps:
             return
         has_stepped = before != self._steps  # gradients that are still adding up are in no checkpoint
         if has_stepped and not self._is_followed_by_more(trainer):
@@ -155,6 +167,7 @@ class RunCheckpoints(Checkpoint):
         loop = trainer.fit_loop.epoch_loop
         if trainer.is_last_batch or loop._is_training_done or trainer.should_stop:
             return True
+        # Lightning's private question; its answer covers validation by batches, by time and at the end.
         fetcher: Any = trainer.fit_loop._data_fetcher
         return loop._should_check_val_fx(fetcher)
 
@@ -163,26 +176,36 @@ class RunCheckpoints(Checkpoint):
             self.validated = trainer.current_epoch
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # The best first: see the top of this file.
         if self.best is not None:
             self._keep_best(trainer, *self.best)
         if self.writes_last:
             trainer.save_checkpoint(self.last_file)
 
     def _keep_best(self, trainer: L.Trainer, metric: str, mode: str) -> None:
+        """Write ``best.ckpt`` where this epoch's ``metric`` is better than that of every epoch before."""
+        # The Trainer keeps the metrics of the last validation, also through epochs without one.
         if metric not in trainer.callback_metrics or self.validated != trainer.current_epoch:
             return
+        # Until its schedule has ended, a method is not yet the one that the run is about.
         if not all(method.settled for method in methods_on(trainer.lightning_module)):
             return
         score = float(trainer.callback_metrics[metric])
-        before = self.best_score
-        if before is not None and not (score > before if mode == "max" else score < before):
+        if self.best_score is not None and not _is_better(score, self.best_score, mode):
             return
-        self.best_epoch, self.best_score = trainer.current_epoch, score
+        self.best_epoch = trainer.current_epoch
+        self.best_score = score
         trainer.save_checkpoint(self.best_file, weights_only=True)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best_epoch": self.best_epoch, "best_score": self.best_score, "validated": self.validated}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best_epoch, self.best_score = state_dict["best_epoch"], state_dict["best_score"]
-        self.validated = state_dict.get("validated")
+        self.best_epoch = state_dict["best_epoch"]
+        self.best_score = state_dict["best_score"]
+        self.validated = state_dict.get("validated")  # missing in checkpoints of earlier versions
+
+
+def _is_better(score: float, before: float, mode: str) -> bool:
+    # Strictly: of equal epochs the first is the best, and NaN is never better than a number.
+    return score > before if mode == "max" else score < before

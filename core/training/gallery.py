@@ -1,5 +1,8 @@
 """What a model says of pictures, shown: a grid of inputs with predictions and scores, or queries with their nearest
-neighbours. Data in which there is nothing to see (`DataModule.illustrate`) leave no picture."""
+neighbours.
+
+Data in which there is nothing to see (`DataModule.illustrate`) leave no picture.
+"""
 
 from __future__ import annotations
 
@@ -20,31 +23,59 @@ def of_run(tuner: FineTuner, data: DataModule, file: Path, title: str = "") -> b
     prediction, its score, and the truth where that is another; where samples are compared, queries with their nearest
     neighbours. Returns whether there was something to see."""
     dataset: Any = getattr(data, "test_set", None) or data.validation_set
-    if dataset is None or not len(dataset) or data.illustrate(dataset[0][0][None]) is None:
+    if dataset is None or not len(dataset):
         return False
-    if tuner.task.compares:
-        table = next((found for stage in ("test", "validation")
-                      if (found := tuner.tables.get(f"{stage}/neighbours")) is not None), None)
-        if table is None:
-            return False
-        _neighbours(data, [[dataset[int(i)] for i in row] for row in table], file, title)
+    first_input = dataset[0][0]
+    if data.illustrate(first_input[None]) is None:  # asked of one sample, before the model runs on many
+        return False
+    if not tuner.task.compares:
+        _draw_predictions(tuner, data, dataset, file, title)
         return True
-    count = min(report.MOST, len(dataset))
-    items = [dataset[int(i)] for i in torch.linspace(0, len(dataset) - 1, count).round()]
-    inputs = torch.stack([item[0] for item in items])
-    with torch.inference_mode():
-        outputs = tuner.eval()(inputs.to(next(tuner.parameters()).device))
-    texts, right = [], []
-    for (_, target), prediction in zip(items, tuner.task.predict(outputs), strict=True):
-        truth = _names(target, data.classes)
-        said = prediction["labels"] if "labels" in prediction else [prediction["label"]]
-        right.append(sorted(said) == sorted(truth))
-        texts.append(caption(prediction) + ("" if right[-1] else f"\nis {', '.join(truth) or 'none'}"))
-    report.gallery(data.illustrate(inputs), texts, file, title, right)
+    table = _table_of_neighbours(tuner)
+    if table is None:
+        return False
+    rows = []
+    for numbers in table:
+        rows.append([dataset[int(number)] for number in numbers])
+    _draw_neighbours(data, rows, file, title)
     return True
 
 
+def _table_of_neighbours(tuner: FineTuner) -> Any:
+    """Rows of a query's number in its data set and those of its neighbours; None where none were compared."""
+    for split in ("test", "validation"):
+        table = tuner.tables.get(f"{split}/neighbours")
+        if table is not None:
+            return table
+    return None
+
+
+def _draw_predictions(tuner: FineTuner, data: DataModule, dataset: Any, file: Path, title: str) -> None:
+    count = min(report.MOST, len(dataset))
+    # Evenly spread: data sets are often sorted by class, and the first pictures would all be of one.
+    spread = torch.linspace(0, len(dataset) - 1, count).round()
+    items = [dataset[int(number)] for number in spread]
+    inputs = torch.stack([item[0] for item in items])
+    with torch.inference_mode():
+        model = tuner.eval()
+        device = next(tuner.parameters()).device
+        outputs = model(inputs.to(device))
+    texts: list[str] = []
+    right: list[bool] = []
+    for (_, target), prediction in zip(items, tuner.task.predict(outputs), strict=True):
+        truth = _names(target, data.classes)
+        predicted = prediction["labels"] if "labels" in prediction else [prediction["label"]]
+        is_right = sorted(predicted) == sorted(truth)
+        text = caption(prediction)
+        if not is_right:
+            text += f"\nis {', '.join(truth) or 'none'}"
+        right.append(is_right)
+        texts.append(text)
+    report.gallery(data.illustrate(inputs), texts, file, title, right)
+
+
 def _names(target: Any, classes: Sequence[str]) -> list[str]:
+    """The classes of a target: one for a number, those that are on for a row of several labels."""
     if isinstance(target, Tensor) and target.dim() == 1:
         return [name for name, on in zip(classes, target.tolist(), strict=True) if on >= 0.5]
     return [classes[int(target)]]
@@ -52,19 +83,36 @@ def _names(target: Any, classes: Sequence[str]) -> list[str]:
 
 def caption(prediction: dict[str, Any]) -> str:
     """A prediction in a few words: the label, or the labels, and the best score."""
-    label = ", ".join(prediction["labels"]) or "none" if "labels" in prediction else prediction["label"]
+    if "labels" in prediction:
+        label = ", ".join(prediction["labels"]) or "none"
+    else:
+        label = prediction["label"]
     return f"{label} {prediction['score']:.2f}"
 
 
-def _neighbours(data: DataModule, rows: list[list[Any]], file: Path, title: str) -> None:
-    def label(item: Any) -> int:
-        return int(item[1][0]) if isinstance(item[1], Tensor) and item[1].dim() else int(item[1])
-
-    pictures = data.illustrate(torch.stack([item[0] for row in rows for item in row]))
-    texts = [f"query\nclass {label(item)}" if not place else f"neighbour {place}\nclass {label(item)}"
-             for row in rows for place, item in enumerate(row)]
-    right = [label(item) == label(row[0]) if place else None for row in rows for place, item in enumerate(row)]
+def _draw_neighbours(data: DataModule, rows: list[list[Any]], file: Path, title: str) -> None:
+    """A row for each query, itself first; a neighbour is right where it is of the query's class."""
+    inputs = torch.stack([item[0] for row in rows for item in row])
+    pictures = data.illustrate(inputs)
+    texts: list[str] = []
+    right: list[bool | None] = []
+    for query, *neighbours in rows:
+        own_class = _class_of(query)
+        texts.append(f"query\nclass {own_class}")
+        right.append(None)  # no frame
+        for place, neighbour in enumerate(neighbours, start=1):
+            found = _class_of(neighbour)
+            texts.append(f"neighbour {place}\nclass {found}")
+            right.append(found == own_class)
     report.gallery(pictures, texts, file, title, right, columns=len(rows[0]))
+
+
+def _class_of(item: Any) -> int:
+    target = item[1]
+    # [class, role] where samples ask or are found (`core.tasks.embedding`).
+    if isinstance(target, Tensor) and target.dim():
+        return int(target[0])
+    return int(target)
 
 
 def of_files(data: DataModule, inputs: Sequence[Tensor], texts: Sequence[str], file: Path, title: str = "",

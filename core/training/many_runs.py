@@ -30,12 +30,16 @@ def run(points: list[Point], run_dir: str | None = None, overwrite: bool = False
         ScionError: the one run has failed.
         Interrupted: by a signal; its text says how to go on.
     """
-    is_table = len(points) > 1 or bool(points[0].axes)
-    folder = _folder(points[0], run_dir, "over" if is_table else points[0].name)
+    first = points[0]
+    is_table = len(points) > 1 or bool(first.axes)
+    name = "over" if is_table else first.name
+    folder = _folder(first, run_dir, name)
     try:
-        return _table(points, folder, overwrite) if is_table else _single(points[0], folder, overwrite)
+        if is_table:
+            return _table(points, folder, overwrite)
+        return _single(first, folder, overwrite)
     except (KeyboardInterrupt, Exception) as error:
-        stop = Interrupted.behind(error)
+        stop = Interrupted.behind(error)  # a signal may come out as the error of whatever it interrupted
         if stop is None:
             raise
         raise Interrupted.after(stop, _how_to_go_on(folder)) from None
@@ -53,7 +57,8 @@ def _folder(point: Point, run_dir: str | None, name: str) -> Path:
     if given:
         return Path(given)
     if is_main_process():
-        folder = _free(Path("runs") / Path(point.source).stem / name)
+        file = Path(point.source).stem
+        folder = _free(Path("runs") / file / name)
         os.environ[FOLDER_OF_PROCESSES] = str(folder)  # those that a Trainer starts inherit it
         return folder
     if FOLDER_OF_PROCESSES not in os.environ:
@@ -64,10 +69,12 @@ def _folder(point: Point, run_dir: str | None, name: str) -> Path:
 
 def _free(path: Path) -> Path:
     """``path`` with the first number behind it that is not taken."""
-    k = 0
-    while os.path.lexists(candidate := path.with_name(f"{path.name}-{k}")):
-        k += 1
-    return candidate
+    number = 0
+    while True:
+        candidate = path.with_name(f"{path.name}-{number}")
+        if not os.path.lexists(candidate):  # `exists` would say no of a link whose target is gone
+            return candidate
+        number += 1
 
 
 def _single(point: Point, folder: Path, overwrite: bool) -> int:
@@ -82,25 +89,27 @@ def _single(point: Point, folder: Path, overwrite: bool) -> int:
 
 
 def _table(points: list[Point], folder: Path, overwrite: bool) -> int:
+    """Run all points, in every process; the main one also prints the table and writes it into ``folder``."""
     if not is_main_process():
         for point in points:
             _attempt(point, folder / point.name, overwrite)
         return 0
     _check_table(folder)
-    made = not folder.exists()
+    is_new = not folder.exists()
+    busy = f"run_dir: another process is working on the table in {folder}; wait for it, or choose another folder"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder / LOCK, f"run_dir: another process is working on the table in {folder}; wait for it, or "
-                    "choose another folder"):
+        with locked(folder / LOCK, busy):
             results = []
             for number, point in enumerate(points, start=1):
                 print(f"[{number}/{len(points)}] {point.name}", flush=True)
                 results.append(_attempt(point, folder / point.name, overwrite))
             print(report.table(results, folder))
     except OSError as error:
-        raise ScionError(f"run_dir: {error.filename or folder} cannot be written ({error.strerror or error})") from None
+        place = error.filename or folder
+        raise ScionError(f"run_dir: {place} cannot be written ({error.strerror or error})") from None
     finally:
-        if made:
+        if is_new:
             _remove_if_empty(folder)
     print(f"Everything is in {folder}")
     return 2 if any(result["error"] for result in results) else 0
@@ -110,7 +119,9 @@ def _check_table(folder: Path) -> None:
     """Refuse to write a table over a file of somebody else's."""
     file = folder / "table.json"
     if not file.exists():
-        if found := [name for name in ("table.md", "table.png") if (folder / name).exists()]:
+        # A table of ours is written table.json first: the others without it are somebody else's.
+        found = [name for name in ("table.md", "table.png") if (folder / name).exists()]
+        if found:
             raise ScionError(f"run_dir: {folder} holds {found[0]}, and no table of runs; choose another folder")
         return
     record = read_json(file)
@@ -122,13 +133,16 @@ def _attempt(point: Point, path: Path, overwrite: bool) -> dict[str, Any]:
     """Run a point of a table; whatever stops it, the others can still run."""
     metrics, error = None, None
     try:
-        metrics = None if overwrite else finished_record(path, point.hash)
+        if not overwrite:
+            metrics = finished_record(path, point.hash)
         metrics = metrics or execute(point, path, overwrite)
     except Exception as problem:
         if Interrupted.received is not None:
             raise
-        known = problem if isinstance(problem, ScionError) else bad_input(problem)
-        error = one_line(known or f"unexpected {type(problem).__name__}: {problem} (log.txt has the whole of it)")
+        text: object = problem if isinstance(problem, ScionError) else bad_input(problem)
+        if text is None:
+            text = f"unexpected {type(problem).__name__}: {problem} (log.txt has the whole of it)"
+        error = one_line(text)
         print(f"{point.name}: {error}", flush=True)
     gc.collect()  # a failed attempt's tensors hang in cycles
     if torch.cuda.is_available():

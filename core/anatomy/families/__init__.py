@@ -1,5 +1,5 @@
 """The anatomies that Scion knows, by the library they come from: one small function a family (see `core.anatomy`)."""
 
-from core.anatomy.families import timm, torch_nn, transformers
+from core.anatomy.families import timm, torch_nn, transformers, transformers_t5
 
-__all__ = ["timm", "torch_nn", "transformers"]
+__all__ = ["timm", "torch_nn", "transformers", "transformers_t5"]

@@ -1,4 +1,4 @@
-"""Bone and Bat, as Hugging Face peft writes it."""
+"""Bone and Bat, as Hugging Face peft writes them."""
 
 from __future__ import annotations
 
@@ -10,24 +10,32 @@ from core.peft.weights.bone import Bat, Bone
 
 
 class BoneForm(PeftForm):
-    """peft calls the method MiSS; its ``init_weights`` says which form."""
+    """peft calls the method MiSS, and says by ``init_weights`` which form it is."""
 
     types = {"init_weights": bool | str | None, "mini_r": int}
 
     def matches(self, config: dict[str, Any]) -> bool:
+        # true and false are two starts of Bone, "mini" is Bone with fewer columns.
         return config.get("init_weights") != "bat"
 
     def config(self, method: PEFTMethod) -> dict[str, Any]:
+        config: dict[str, Any] = {"r": method.config["rank"]}
         columns = method.config["columns"]
-        return {"r": method.config["rank"], **({"init_weights": True} if columns is None else
-                                               {"init_weights": "mini", "mini_r": columns})}
+        if columns is None:
+            config["init_weights"] = True
+        else:
+            config["init_weights"] = "mini"
+            config["mini_r"] = columns
+        return config
 
     def arguments(self, config: dict[str, Any]) -> dict[str, Any]:
-        return {"rank": config["r"], "columns": config["mini_r"] if config.get("init_weights") == "mini" else None}
+        # Other forms have mini_r as well, and do not use it.
+        columns = config["mini_r"] if config.get("init_weights") == "mini" else None
+        return {"rank": config["r"], "columns": columns}
 
 
 class BatForm(PeftForm):
-    """peft has the grouping by outputs alone."""
+    """peft has only the grouping by outputs."""
 
     def config(self, method: PEFTMethod) -> dict[str, Any]:
         if method.config["group"] != "outputs":

@@ -11,11 +11,11 @@ from core.peft.weights.dora import DoRA, DoRAGraft
 
 
 class DoRAForm(LoRAShapedForm):
-    """Rows of a fused weight that the method leaves alone keep their norm as magnitude."""
+    """Rows of a fused weight that the method does not adapt keep their norm as magnitude."""
 
     def __init__(self) -> None:
         super().__init__(fixed={"use_dora": True})
-        self.options.pop("root")
+        self.options.pop("root")  # DoRA's scale is always alpha / rank
         self.tensors["lora_magnitude_vector"] = "magnitude"
 
     def pair(self, graft: Graft) -> tuple[Tensor, Tensor, float]:
@@ -23,13 +23,19 @@ class DoRAForm(LoRAShapedForm):
         return graft.A, graft.B, graft.scale
 
     def to_hf(self, method: PEFTMethod, grafts: list[Graft]) -> Part:
-        part, site = super().to_hf(method, grafts), grafts[0].site
+        part = super().to_hf(method, grafts)
+        site = grafts[0].site
         weight = site.full_weight.detach()
-        magnitude = (weight.t() if site.kind == "conv1d" else weight.flatten(1)).float().norm(dim=1)
+        rows = weight.t() if site.kind == "conv1d" else weight.flatten(1)  # [out, in]
+        magnitude = rows.float().norm(dim=1)
         for graft in grafts:
             assert isinstance(graft, DoRAGraft)
             magnitude = placed(graft.site, graft.magnitude.detach(), magnitude)
-        shape = (1, -1, *[1] * (weight.dim() - 2)) if site.kind == "conv" else (-1,)
+        shape = [-1]
+        if site.kind == "conv":
+            # As it multiplies the output in peft: [1, out, 1, 1] for a convolution in two dimensions.
+            ones = [1] * (weight.dim() - 2)
+            shape = [1, -1, *ones]
         part.tensors["lora_magnitude_vector"] = magnitude.view(shape)
         return part
 

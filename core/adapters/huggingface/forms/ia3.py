@@ -15,37 +15,51 @@ from core.peft.activations.ia3 import IA3, ScaledInput, ScaledOutput
 
 
 class IA3Form(PeftForm):
-    """peft calls the modules whose inputs are scaled ``feedforward_modules``; other rows of a fused weight get ones."""
+    """peft lists the modules whose inputs are scaled as ``feedforward_modules``; other rows of a fused weight get 1."""
 
     types = {"feedforward_modules": Names}
 
     def to_hf(self, method: PEFTMethod, grafts: list[Graft]) -> Part:
-        site, inputs = grafts[0].site, isinstance(grafts[0], ScaledInput)
+        site = grafts[0].site
         if site.kind not in self.modules:
             raise Inexpressible(f"{method.name}: {site.path} is a {type(site.module).__name__}, which it cannot scale")
-        scales = torch.ones(site.full_weight.shape[1 if site.kind == "conv1d" else 0])
+        out_axis = 1 if site.kind == "conv1d" else 0
+        scales = torch.ones(site.full_weight.shape[out_axis])
         for graft in grafts:
             assert isinstance(graft, (ScaledInput, ScaledOutput))
             scales = placed(graft.site, graft.l.detach(), scales.to(graft.l))
-        after = (1,) * (site.full_weight.dim() - 2)
-        return Part({"ia3_l": scales.view((1, -1, *after) if inputs or site.kind == "conv" else (-1, 1))})
+        # peft multiplies inputs, and a convolution's channels, as [1, n, ...], and other outputs as [n, 1].
+        shape = [-1, 1]
+        if isinstance(grafts[0], ScaledInput) or site.kind == "conv":
+            ones = [1] * (site.full_weight.dim() - 2)
+            shape = [1, -1, *ones]
+        return Part({"ia3_l": scales.view(shape)})
 
     def write(self, methods: list[PEFTMethod], wrapped: WrappedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
         config, tensors = super().write(methods, wrapped)
-        inputs = {wrapped.name(graft.site.path) for method in methods for graft in method.grafts
-                  if isinstance(graft, ScaledInput)}
-        return {**config, "feedforward_modules": wrapped.pattern(inputs)}, tensors
+        inputs: set[str] = set()
+        for method in methods:
+            inputs |= {wrapped.name(graft.site.path) for graft in method.grafts if isinstance(graft, ScaledInput)}
+        config["feedforward_modules"] = wrapped.pattern(inputs)
+        return config, tensors
 
     def targets(self, config: dict[str, Any], roles: dict[str, list[str]]) -> dict[str, Any]:
         found: dict[str, list[str]] = {"outputs": [], "inputs": []}
         given = config.get("feedforward_modules") or []
         for role, names in roles.items():
-            inside = {Matcher()(given, name) if isinstance(given, str) else name.endswith(tuple(given))
-                      for name in names}
+            inside = {_is_named(given, name) for name in names}
             if len(inside) > 1:
                 raise ScionError(f"feedforward_modules holds some modules of the role {role!r} and not others")
-            found["inputs" if inside.pop() else "outputs"].append(role)
+            scaled = "inputs" if inside.pop() else "outputs"
+            found[scaled].append(role)
         return found
+
+
+def _is_named(given: str | list[str], name: str) -> bool:
+    """Whether a pattern, or a list of endings, means the module of this name."""
+    if isinstance(given, str):
+        return Matcher()(given, name)
+    return name.endswith(tuple(given))
 
 
 FORMS = {

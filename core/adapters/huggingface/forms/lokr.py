@@ -13,7 +13,7 @@ from core.peft.weights.lokr import LoKr, LoKrGraft
 
 
 class LoKrForm(PeftForm):
-    """peft's scale is alpha / rank, which whole inner matrices of earlier versions have not."""
+    """peft's scale is alpha / rank, also for whole inner matrices, which had none in earlier versions of LoKr here."""
 
     def to_hf(self, method: PEFTMethod, grafts: list[Graft]) -> Part:
         graft = whole(method, grafts, self.modules)
@@ -23,10 +23,13 @@ class LoKrForm(PeftForm):
                 raise Inexpressible(f"{method.name}: factor {method.factor} splits the width {width} of "
                                     f"{graft.site.name} in another way in peft; take one up to its square root, or -1")
         if graft.B is None:
-            return Part({"lokr_w1": graft.C, "lokr_w2": graft.A * (graft.scale * method.rank / method.alpha)})
+            # A whole inner matrix: peft multiplies it by alpha / rank as well, which is taken out beforehand.
+            inner = graft.A * (graft.scale * method.rank / method.alpha)
+            return Part({"lokr_w1": graft.C, "lokr_w2": inner})
         return Part({"lokr_w1": graft.C, "lokr_w2_a": graft.B, "lokr_w2_b": graft.A})
 
     def from_hf(self, method: PEFTMethod, graft: Graft, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        # A graft with a whole inner matrix holds it as A, where others have the second factor.
         if "lokr_w2" in tensors:
             tensors = {"lokr_w1": tensors["lokr_w1"], "lokr_w2_b": tensors["lokr_w2"]}
         return super().from_hf(method, graft, tensors)

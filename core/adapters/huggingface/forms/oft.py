@@ -1,4 +1,4 @@
-"""OFT and BOFT, as Hugging Face peft writes it."""
+"""OFT and BOFT, as Hugging Face peft writes them."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ class OFTForm(PeftForm):
         if terms == 3:
             raise Inexpressible(f"{method.name}: terms 3 means I + 2 Q + Q^2 here, which peft does not have; it has 2, "
                                 "4 and more, and the exact transform")
-        return {"r": 0, "oft_block_size": method.config["block"], "use_cayley_neumann": terms > 0,
-                "num_cayley_neumann_terms": terms or 5}
+        config: dict[str, Any] = {"r": 0, "oft_block_size": method.config["block"]}
+        config["use_cayley_neumann"] = terms > 0
+        config["num_cayley_neumann_terms"] = terms or 5  # peft's default, which the exact transform does not use
+        return config
 
     def to_hf(self, method: PEFTMethod, grafts: list[Graft]) -> Part:
         part = super().to_hf(method, grafts)
@@ -34,10 +36,14 @@ class OFTForm(PeftForm):
         return part
 
     def own(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        return {"oft_block_size": round((1 + math.sqrt(1 + 8 * tensors["oft_R.weight"].shape[1])) / 2)}
+        # A block of size b is stored as its b (b - 1) / 2 numbers above the diagonal.
+        numbers = tensors["oft_R.weight"].shape[1]
+        return {"oft_block_size": round((1 + math.sqrt(1 + 8 * numbers)) / 2)}
 
     def arguments(self, config: dict[str, Any]) -> dict[str, Any]:
-        terms = config.get("num_cayley_neumann_terms", 5) if config.get("use_cayley_neumann", True) else 0
+        terms = 0
+        if config.get("use_cayley_neumann", True):
+            terms = config.get("num_cayley_neumann_terms", 5)
         return {"block": config["oft_block_size"], "terms": 4 if terms == 3 else terms}
 
 
@@ -50,19 +56,23 @@ class BOFTForm(PeftForm):
         return Part({"boft_R": skew(graft.Q, graft.block), "boft_s": graft.s[:, None]})
 
     def own(self, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        return {"boft_n_butterfly_factor": len(tensors["boft_R"]), "boft_block_size": tensors["boft_R"].shape[-1]}
+        blocks = tensors["boft_R"]  # [factors, blocks, size, size]
+        return {"boft_n_butterfly_factor": len(blocks), "boft_block_size": blocks.shape[-1]}
 
     def from_hf(self, method: PEFTMethod, graft: Graft, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         assert isinstance(graft, BOFTGraft)
         blocks = tensors["boft_R"]
         rows, columns = torch.triu_indices(graft.block, graft.block, 1)
-        return {"Q": (blocks - blocks.transpose(-1, -2))[..., rows, columns] / 2,
-                "s": reshaped(tensors["boft_s"], graft.s, "boft_s")}
+        skewed = blocks - blocks.transpose(-1, -2)
+        numbers = skewed[..., rows, columns] / 2
+        scales = reshaped(tensors["boft_s"], graft.s, "boft_s")
+        return {"Q": numbers, "s": scales}
 
+
+_OFT_TRAINING = ("r", "use_cayley_neumann", "num_cayley_neumann_terms", "eps", "module_dropout", "init_weights")
 
 FORMS = {
-    OFT: OFTForm("OFT", {"block": "oft_block_size"}, {"oft_R.weight": "Q"}, training=(
-        "r", "use_cayley_neumann", "num_cayley_neumann_terms", "eps", "module_dropout", "init_weights")),
+    OFT: OFTForm("OFT", {"block": "oft_block_size"}, {"oft_R.weight": "Q"}, training=_OFT_TRAINING),
     BOFT: BOFTForm("BOFT", {"block": "boft_block_size", "factors": "boft_n_butterfly_factor"},
         {"boft_R": "Q", "boft_s": "s"}, training=("boft_block_num", "boft_dropout", "init_weights")),
 }
