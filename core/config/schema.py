@@ -240,10 +240,9 @@ def normal_value(slot: str, value: Any) -> Any:
 
 
 def _normal_model(value: dict[str, Any]) -> dict[str, Any]:
-    parts = fields_of(Model)
     found = {}
-    for key, one in value.items():  # an unknown key stays, for `check` to refuse
-        found[key] = component(one, f"model.{key}") if key in parts else one
+    for key, one in value.items():  # any other key stays as it is, for `check` to look at
+        found[key] = component(one, f"model.{key}") if key in ("backbone", "task") else one
     return found
 
 

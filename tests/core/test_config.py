@@ -543,3 +543,13 @@ def test_numbers_that_are_not_finite_are_refused_everywhere() -> None:
                          (ESC50, {"mixup": float("nan")})):
         with pytest.raises(ScionError, match=r"is not a finite number|must lie in"):
             cls(**options)
+
+
+def test_checkpointing_is_a_key_of_the_model(files: Files) -> None:
+    """In the file as on the command line, and nothing but true or false."""
+    written = "{backbone: {class_path: AST, init_args: {name: nano}}, task: Classification, checkpointing: true}"
+    [point] = files(model=written)
+    assert point.config["model"]["checkpointing"] is True and point.config["model"]["task"]["init_args"] == {}
+    [point] = files("--model.checkpointing", "true")
+    assert point.config["model"]["checkpointing"] is True
+    assert "model.checkpointing: must be true or false" in files.refused(model=written.replace("true}", "3}"))
