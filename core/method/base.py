@@ -30,7 +30,7 @@ from core.errors import ScionError, listed, nearest
 from core.method import membership
 from core.method.abilities import AddsLoss, OwnOptimizer, Prepared, Scheduled
 from core.method.attached import Home, keep_only_owned
-from core.method.former import FormerNames, adopt
+from core.method.former import FormerMembers, adopt
 from core.method.other_libraries import watch_loading
 from core.method.training_checks import (
     GradientWatch,
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     import lightning.pytorch as L
 
 
-class PEFTMethod(FormerNames, Callback):
+class PEFTMethod(FormerMembers, Callback):
     """Base of all methods: a Trainer's callback that attaches itself, and checks that training reaches it."""
 
     steps = 0

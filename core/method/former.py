@@ -42,7 +42,7 @@ def adopt(cls: Any) -> None:
             cls.__bases__ = (ability, *cls.__bases__)
 
 
-class FormerNames(MethodOnModel):
+class FormerMembers(MethodOnModel):
     """What every method answered to once, whatever it could do. New code asks ``isinstance(method, AddsLoss)``."""
 
     stages: tuple[str, ...] = ()
