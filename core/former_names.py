@@ -45,7 +45,7 @@ FORMER: dict[str, tuple[str, ...]] = {
     "reading": ("adapters.reading",),
     "rehearsal": ("adapters.rehearsal",),
     "run": ("training.run", "training.assemble", "training.stages", "training.trainer", "training.run_record",
-            "training.run_folder"),
+            "training.run_folder", "training.many_runs"),
     "run_folder": ("training.run_folder",),
     "run_log": ("training.run_log",),
     "saving": ("method.saving",),

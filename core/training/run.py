@@ -6,7 +6,6 @@ its seed, and the last checkpoint brings back weights, optimizer, schedule, rand
 
 from __future__ import annotations
 
-import importlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -194,9 +193,3 @@ def _begin_with(adapter: Path, stage: Stage, tuner: FineTuner, methods: list[PEF
     kept = {method.name: method for method in earlier}
     return [*(method for method in earlier if method.name not in names),
             *(kept.get(method.name, method) for method in methods)]
-
-
-def __getattr__(name: str) -> Any:
-    if name == "run":  # which runs several; it stood here before, and what imports this module cannot be imported by it
-        return importlib.import_module("core.training.many_runs").run
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,7 +14,7 @@ from core import report
 from core.cli import commands
 from core.config import points
 from core.errors import ScionError
-from core.training import run
+from core.training import many_runs
 from domains.vision import ImageFolder
 from tests.domains.vision.conftest import write_picture
 from tests.domains.vision.real import DATA, TASKS, prepare
@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def finished(name: str, home: Path, folder: Path, *overrides: str) -> Path:
     found = points(f"domains/vision/{name}.yaml", ["--data.root", str(folder), *QUICK, *overrides])
-    assert run.run(found, str(home)) == 0
+    assert many_runs.run(found, str(home)) == 0
     return home
 
 

@@ -13,7 +13,7 @@ import yaml
 
 from core.config import points
 from core.errors import ScionError
-from core.training import run
+from core.training import many_runs, run
 from core.training.checkpoints import AtomicCheckpointIO
 from domains.vision import mini
 from domains.vision.vtab import TASKS, VTAB1k
@@ -241,7 +241,7 @@ def test_configurations_run(name: str, vtab: Tree, tmp_path: Path) -> None:
     root = vtab("cifar", 4)
     vtab("svhn", 4)
     found = points(f"domains/vision/{name}.yaml", ["--data.root", str(root), "--over", "data.task=cifar,svhn", *QUICK])
-    assert run.run(found, str(tmp_path / "run")) == 0
+    assert many_runs.run(found, str(tmp_path / "run")) == 0
     for point in found:
         metrics = json.loads((tmp_path / "run" / point.name / "metrics.json").read_text())
         assert 0 <= metrics["metrics"]["test"]["accuracy"] <= 1 and metrics["metrics"]["validation"] == {}
@@ -277,7 +277,7 @@ def test_killed_in_its_second_task_a_run_goes_on(vtab: Tree, tmp_path: Path, mon
     found = points("domains/vision/vtab1k.yaml", [
         "--data.root", str(root), "--data.augment", "crop_flip", "--data.batch_size", "4", "--over",
         "data.task=cifar,dtd", *QUICK, "--trainer.checkpoint_every_n_steps", "2"])
-    assert run.run(found, str(tmp_path / "whole")) == 0
+    assert many_runs.run(found, str(tmp_path / "whole")) == 0
     save = AtomicCheckpointIO.save_checkpoint
     written = 0
 
@@ -291,12 +291,12 @@ def test_killed_in_its_second_task_a_run_goes_on(vtab: Tree, tmp_path: Path, mon
     with monkeypatch.context() as patch:
         patch.setattr(AtomicCheckpointIO, "save_checkpoint", dying)
         with pytest.raises(Killed):
-            run.run(found, str(tmp_path / "broken"))
+            many_runs.run(found, str(tmp_path / "broken"))
     assert written > 2
     first = tmp_path / "broken" / found[0].name / "metrics.json"
     before = first.stat().st_mtime_ns
     assert json.loads((tmp_path / "broken" / found[1].name / "metrics.json").read_text())["status"] == "running"
-    assert run.run(found, str(tmp_path / "broken")) == 0
+    assert many_runs.run(found, str(tmp_path / "broken")) == 0
     assert first.stat().st_mtime_ns == before  # the finished task is not run again
     for point in found:
         ours, theirs = (tmp_path / name / point.name for name in ("broken", "whole"))
