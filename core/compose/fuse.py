@@ -83,6 +83,7 @@ class Fuse(JoinedMethods):
         penalty: factor of the squared distance of V from the identity.
     """
 
+    tags = ("additive", ("block", "routing", "composition"))
     inference_cost = "all adapters, and three maps of the whole width a site"
     recommended = {"lr": 5e-5, "weight_decay": 0.0}
     refusal = ("is no change of a block's hidden state that could be fused; bottleneck adapters are (LanguageAdapter "

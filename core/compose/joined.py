@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from core.anatomy import Anatomy, Site
 from core.compose.side_by_side import SideBySide
@@ -25,12 +26,6 @@ class Joined(Graft):
     def verbs(self) -> tuple[str, ...]:
         return self.parts[0].verbs
 
-    def before(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def after(self, x: Tensor, y: Tensor) -> Tensor:
-        raise NotImplementedError
-
 
 class JoinedMethods(SideBySide):
     """Methods whose grafts are joined site by site."""
@@ -41,13 +36,13 @@ class JoinedMethods(SideBySide):
     def build(self, site: Site) -> Graft:
         return self.join(site, self._parts[site.name])
 
+    @abstractmethod
     def join(self, site: Site, parts: list[Graft]) -> Joined:
         """One graft for those that the methods have at ``site``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fits(self, part: Graft) -> bool:
         """Whether this can join grafts of this kind at this site."""
-        raise NotImplementedError
 
     def arrange(self, module: nn.Module, anatomy: Anatomy) -> None:
         self._parts: dict[str, list[Graft]] = {}

@@ -28,6 +28,7 @@ class Route(SideBySide):
         methods: the variants, each with a name of its own; the first is active until ``route`` says otherwise.
     """
 
+    tags = ("unified", ("routing", "composition"))
     inference_cost = "each variant computes its own rows"
 
     def arrange(self, module: nn.Module, anatomy: Anatomy) -> None:

@@ -99,6 +99,7 @@ class Split(JoinedMethods):
         separator: the separator's id.
     """
 
+    tags = ("unified", ("composition",))
     inference_cost = "both methods compute all positions"
     refusal = "cannot be split by positions; what changes states in the blocks or at the embedding can"
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from abc import ABCMeta, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,12 +19,13 @@ if TYPE_CHECKING:
     from core.method.base import PEFTMethod
 
 
-class Staged:
+class Staged(metaclass=ABCMeta):
     """A method that needs several runs, one after the other."""
 
     stages: tuple[str, ...] = ()
     """Names of the runs; an option may say otherwise on the instance, and empty means one run."""
 
+    @abstractmethod
     def advance(self, module: nn.Module | None = None) -> None:
         """Carry the attached method on into its next stage; ``module`` is what stands around the root, a head included,
         for methods that look there.
@@ -31,7 +33,6 @@ class Staged:
         Raises:
             ScionError: it is in its last stage.
         """
-        raise NotImplementedError
 
 
 class Scheduled:
@@ -91,12 +92,13 @@ class Scheduled:
         membership.leave(cast("PEFTMethod", self), optimizer, gone)
 
 
-class Prepared:
+class Prepared(metaclass=ABCMeta):
     """A method that computes something from data before its first step, into tensors of its own."""
 
     prepares: bool = True
     """Whether there is something to compute; an option may say otherwise on the instance."""
 
+    @abstractmethod
     def prepare(self, batches: Iterable[Any], loss: Callable[[Any], Tensor]) -> None:
         """Compute it, and set ``prepared``.
 
@@ -107,14 +109,13 @@ class Prepared:
             batches: the training samples one by one, in random order.
             loss: of such a batch, as `FineTuner.loss`.
         """
-        raise NotImplementedError
 
     def prepare_in(self, trainer: Any, pl_module: Any) -> None:
         """`prepare` on a Trainer's data and in its precision, as the callback calls it."""
         prepare_in_trainer(cast("PEFTMethod", self), trainer, pl_module)
 
 
-class AddsLoss:
+class AddsLoss(metaclass=ABCMeta):
     """A method that adds a term to the task's loss."""
 
     @property
@@ -122,6 +123,7 @@ class AddsLoss:
         """Whether the method is not itself without its term; an option or a stage may need none."""
         return True
 
+    @abstractmethod
     def loss_terms(self, module: Any, batch: Any, outputs: Any) -> Tensor | None:
         """The term to add in `FineTuner`, or None.
 
@@ -130,12 +132,12 @@ class AddsLoss:
             batch: (inputs, targets).
             outputs: the task's, of this batch.
         """
-        raise NotImplementedError
 
 
-class OwnLoss:
+class OwnLoss(metaclass=ABCMeta):
     """A method that brings a loss of its own for training, and may need a module beside the model for it."""
 
+    @abstractmethod
     def training_loss(self, pl_module: Any, batch: Any, outputs: Any) -> Tensor | None:
         """A loss to use instead of the task's in a training step, or None. If several methods return one, the first is
         used.
@@ -145,7 +147,6 @@ class OwnLoss:
             batch: (inputs, targets).
             outputs: the task's, of this batch.
         """
-        raise NotImplementedError
 
     def training_module(self, pl_module: Any) -> nn.Module | None:
         """A module to train beside the model, made when a `FineTuner` begins to train and has its head; or None. It is
@@ -153,13 +154,13 @@ class OwnLoss:
         return None
 
 
-class OwnOptimizer:
+class OwnOptimizer(metaclass=ABCMeta):
     """A method that is an optimizer for its own tensors."""
 
+    @abstractmethod
     def make_optimizer(self, groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
         """The optimizer of these groups, as `PEFTMethod.param_groups` gives them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def optimizer_bytes(self) -> int:
         """What it keeps of the method's tensors; counters of steps are left out."""
-        raise NotImplementedError

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -35,6 +35,8 @@ class Declarations:
     """All its sites must be linear maps."""
     needs: ClassVar[tuple[str, ...]] = ()
     """Roles without which a backbone cannot have this method."""
+    tags: ClassVar[tuple[str, tuple[str, ...]]] = ("", ())
+    """Its family and what it modifies, in the words of `core.report.taxonomy`; for ``lightning methods``."""
     inference_cost: ClassVar[str] = "none once merged"
     recommended: ClassVar[dict[str, float]] = {"lr": 1e-3, "weight_decay": 0.0}
     """Learning rate and weight decay from the paper, taken by ``lr: auto``; ``head_lr`` where the rate of a new head
@@ -152,9 +154,9 @@ class MethodDefinition(Declarations, Recorded, ABC):
 
     # ------------------------------------------------------------------------------- in training
 
+    @abstractmethod
     def trainable(self) -> dict[str, Tensor]:
         """``{name in the root: tensor}`` of all that this method trains."""
-        raise NotImplementedError
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Groups for the optimizer; tensors with fewer than two axes are not decayed. Keys beside ``params`` override

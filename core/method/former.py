@@ -36,7 +36,8 @@ def adopt(cls: Any) -> None:
         if former in vars(cls) and present not in vars(cls):
             setattr(cls, present, vars(cls)[former])
     for hook, ability in ABILITIES.items():
-        if hook in vars(cls) and not issubclass(cls, ability):
+        # Not issubclass: an abstract class remembers its answers, and this one is about to change.
+        if hook in vars(cls) and ability not in cls.__mro__:
             warnings.warn(f"{cls.__name__} defines {hook}: declare it, class {cls.__name__}({ability.__name__}, "
                           "PEFTMethod)", DeprecationWarning, stacklevel=4)
             cls.__bases__ = (ability, *cls.__bases__)

@@ -103,10 +103,9 @@ def card_json(name: str) -> dict[str, Any]:
     """
     from core.peft import method_class, registry  # start-up time
     from core.record import plain  # start-up time
-    from core.report.taxonomy import tags_of  # start-up time
 
     cls = method_class(name)
-    taxon, kinds = tags_of(name, cls)
+    taxon, kinds = cls.tags
     home = registry().get(name, cls.__module__)
     family = _folder(home) if home.startswith(BUILT_IN) else home
     found: dict[str, Any] = {

@@ -1,7 +1,8 @@
 """Which family a method belongs to and what it modifies, and which known methods are not here yet.
 
 The five families, and the names of the methods that a survey of the field sorts into them, are those of Xu et al. 2023,
-arXiv:2312.12148. ``lightning methods --family additive``, ``--kind tokens``, ``--planned`` ask this table.
+arXiv:2312.12148. ``lightning methods --family additive``, ``--kind tokens``, ``--planned`` ask this table;
+what a method here is stands in its class, as `tags`.
 """
 
 from __future__ import annotations
@@ -27,41 +28,7 @@ KINDS = {
     "shared": "tensors that layers share, or that are generated", "side": "a network beside the backbone",
 }
 
-Tags = tuple[str, tuple[str, ...]]
 _ADD, _PART, _REP, _HYB, _UNI = FAMILIES
-
-TAGS: dict[str, Tags] = {
-    "APET": (_PART, ("entries",)), "AdaLoRA": (_REP, ("linear", "optimizer")), "AdaptFormer": (_ADD, ("block",)),
-    "AdapterDrop": (_ADD, ("block", "composition")), "BOFT": (_REP, ("linear",)), "Bat": (_REP, ("linear",)),
-    "BitFit": (_PART, ("norms",)), "Bone": (_REP, ("linear",)), "Compacter": (_ADD, ("block", "shared")),
-    "CompacterPlusPlus": (_ADD, ("block", "shared")), "ConformerAdapter": (_ADD, ("block",)),
-    "Consolidator": (_REP, ("linear",)), "Convpass": (_ADD, ("block",)), "DiffPruning": (_PART, ("entries",)),
-    "DoRA": (_REP, ("linear",)), "FacT": (_REP, ("linear", "shared")), "FourierFT": (_REP, ("linear",)),
-    "FullFineTuning": (_PART, ("linear", "norms")), "GaLore": (_PART, ("optimizer",)),
-    "HalfFineTuning": (_PART, ("linear", "optimizer")), "Houlsby": (_ADD, ("block",)), "Hydra": (_REP, ("linear",)),
-    "IA3": (_ADD, ("scale",)), "IST": (_UNI, ("optimizer", "composition")), "LIFT": (_PART, ("entries", "optimizer")),
-    "LTSFT": (_PART, ("entries",)), "LadderSideTuning": (_ADD, ("side",)), "LanguageAdapter": (_ADD, ("block",)),
-    "LayerNormTuning": (_PART, ("norms",)), "LinearProbe": (_PART, ("head",)), "LoFiT": (_ADD, ("scale",)),
-    "LoHa": (_REP, ("linear",)), "LoKr": (_REP, ("linear",)), "LoRA": (_REP, ("linear",)),
-    "LoRAPlus": (_REP, ("linear", "optimizer")), "MAM": (_HYB, ("block", "tokens")),
-    "MTLoRA": (_UNI, ("linear", "norms", "composition")), "MixtureOfAdapters": (_ADD, ("block", "routing")),
-    "MoS": (_REP, ("linear", "shared")), "OFT": (_REP, ("linear",)), "PST": (_PART, ("entries", "linear")),
-    "PTuning": (_ADD, ("tokens",)), "PTuningV2": (_ADD, ("tokens",)), "ParallelAdapter": (_ADD, ("block",)),
-    "Pfeiffer": (_ADD, ("block",)), "PiSSA": (_REP, ("linear",)), "PortLLM": (_REP, ("linear", "composition")),
-    "PrefixTuning": (_ADD, ("tokens",)), "PromptTuning": (_ADD, ("tokens",)),
-    "Quantize": (_UNI, ("bits", "composition")),
-    "RAMT": (_PART, ("entries",)), "RepAdapter": (_REP, ("linear",)), "SSF": (_ADD, ("scale",)),
-    "SVFit": (_REP, ("linear",)), "SensitivityTuning": (_PART, ("entries", "linear")),
-    "SideTuning": (_ADD, ("side",)), "SpIEL": (_PART, ("entries", "optimizer")),
-    "TensorAPET": (_UNI, ("entries", "block", "linear")), "TriAdaptLoRA": (_REP, ("linear", "optimizer")),
-    "UniPELT": (_HYB, ("block", "tokens", "linear", "routing")), "VPT": (_ADD, ("tokens",)),
-    "VPTSP": (_HYB, ("tokens", "norms")), "VQT": (_ADD, ("tokens", "side")), "VeRA": (_REP, ("linear", "shared")),
-    "rsLoRA": (_REP, ("linear",)),
-    "Fuse": (_ADD, ("block", "routing", "composition")), "Route": (_UNI, ("routing", "composition")),
-    "Split": (_UNI, ("composition",)),
-}
-"""What the methods of this library are; one from elsewhere may have a class attribute ``tags`` of the same form."""
-
 
 @dataclass(frozen=True)
 class Known:
@@ -136,11 +103,6 @@ SURVEY: tuple[Known, ...] = (
     Known("SparseAdapter", _UNI, ("block", "entries"), "wide adapters, pruned before training"),
     Known("ProPETL", _UNI, ("shared", "entries"), "one module for all layers, masked for each"),
 )
-
-
-def tags_of(name: str, cls: type | None = None) -> Tags:
-    """(family, kinds) of a method; ("", ()) where neither the table nor the class says."""
-    return getattr(cls, "tags", None) or TAGS.get(name, ("", ()))
 
 
 def planned() -> list[Known]:

@@ -10,27 +10,14 @@ from torch import Tensor, nn
 
 from core.peft import method_class
 from tests.models import batch, make
+from tests.papers.sites import bert_base, vit_b16
 from tests.toolkit import distance, outputs, randomize
 
 AdaLoRA: Any = method_class("AdaLoRA")
 
 
-def _bert() -> nn.Module:
-    from transformers import BertConfig, BertModel
-
-    with torch.device("meta"):
-        return BertModel(BertConfig())
-
-
-def _vit() -> nn.Module:
-    import timm
-
-    with torch.device("meta"):
-        return timm.create_model("vit_base_patch16_224", num_classes=0)
-
-
 @pytest.mark.parametrize(("model", "targets", "count"), [
-    (_bert, ("q", "v"), 442_656), (_vit, ("q", "v"), 442_656), (_vit, ("qkv",), 442_512)])
+    (bert_base, ("q", "v"), 442_656), (vit_b16, ("q", "v"), 442_656), (vit_b16, ("qkv",), 442_512)])
 def test_counts(model: Any, targets: tuple[str, ...], count: int) -> None:
     assert AdaLoRA(rank=12, targets=targets).attach(model()).counts()["method"] == count
 
@@ -78,7 +65,7 @@ def test_orthogonality(gamma: float) -> None:
 
 def test_budget() -> None:
     """As in the scripts for MNLI, with 24 sites: 12 ranks each until step 8,000, a cube, 8 each for the last 50,000."""
-    method = AdaLoRA(rank=12, target_rank=8, warmup=8000, cooldown=50000, interval=100).attach(_bert())
+    method = AdaLoRA(rank=12, target_rank=8, warmup=8000, cooldown=50000, interval=100).attach(bert_base())
     method.total = 85_000
     assert method.budget(8000) == (288, False) and method.budget(35_000) == (192, True)
     assert method.budget(8100) == (int(192 + 96 * (1 - 100 / 27_000) ** 3), True)

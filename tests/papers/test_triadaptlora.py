@@ -7,31 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from core import load_adapter
 from core.peft import method_class
 from tests.models import batch, make
+from tests.papers.sites import bert_base, vit_b16
 from tests.toolkit import distance, outputs, randomize
 
 TriAdaptLoRA: Any = method_class("TriAdaptLoRA")
 
 
-def _bert() -> nn.Module:
-    from transformers import BertConfig, BertModel
-
-    with torch.device("meta"):
-        return BertModel(BertConfig())
-
-
-def _vit() -> nn.Module:
-    import timm
-
-    with torch.device("meta"):
-        return timm.create_model("vit_base_patch16_224", num_classes=0)
-
-
-@pytest.mark.parametrize(("model", "sites", "count"), [(_bert, 72, 166_032), (_vit, 48, 147_552)])
+@pytest.mark.parametrize(("model", "sites", "count"), [(bert_base, 72, 166_032), (vit_b16, 48, 147_552)])
 def test_1_to_3_counts_at_the_start(model: Any, sites: int, count: int) -> None:
     method = TriAdaptLoRA().attach(model())
     assert len(method.grafts) == sites and method.counts()["method"] == count
@@ -43,7 +29,7 @@ def test_new_groups_are_not_decayed() -> None:
 
 
 def test_2_count_after_growth() -> None:
-    method = TriAdaptLoRA(targets=("q",), layers=(0,)).attach(_bert())
+    method = TriAdaptLoRA(targets=("q",), layers=(0,)).attach(bert_base())
     [graft] = method.grafts
     for _ in range(2):
         method.grow(graft)

@@ -98,6 +98,7 @@ class Compacter(PEFTMethod):
         targets: sublayer outputs to adapt.
     """
 
+    tags = ("additive", ("block", "shared"))
     identity_at_start = False
     inference_cost = "bottlenecks stay, their activation is not linear"
     recommended = {"lr": 3e-3, "weight_decay": 0.0}
@@ -159,6 +160,8 @@ class CompacterPlusPlus(Compacter):
         std: of A's start.
         targets: sublayer outputs to adapt.
     """
+
+    tags = ("additive", ("block", "shared"))
 
     def __init__(self, reduction: float = 32, bottleneck: int | None = None, n: int = 4, rank: int | None = 1,
                  shared: bool = True, std: float = 1e-4, targets: Sequence[str] = ("mlp",), **common: Any) -> None:

@@ -92,6 +92,7 @@ class ConformerAdapter(PEFTMethod):
         layer_norm: whether A begins with a norm.
     """
 
+    tags = ("additive", ("block",))
     inference_cost = "a bottleneck with a convolution over time stays at each site"
     recommended = {"lr": 5e-3, "weight_decay": 0.1}
 

@@ -72,6 +72,7 @@ class Convpass(PEFTMethod):
         dropout: behind the second activation.
     """
 
+    tags = ("additive", ("block",))
     inference_cost = "a bottleneck with a small convolution stays beside each sublayer"
     recommended = {"lr": 1e-3, "weight_decay": 1e-4}
 

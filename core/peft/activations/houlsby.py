@@ -67,6 +67,7 @@ class Houlsby(PEFTMethod):
             from a normal of 0.02.
     """
 
+    tags = ("additive", ("block",))
     inference_cost = "two bottlenecks a block stay, their activation is not linear"
     recommended = {"lr": 5e-3, "weight_decay": 0.1}
 

@@ -62,6 +62,7 @@ class IA3(PEFTMethod):
         inputs: roles whose inputs are scaled.
     """
 
+    tags = ("additive", ("scale",))
     linear_only = True
     mergeable = True
     recommended = {"lr": 3e-3, "weight_decay": 0.0}

@@ -93,6 +93,7 @@ class LanguageAdapter(Pfeiffer):
         drop_last: whether the last block goes without a bottleneck.
     """
 
+    tags = ("additive", ("block",))
     recommended = {"lr": 1e-4, "weight_decay": 0.0, "head_lr": 1e-3}
 
     def __init__(self, reduction: float = 2, bottleneck: int | None = None, init: Init = "zero_up",

@@ -91,6 +91,7 @@ class LoFiT(Staged, AddsLoss, PEFTMethod):
         targets: attention's output projections: "o", "cross.o".
     """
 
+    tags = ("additive", ("scale",))
     identity_at_start = False
     mergeable = True
     needs = ("o",)

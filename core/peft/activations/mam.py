@@ -36,6 +36,7 @@ class MAM(PrefixTuning, PEFTMethod):
         init: of the adapter: ``zero_up`` starts as the identity, ``normal`` draws both maps from a normal of 0.02.
     """
 
+    tags = ("hybrid", ("block", "tokens"))
     peft = None
     inference_cost = "every attention reads `tokens` more keys and values, and a bottleneck stays beside each MLP"
     recommended = {"lr": 1e-4, "weight_decay": 0.1, "head_lr": 1e-3}

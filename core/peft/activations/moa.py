@@ -96,6 +96,7 @@ class MixtureOfAdapters(PEFTMethod):
         targets: ``mlp``, ``attention`` or both.
     """
 
+    tags = ("additive", ("block", "routing"))
     inference_cost = "all adapters stay beside each sublayer"
     recommended = {"lr": 5e-3, "weight_decay": 0.1}
 

@@ -101,6 +101,7 @@ class ParallelAdapter(PEFTMethod):
         biases: False leaves out b_D and b_U.
     """
 
+    tags = ("additive", ("block",))
     inference_cost = "one bottleneck a site stays, its activation is not linear"
     recommended = {"lr": 1e-4, "weight_decay": 0.1, "head_lr": 1e-3}
 
@@ -170,6 +171,7 @@ class AdaptFormer(ParallelAdapter):
         biases: False leaves out b_D and b_U.
     """
 
+    tags = ("additive", ("block",))
     recommended = {"lr": 5e-3, "weight_decay": 0.0}
 
     def __init__(self, bottleneck: int | None = 64, scale: float | Literal["learned"] = 0.1, dropout: float = 0.1,

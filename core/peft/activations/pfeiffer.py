@@ -55,6 +55,7 @@ class Pfeiffer(PEFTMethod):
         init: ``zero_up`` starts as the identity, ``normal`` as the library, ``near_identity`` as Houlsby's paper.
     """
 
+    tags = ("additive", ("block",))
     inference_cost = "one bottleneck a block stays, its activation is not linear"
     recommended = {"lr": 5e-3, "weight_decay": 0.1}
 

@@ -87,6 +87,7 @@ class RepAdapter(PEFTMethod):
         targets: sublayers to adapt: ``attention``, ``mlp``.
     """
 
+    tags = ("reparameterised", ("linear",))
     mergeable = True
     recommended = {"lr": 1e-3, "weight_decay": 1e-4}
 

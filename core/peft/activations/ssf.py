@@ -63,6 +63,7 @@ class SSF(PEFTMethod):
         patch_merging: whether norms in front of a linear map between two stages are scaled too.
     """
 
+    tags = ("additive", ("scale",))
     identity_at_start = False
     mergeable = True
     recommended = {"lr": 5e-3, "weight_decay": 0.0}

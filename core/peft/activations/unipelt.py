@@ -101,6 +101,7 @@ class UniPELT(PrefixTuning, PEFTMethod):
         targets: ``attend`` for the prefix, and the linear maps that get a low-rank change.
     """
 
+    tags = ("hybrid", ("block", "tokens", "linear", "routing"))
     peft = None
     inference_cost = "prefix, low-rank change, bottleneck and gates all stay"
     recommended = {"lr": 1e-4, "weight_decay": 0.0, "head_lr": 1e-3}

@@ -173,6 +173,7 @@ class MTLoRA(PEFTMethod):
         mode: ``matrix``, or ``matrixv2``: y_t has the shared change s B A x too.
     """
 
+    tags = ("unified", ("linear", "norms", "composition"))
     moves_base = True
     needs = ("o", "mlp.up")
     inference_cost = "each task's stream runs through its low-rank maps in the last block of every stage"

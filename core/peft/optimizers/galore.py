@@ -102,6 +102,7 @@ class GaLore(OwnOptimizer, FullFineTuning):
         exclude: roles that stay frozen.
     """
 
+    tags = ("partial", ("optimizer",))
     recommended = {"lr": 2e-4, "weight_decay": 0.1, "head_lr": 1e-3}
 
     def __init__(self, rank: int = 128, scale: float = 0.25, interval: int = 200, targets: Sequence[str] | None = None,

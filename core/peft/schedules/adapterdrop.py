@@ -35,6 +35,7 @@ class AdapterDrop(PEFTMethod):
         inference: layers without adapters outside training steps, where ``drop`` is random.
     """
 
+    tags = ("additive", ("block", "composition"))
     mergeable = True
     trains_backbone = False
     inference_cost = "none; less than its hosts', whose dropped parts do not run"

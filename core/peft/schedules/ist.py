@@ -42,6 +42,7 @@ class IST(Scheduled, PEFTMethod):
         samples: training samples in the batch of a comparison.
     """
 
+    tags = ("unified", ("optimizer", "composition"))
     mergeable = True
     trains_backbone = False
     inference_cost = "none"

@@ -62,6 +62,7 @@ class APET(PEFTMethod):
             matrices together: other places at the same numbers, to see whether places matter.
     """
 
+    tags = ("partial", ("entries",))
     linear_only = True
     mergeable = True
     recommended = {"lr": 1e-4, "weight_decay": 0.0, "head_lr": 1e-3}
@@ -155,6 +156,7 @@ class TensorAPET(PEFTMethod):
         exclude: roles whose own tensors stay frozen (``("norm",)``).
     """
 
+    tags = ("unified", ("entries", "block", "linear"))
     moves_base = True
     recommended = {"lr": 1e-4, "weight_decay": 0.0, "head_lr": 1e-3}
     structure_types = {"shapes": Shapes}

@@ -23,6 +23,7 @@ class BitFit(PEFTMethod):
         exclude: roles whose biases stay frozen (``("patch_embed",)`` gives the PETL-AST count).
     """
 
+    tags = ("partial", ("norms",))
     mergeable = True
     moves_base = True
     inference_cost = "none"

@@ -89,6 +89,7 @@ class DiffPruning(Staged, AddsLoss, PEFTMethod):
         exclude: roles that stay frozen.
     """
 
+    tags = ("partial", ("entries",))
     mergeable = True
     by_rows = False
     inference_cost = "none once merged"

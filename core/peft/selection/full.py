@@ -21,6 +21,7 @@ class FullFineTuning(PEFTMethod):
         exclude: roles that stay frozen (``("pool",)`` where the pooler feeds nothing).
     """
 
+    tags = ("partial", ("linear", "norms"))
     mergeable = True
     moves_base = True
     inference_cost = "none"

@@ -40,6 +40,7 @@ class HalfFineTuning(Scheduled, PEFTMethod):
         whole: roles that are trained in every round besides (``("embed",)``).
     """
 
+    tags = ("partial", ("linear", "optimizer"))
     mergeable = True
     moves_base = True
     inference_cost = "none"

@@ -22,6 +22,7 @@ class LayerNormTuning(PEFTMethod):
         targets: roles of norms; None is every norm of the backbone.
     """
 
+    tags = ("partial", ("norms",))
     mergeable = True
     moves_base = True
     inference_cost = "none"

@@ -79,6 +79,7 @@ class LIFT(Scheduled, PEFTMethod):
         targets: roles to adapt; None is every linear map of the blocks.
     """
 
+    tags = ("partial", ("entries", "optimizer"))
     linear_only = True
     mergeable = True
     recommended = {"lr": 2e-4, "weight_decay": 0.0, "head_lr": 1e-3}

@@ -17,6 +17,7 @@ class LinearProbe(PEFTMethod):
         norms=("norm",)
     """
 
+    tags = ("partial", ("head",))
     mergeable = True
     trains_backbone = False
     inference_cost = "none"

@@ -34,6 +34,7 @@ class LTSFT(Staged, AddsLoss, PEFTMethod):
         exclude: roles that stay frozen (``("norm1", "norm2", "norm")`` in the paper's language masks).
     """
 
+    tags = ("partial", ("entries",))
     mergeable = True
     moves_base = True
     inference_cost = "none once merged"

@@ -81,6 +81,7 @@ class PST(Scheduled, PEFTMethod):
         targets: roles to adapt; None is every linear map of the blocks.
     """
 
+    tags = ("partial", ("entries", "linear"))
     linear_only = True
     mergeable = True
     recommended = {"lr": 3e-5, "weight_decay": 0.0, "head_lr": 1e-3}

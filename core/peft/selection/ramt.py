@@ -82,6 +82,7 @@ class RAMT(Scheduled, AddsLoss, PEFTMethod):
         teacher: ``start``: with the head as training finds it; ``current``: with the head as it is at each step.
     """
 
+    tags = ("partial", ("entries",))
     linear_only = True
     mergeable = True
     recommended = {"lr": 8e-5, "weight_decay": 0.0, "head_lr": 1e-3}

@@ -48,6 +48,7 @@ class SensitivityTuning(Prepared, PEFTMethod):
         targets: roles to choose from; None is every linear map of the blocks. The vectors are those of the blocks.
     """
 
+    tags = ("partial", ("entries", "linear"))
     mergeable = True
     recommended = {"lr": 1e-3, "weight_decay": 1e-4}
     structure_types = {"plan": dict[str, Count], "shapes": Shapes}

@@ -106,6 +106,7 @@ class SpIEL(Scheduled, OwnOptimizer, PEFTMethod):
         momentum: of SM3's steps, in [0, 1); it costs one number for each entry.
     """
 
+    tags = ("partial", ("entries", "optimizer"))
     linear_only = True
     mergeable = True
     recommended = {"lr": 1e-4, "weight_decay": 0.0, "head_lr": 1e-3}

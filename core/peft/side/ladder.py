@@ -190,6 +190,7 @@ class LadderSideTuning(Prepared, PEFTMethod):
         dropout: rate in the thin blocks; None is the backbone's own.
     """
 
+    tags = ("additive", ("side",))
     identity_at_start = False
     needs = ("q", "k", "v", "o", "mlp.up", "mlp.down", "norm1", "norm2")
     inference_cost = "the side network runs along"

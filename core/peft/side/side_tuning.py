@@ -121,6 +121,7 @@ class SideTuning(PEFTMethod):
         pretrained: whether AlexNet starts with torchvision's published weights (a download).
     """
 
+    tags = ("additive", ("side",))
     identity_at_start = False
     inference_cost = "the side network runs beside the backbone"
     recommended = {"lr": 1e-3, "weight_decay": 1e-4}

@@ -11,6 +11,7 @@ tokens, without a position, and leave behind the last block.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -186,6 +187,7 @@ class Prompted(PEFTMethod):
     roles_of: dict[str, tuple[str, Stack, Any]]
     """What the graft at each site is, of which stack, and what it must know, on this model."""
 
+    @abstractmethod
     def prompt_for(self, stack: Stack, dim: int, vocabulary: Tensor | None) -> tuple[Tensor | None, Values | None]:
         """The prompts of a stack: start values [tokens, dim] to be trained, or else a function that makes them.
 
@@ -194,7 +196,6 @@ class Prompted(PEFTMethod):
             dim: width of the embeddings or states among which they stand.
             vocabulary: the embedding of ids [vocabulary, dim], where there is one.
         """
-        raise NotImplementedError
 
     def numbers(self, anatomy: Anatomy) -> dict[str, Any]:
         return {"roles_of": {site.name: (role, stack, what) for site, role, stack, what in self._places(anatomy)}}

@@ -89,6 +89,7 @@ class PrefixTuning(PEFTMethod):
         targets: ``attend``; of a decoder also ``cross.attend``.
     """
 
+    tags = ("additive", ("tokens",))
     identity_at_start = False
     needs = ("attend",)
     inference_cost = "every attention reads `tokens` more keys and values"
@@ -172,6 +173,7 @@ class PTuningV2(PrefixTuning):
         targets: ``attend``; of a decoder also ``cross.attend``.
     """
 
+    tags = ("additive", ("tokens",))
     recommended = {"lr": 5e-3, "weight_decay": 0.0}
 
     def __init__(self, tokens: int = 20, reparametrize: bool | int = False, dropout: float = 0.1,

@@ -35,6 +35,7 @@ class PromptTuning(Prompted, PEFTMethod):
             ``normal`` draws from a normal of 0.02.
     """
 
+    tags = ("additive", ("tokens",))
     recommended = {"lr": 1e-2, "weight_decay": 0.0}
 
     def __init__(self, tokens: int = 20, init: Literal["vocabulary", "normal"] = "vocabulary", **common: Any) -> None:
@@ -88,6 +89,7 @@ class PTuning(Prompted, PEFTMethod):
         hidden: its inner width; None is the embedding's.
     """
 
+    tags = ("additive", ("tokens",))
     recommended = {"lr": 1e-2, "weight_decay": 0.0}
     structure_types = {"folded": bool}
 

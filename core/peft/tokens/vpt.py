@@ -69,6 +69,7 @@ class VPT(Prompted, PEFTMethod):
         dropout: of the prompts.
     """
 
+    tags = ("additive", ("tokens",))
     recommended = {"lr": 1e-2, "weight_decay": 1e-4}
 
     def __init__(self, tokens: int = 10, deep: bool = True, dropout: float = 0.0, **common: Any) -> None:

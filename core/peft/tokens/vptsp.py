@@ -79,6 +79,7 @@ class VPTSP(OwnLoss, PEFTMethod):
         bank: keep the prompts of the classes on the CPU, for data with thousands of classes.
     """
 
+    tags = ("hybrid", ("tokens", "norms"))
     identity_at_start = False
     moves_base = True
     inference_cost = "every layer reads `tokens` more tokens"

@@ -181,6 +181,7 @@ class VQT(Staged, AddsLoss, PEFTMethod):
         sparsity: with ``keep``, lambda of the first stage's penalty, lambda sum_j |W_j|_2 over the columns of the head.
     """
 
+    tags = ("additive", ("tokens", "side"))
     identity_at_start = False
     needs = ("attend",)
     inference_cost = "`tokens` queries more in each layer, without keys, and a wider head"

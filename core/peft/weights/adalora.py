@@ -65,6 +65,7 @@ class AdaLoRA(Scheduled, AddsLoss, LowRankMethod, PEFTMethod):
         targets: roles to adapt.
     """
 
+    tags = ("reparameterised", ("linear", "optimizer"))
     settles_late = True
 
     def __init__(self, rank: int = 12, target_rank: int | None = None, warmup: float = 0.1, cooldown: float = 0.5,

@@ -63,6 +63,7 @@ class Bone(PEFTMethod):
         targets: roles to adapt; None is every linear map of the blocks.
     """
 
+    tags = ("reparameterised", ("linear",))
     linear_only = True
     mergeable = True
     recommended = {"lr": 1e-3, "weight_decay": 0.0}
@@ -131,6 +132,7 @@ class Bat(PEFTMethod):
         targets: roles to adapt; None is every linear map of the blocks.
     """
 
+    tags = ("reparameterised", ("linear",))
     linear_only = True
     mergeable = True
     recommended = {"lr": 1e-3, "weight_decay": 0.0}

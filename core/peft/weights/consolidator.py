@@ -75,6 +75,7 @@ class Consolidator(PEFTMethod):
         init: ``uniform`` or ``zeros``.
     """
 
+    tags = ("reparameterised", ("linear",))
     linear_only = True
     mergeable = True
     recommended = {"lr": 1e-3, "weight_decay": 1e-4}

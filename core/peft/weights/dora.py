@@ -70,6 +70,8 @@ class DoRA(LowRankMethod, PEFTMethod):
         targets: roles to adapt.
     """
 
+    tags = ("reparameterised", ("linear",))
+
 
     def __init__(self, rank: int = 8, alpha: float | None = None, dropout: float = 0.0,
                  targets: Sequence[str] | None = ("q", "v"), **common: Any) -> None:

@@ -34,7 +34,9 @@ class FacTGraft(AdditiveGraft):
     def __init__(self, site: Site, factors: Factors, slices: tuple[int, int], total: int, scale: float, dropout: float
                  ) -> None:
         super().__init__(site)
-        self.shared, (self.out, self.inputs), self.scale = [factors], slices, scale  # in a list: the method has them
+        self.shared = [factors]  # in a list: the method registers them, once
+        self.out, self.inputs = slices
+        self.scale = scale
         rank = len(factors.U)
         # S [out rank, inputs rank], or its coordinates P [out, inputs, rank] in C
         bound = math.sqrt(6 / (rank + total)) if factors.C is not None else 1 / math.sqrt(self.inputs * rank)
@@ -61,14 +63,16 @@ class FacTGraft(AdditiveGraft):
         x = x.to(shared.U.dtype)
         if site.kind == "conv":
             up, down = self.factors()
-            change = site.low_rank(x, down, dropout_for_all(self.dropout, up))
-        else:
-            beyond = self.inputs * shared.U.shape[1] - site.in_features
-            sliced = torch.unflatten(F.pad(x, (0, beyond)) if beyond else x, -1, (self.inputs, -1))
-            hidden = self.dropout(F.linear(F.linear(sliced, shared.U).flatten(-2), self.S))
-            split = torch.unflatten(hidden, -1, (self.out, -1))
-            change = self.scale * F.linear(split, shared.V).flatten(-2)[..., :site.out_features]
-        return change
+            return site.low_rank(x, down, dropout_for_all(self.dropout, up))
+        # The last slice may be cut at the weight's edge: there the input goes on as zeros.
+        beyond = self.inputs * shared.U.shape[1] - site.in_features
+        padded = F.pad(x, (0, beyond)) if beyond else x
+        slices = torch.unflatten(padded, -1, (self.inputs, -1))  # [..., inputs, dim]
+        reduced = F.linear(slices, shared.U).flatten(-2)  # [..., inputs rank]
+        hidden = self.dropout(F.linear(reduced, self.S))  # [..., out rank]
+        split = torch.unflatten(hidden, -1, (self.out, -1))  # [..., out, rank]
+        outputs = self.scale * F.linear(split, shared.V).flatten(-2)  # [..., out dim]
+        return outputs[..., :site.out_features]
 
     def merged(self, weight: Tensor) -> Tensor:
         up, down = self.factors()
@@ -98,6 +102,7 @@ class FacT(PEFTMethod):
         targets: roles to adapt; None is every linear map of the blocks.
     """
 
+    tags = ("reparameterised", ("linear", "shared"))
     linear_only = True
     mergeable = True
     recommended = {"lr": 1e-3, "weight_decay": 1e-4}

@@ -65,6 +65,7 @@ class FourierFT(PEFTMethod):
         places: seed of the places.
     """
 
+    tags = ("reparameterised", ("linear",))
     linear_only = True
     mergeable = True
     recommended = {"lr": 1e-2, "weight_decay": 0.0}

@@ -87,6 +87,7 @@ class Hydra(PEFTMethod):
         targets: roles to adapt.
     """
 
+    tags = ("reparameterised", ("linear",))
     linear_only = True
     mergeable = True
     recommended = {"lr": 1e-3, "weight_decay": 1e-4}

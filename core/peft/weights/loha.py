@@ -46,6 +46,7 @@ class LoHa(PEFTMethod):
         targets: roles to adapt; None is every linear map of the blocks.
     """
 
+    tags = ("reparameterised", ("linear",))
     linear_only = True
     mergeable = True
     recommended = {"lr": 1e-3, "weight_decay": 0.0}

@@ -64,6 +64,7 @@ class LoKr(PEFTMethod):
         targets: roles to adapt; None is every linear map of the blocks.
     """
 
+    tags = ("reparameterised", ("linear",))
     linear_only = True
     mergeable = True
     structure_types = {"scales_whole": bool}

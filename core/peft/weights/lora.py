@@ -60,6 +60,7 @@ class LoRA(LowRankMethod, PEFTMethod):
         lr_ratio: learning rate of B as a multiple of A's.
     """
 
+    tags = ("reparameterised", ("linear",))
     former_options = {}
 
     def __init__(self, rank: int = 8, alpha: float | None = None, dropout: float = 0.0,

@@ -24,6 +24,8 @@ class rsLoRA(LoRA):
         root: whether the scale is alpha / sqrt(rank).
     """
 
+    tags = ("reparameterised", ("linear",))
+
     def __init__(self, rank: int = 8, alpha: float | None = None, dropout: float = 0.0,
                  targets: Sequence[str] | None = ("q", "v"), root: bool = True, **common: Any) -> None:
         super().__init__(rank, alpha, dropout, targets, root, **common)
@@ -46,6 +48,7 @@ class LoRAPlus(LoRA):
         lr_ratio: learning rate of B as a multiple of A's.
     """
 
+    tags = ("reparameterised", ("linear", "optimizer"))
     recommended = {"lr": 1.25e-3, "weight_decay": 0.1}
 
     def __init__(self, rank: int = 8, alpha: float | None = None, dropout: float = 0.0,
@@ -71,6 +74,7 @@ class PiSSA(LoRA):
         start: ``principal``, or ``random`` as LoRA.
     """
 
+    tags = ("reparameterised", ("linear",))
     recommended = {"lr": 5e-4, "weight_decay": 0.0, "head_lr": 1e-3}
 
     def __init__(self, rank: int = 8, alpha: float | None = None, dropout: float = 0.0,

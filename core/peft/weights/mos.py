@@ -78,6 +78,7 @@ class MoS(LowRankMethod, PEFTMethod):
         targets: roles to adapt; None is every linear map of the blocks.
     """
 
+    tags = ("reparameterised", ("linear", "shared"))
     recommended = {"lr": 5e-3, "weight_decay": 0.0}
 
     def __init__(self, rank: int = 4, budget: int = 2, private: int = 1, shards: int = 2, alpha: float | None = None,

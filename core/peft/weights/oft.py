@@ -113,6 +113,7 @@ class OFT(PEFTMethod):
             what is longer counts as if it were as long.
     """
 
+    tags = ("reparameterised", ("linear",))
     linear_only = True
     mergeable = True
     recommended = {"lr": 1e-3, "weight_decay": 0.0}
@@ -196,6 +197,7 @@ class BOFT(PEFTMethod):
         targets: roles to adapt; None is every linear map of the blocks.
     """
 
+    tags = ("reparameterised", ("linear",))
     linear_only = True
     mergeable = True
     recommended = {"lr": 1e-3, "weight_decay": 0.0}

@@ -47,6 +47,7 @@ class PortLLM(PEFTMethod):
         scale: factor of the patch.
     """
 
+    tags = ("reparameterised", ("linear", "composition"))
     mergeable = True
     trains_backbone = False
     recommended = {"lr": 1e-3, "weight_decay": 0.1}

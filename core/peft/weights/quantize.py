@@ -123,6 +123,7 @@ class Quantize(PEFTMethod):
         methods: names of the methods to quantize; None is all that are attached before.
     """
 
+    tags = ("unified", ("bits", "composition"))
     trains_backbone = False
     inference_cost = "the quantized matrices are made in each forward, or merged with their method"
 

@@ -95,6 +95,7 @@ class SVFit(PEFTMethod):
         save_basis: whether files hold U_r, V_r and S_r too, (in + out + 1) numbers for each of sigma's.
     """
 
+    tags = ("reparameterised", ("linear",))
     linear_only = True
     mergeable = True
     structure_types = {"shapes": Shapes, "ranks": dict[str, Count], "stored": bool, "basis": dict[str, list[float]]}

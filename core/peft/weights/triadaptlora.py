@@ -106,6 +106,7 @@ class TriAdaptLoRA(Scheduled, AddsLoss, LowRankMethod, PEFTMethod):
         targets: roles to adapt; None is every linear map of the blocks.
     """
 
+    tags = ("reparameterised", ("linear", "optimizer"))
     recommended = {"lr": 5e-3, "weight_decay": 0.0}
     structure_types = {"blocks": dict[str, Few]}
 

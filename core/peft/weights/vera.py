@@ -78,6 +78,7 @@ class VeRA(PEFTMethod):
         targets: roles to adapt; None is every linear map of the blocks.
     """
 
+    tags = ("reparameterised", ("linear", "shared"))
     linear_only = True
     mergeable = True
     recommended = {"lr": 1e-2, "weight_decay": 0.0, "head_lr": 1e-3}
