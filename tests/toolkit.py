@@ -6,7 +6,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as L
 import pytest
@@ -17,8 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from core.data import EpochLoader, EpochSampler
 from core.method import PEFTMethod
-from tests.methods import Cell
 from tests.models import EVERY_FAMILY, WIDTH, batch
+
+if TYPE_CHECKING:
+    from tests.methods import Cell  # which reads the rows of all papers, whose checks use this file
 
 EVERYTHING = bool(os.environ.get("SCION_ALL"))
 """Run the long tier: every row, in every variant, on a share of all families (make test-all)."""

@@ -8,10 +8,55 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from core import peft
+from core.anatomy import Anatomy
 from core.peft import method_class
 from tests.models import batch, make
 from tests.papers.sites import bert_base, vit_b16
+from tests.rows import WIDE, Row, Variant, target_shapes
 from tests.toolkit import distance, outputs, randomize
+
+
+def adalora_count(anatomy: Anatomy, method: Any) -> int:
+    return sum(method.rank * (i + o + 1) for i, o in target_shapes(anatomy, method))
+
+
+def budget_follows_formula() -> None:
+    """AdaLoRA: a cubic fall from rank to target_rank a site; as many singular values are left, the most important."""
+    method: Any = peft.method_class("AdaLoRA")(rank=4, target_rank=2, warmup=4, cooldown=6, interval=2)  # type: ignore[call-arg]
+    model = make("timm_vit")
+    method.attach(model)
+    optimizer = torch.optim.SGD(method.trainable().values(), lr=0.0)
+    method.follow(optimizer, total=20)
+    generator = torch.Generator().manual_seed(0)
+    sites = len(method.grafts)
+    with torch.no_grad():
+        for graft in method.grafts:
+            graft.E.normal_(generator=generator)
+    for step in range(1, 21):
+        for tensor in method.trainable().values():
+            tensor.grad = torch.randn(tensor.shape, generator=generator)
+        optimizer.step()
+        left = sum(int((graft.E != 0).sum()) for graft in method.grafts)
+        share = 1 - (min(max(step, 4), 14) - 4) / 10
+        wanted = int(2 * sites + 2 * sites * share**3)
+        assert method.budget(step) == (wanted, step > 4 and (step >= 14 or step % 2 == 0))
+        assert left == wanted or step < 14 and step % 2 or step <= 4 and left == 4 * sites
+
+
+ROWS = {
+    "AdaLoRA": Row(
+        {"q, v": Variant({"rank": 4, "target_rank": 2}),
+         "all": Variant({"rank": 3, "target_rank": 1, "alpha": 1, "warmup": 0, "cooldown": 1, "interval": 1, **WIDE})},
+        trained=adalora_count,
+        cards=(("bert_base", {}, 442_656),),
+        bad=(({"rank": 0}, "rank 0"), ({"target_rank": 13}, "target_rank 13"), ({"interval": 0}, "interval 0"),
+             ({"beta": 1.0}, "beta 1"), ({"targets": ("mlp.up", "block")}, "linear weight")),
+        random=True, weights=True, operators=7, saved=0.8,
+        schedule=budget_follows_formula, state=8,
+        artifact={"rank": 1, "target_rank": 1},
+    ),
+}
 
 AdaLoRA: Any = method_class("AdaLoRA")
 

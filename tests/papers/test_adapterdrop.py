@@ -15,7 +15,21 @@ from core.errors import ScionError
 from core.peft import method_class
 from tests.models import batch, make
 from tests.papers.training import Deep, run
+from tests.rows import Row, Variant
 from tests.toolkit import Plain, distance, loader, operators, outputs, randomize, trainer
+
+ROWS = {
+    "AdapterDrop": Row(
+        {"alone": Variant({"drop": 1}, trains=False)},
+        trained=lambda anatomy, method: 0,
+        bad=(({"drop": 0}, "drop 0"), ({"drop": "some"}, "'some'"), ({"drop": 99}, "drop 99"),
+             ({"drop": "random", "maximum": 99}, "maximum 99"), ({"inference": -1}, "inference -1")),
+        saved=0.0,
+        absent=("test_nothing_to_train", "test_checkpoint", "test_resume", "test_reproducible",
+                "test_no_graph_below_the_first_graft"),
+        refused={"albert": "its one layer runs many times, so that there is no first layer to leave out"},
+    ),
+}
 
 AdapterDrop: Any = method_class("AdapterDrop")
 Pfeiffer: Any = method_class("Pfeiffer")

@@ -11,7 +11,19 @@ from torch import Tensor
 from core.anatomy import dissect
 from core.peft import method_class
 from tests.models import batch, make
+from tests.rows import Row, Variant, parallel_count
 from tests.toolkit import distance, outputs, randomize
+
+ROWS = {
+    "AdaptFormer": Row(
+        {"mlp": Variant({"bottleneck": 4, "dropout": 0.0}, learns={"lr": 1e-2})},
+        trained=parallel_count,
+        cards=(("vit_b16", {}, 1_189_632), ("vit_b16", {"bottleneck": 8}, 156_768)),
+        bad=(({"bottleneck": 0}, "bottleneck 0"), ({"scale": 0.0}, "scale 0")),
+        random=True, operators=6, saved=0.7,
+        artifact={"bottleneck": 1},
+    ),
+}
 
 AdaptFormer: Any = method_class("AdaptFormer")
 

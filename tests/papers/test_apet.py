@@ -7,11 +7,48 @@ from typing import Any
 import pytest
 import torch
 
-from core.anatomy import dissect
+from core.anatomy import Anatomy, dissect
 from core.peft import method_class
 from core.peft.selection.apet import distinct, draw
 from tests.models import batch, make
+from tests.rows import NOT_LINEAR, Row, Variant, whole_count
 from tests.toolkit import distance, outputs, randomize, same, snapshot, train
+
+
+def tensor_apet_count(anatomy: Anatomy, method: Any) -> int:
+    """Of the backbone at most half of the budget; of what is added less than one unit more than the other half."""
+    sizes = {site.name: sum(method.sizes(site)) for site in anatomy.sites(method.targets)}
+    added, moved = sum(sizes[name] for name in method.added), sum(t.numel() for t in method.start.values())
+    half = method.budget(anatomy) // 2
+    assert moved <= half and added < half + max(sizes.values()) and len(method.grafts) == len(method.added)
+    return added + moved
+
+
+ROWS = {
+    "APET": Row(
+        {"all": Variant({"density": 0.02}, learns={"density": 0.4, "lr": 1e-2}),
+         "few": Variant({"count": 300, "targets": ("q", "mlp.down")}, learns={"count": 1500, "lr": 3e-2})},
+        trained=lambda anatomy, method: getattr(method, "count", None) or int(
+            getattr(method, "density", 0.0) * whole_count(anatomy, method)),
+        cards=(("vit_b16", {}, 257_395),),
+        bad=(({"density": 0.0}, "density 0"), ({"count": 0}, "count 0"), ({"count": 10**9}, "1000000000 entries"),
+             ({"count": 3, "density": 0.1}, "not both"), *NOT_LINEAR),
+        random=True, operators=2, saved=0.96, stored=2.0,
+        artifact={"density": None, "count": 60, "targets": ("mlp.up",)},
+    ),
+    "TensorAPET": Row(
+        {"drawn": Variant({"count": 6000, "rank": 2, "bottleneck": 4}, learns={"count": 30000, "lr": 3e-3}),
+         "modules": Variant({"count": 3000, "rank": 2, "bottleneck": 4, "seed": 3, "exclude": ("norm",)},
+                            learns={"count": 20000, "lr": 3e-3})},
+        trained=tensor_apet_count,
+        cards=(("vit_b16", {}, 259_632),),
+        bad=(({"density": 0.0}, "density 0"), ({"count": 0}, "count 0"), ({"count": 1}, "budget of 1"),
+             ({"count": 3, "density": 0.1}, "not both"), ({"rank": 0}, "rank 0"), ({"bottleneck": 0}, "bottleneck 0"),
+             ({"targets": ("feature",)}, "neither a linear map")),
+        random=True, operators=8, saved=0.98, commutes=False, without_attention={"targets": ("mlp.up", "mlp")},
+        artifact={"count": 120, "targets": ("mlp",), "bottleneck": 1},
+    ),
+}
 
 APET: Any = method_class("APET")
 TensorAPET: Any = method_class("TensorAPET")

@@ -8,11 +8,43 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from core.anatomy import Anatomy
 from core.errors import ScionError
 from core.peft import method_class
 from tests.models import batch, make
 from tests.papers.sites import bare, check_effective, matrix, numbers, run, vit_b16
+from tests.rows import NOT_LINEAR, Row, Variant, planned_shapes
 from tests.toolkit import distance, outputs, randomize, same, snapshot
+
+
+def bone_count(anatomy: Anatomy, method: Any) -> int:
+    return sum(method.rank * (method.columns or o) for _, o in planned_shapes(anatomy, method))
+
+
+def bat_count(anatomy: Anatomy, method: Any) -> int:
+    return sum(method.rank * (o if method.group == "outputs" else i) for i, o in planned_shapes(anatomy, method))
+
+
+ROWS = {
+    "Bone": Row(
+        {"all": Variant({"rank": 4}),
+         "mini": Variant({"rank": 5, "columns": 8, "targets": ("q", "v")}, learns={"lr": 3e-3})},
+        trained=bone_count,
+        cards=(("vit_b16", {}, 5_308_416),),
+        bad=(({"rank": 0}, "rank 0"), ({"rank": 10**6}, "inputs"), ({"rank": 2, "columns": 7}, "columns 7"),
+             *NOT_LINEAR),
+        weights=True, operators=8, saved=0.9, size=0.01,
+        artifact={"rank": 1},
+    ),
+    "Bat": Row(
+        {"outputs": Variant({"rank": 2}), "inputs": Variant({"rank": 4, "group": "inputs", "targets": ("q", "v")})},
+        trained=bat_count,
+        cards=(("vit_b16", {}, 5_308_416), ("vit_b16", {"group": "inputs"}, 4_128_768)),
+        bad=(({"rank": 0}, "rank 0"), ({"rank": 7}, "rank 7"), ({"group": "rows"}, "'rows'"), *NOT_LINEAR),
+        weights=True, commutes=False, operators=14, saved=1.0,
+        artifact={"rank": 1},
+    ),
+}
 
 Bone: Any = method_class("Bone")
 Bat: Any = method_class("Bat")

@@ -11,11 +11,44 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core import load_adapter
-from core.anatomy import dissect
+from core.anatomy import Anatomy, dissect
 from core.errors import ScionError
 from core.peft import method_class
 from tests.models import batch, make
+from tests.rows import Row, Variant, norms_count
 from tests.toolkit import distance, outputs, randomize
+
+
+def compacter_count(anatomy: Anatomy, method: Any) -> int:
+    total = method.n ** 3 if method.is_shared else 0
+    for site in method.sites(anatomy):
+        d, m, n = site.width, method.width(site.width), method.n
+        maps = 2 * d * m // n if method.rank is None else 2 * method.rank * (d + m)
+        total += maps + m + d + (0 if method.is_shared else 2 * n ** 3)
+    return total + norms_count(anatomy, method.norms)
+
+
+ROWS = {
+    "Compacter": Row(
+        {"shared": Variant({"bottleneck": 8, "std": 0.1}),
+         "phm": Variant({"bottleneck": 4, "n": 2, "rank": None, "shared": False, "std": 0.1}),
+         "norms": Variant({"bottleneck": 4, "rank": 2, "std": 0.1, "norms": ("norm1", "norm2")}, moves_base=True)},
+        trained=compacter_count,
+        cards=(("bert_base", {}, 57_088),),
+        bad=(({"bottleneck": 0}, "bottleneck 0"), ({"n": 0}, "n 0"), ({"n": 5}, "must divide"), ({"rank": 0}, "rank 0"),
+             ({"targets": ("q",)}, "no hidden state")),
+        random=True, commutes=False, operators=20, saved=0.8, without_attention={"targets": ("mlp",)},
+        artifact={"bottleneck": 4},
+    ),
+    "CompacterPlusPlus": Row(
+        {"shared": Variant({"bottleneck": 8, "std": 0.1}, learns={"lr": 1e-2})},
+        trained=compacter_count,
+        cards=(("bert_base", {}, 28_576),),
+        bad=(({"bottleneck": 0}, "bottleneck 0"), ({"n": 5}, "must divide")),
+        random=True, commutes=False, operators=20, saved=0.8,
+        artifact={"bottleneck": 4},
+    ),
+}
 
 Compacter: Any = method_class("Compacter")
 CompacterPlusPlus: Any = method_class("CompacterPlusPlus")

@@ -11,13 +11,35 @@ from torch import Tensor
 
 from core import load_adapter
 from core.adapters.load import save_adapter
-from core.anatomy import dissect
+from core.anatomy import Anatomy, dissect
 from core.errors import ScionError
 from core.graft import checkpoint_activations
 from core.peft import method_class
 from tests.models import batch, make
 from tests.papers.decoding import language_model, later_tokens_are_not_seen
+from tests.rows import Row, Variant
 from tests.toolkit import distance, outputs, randomize
+
+
+def conformer_count(anatomy: Anatomy, method: Any) -> int:
+    sites = [(s.width, method.width(s.width)) for s in method.sites(anatomy) if s.around]
+    return sum(d * (3 * m + 1 + 2 * method.layer_norm) + m * (method.kernel + 5) for d, m in sites)
+
+
+ROWS = {
+    "ConformerAdapter": Row(
+        {"parallel": Variant({"bottleneck": 4, "kernel": 5}),
+         "sequential": Variant({"bottleneck": 3, "kernel": 3, "parallel": False, "layer_norm": False,
+                                "targets": ("attention", "mlp")})},
+        trained=conformer_count,
+        cards=(("vit_b16", {}, 252_288),),
+        bad=(({"bottleneck": 0}, "bottleneck 0"), ({"kernel": 4}, "kernel 4"), ({"targets": ("q",)}, "no sublayer"),
+             ({"parallel": "after"}, "'after'")),
+        random=True, commutes=None, operators=24, saved=0.9, stored=1.3, running=True,
+        absent=("test_accumulation", "test_two_processes"), without_attention={"targets": ("mlp",)},
+        artifact={"bottleneck": 1, "kernel": 3},
+    ),
+}
 
 ConformerAdapter: Any = method_class("ConformerAdapter")
 

@@ -9,9 +9,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from core.anatomy import Anatomy
 from core.peft import method_class
 from tests.models import batch, make
+from tests.rows import NOT_LINEAR, Row, Variant
 from tests.toolkit import distance, outputs, randomize, seeded
+
+
+def consolidator_count(anatomy: Anatomy, method: Any) -> int:
+    return sum(s.in_features * s.out_features // method.groups_at(s) + (s.out_features if s.bias is not None else 0)
+               for s in method.sites(anatomy))
+
+
+ROWS = {
+    "Consolidator": Row(
+        {"all": Variant(learns={"groups": 2, "lr": 1e-2}),
+         "zeros": Variant({"groups": 4, "init": "zeros", "dropout": 0.2, "targets": ("q", "v")}, random=False,
+                          learns={"groups": 2, "lr": 3e-2})},
+        trained=consolidator_count,
+        cards=(("vit_b16", {}, 304_128), ("bert_base", {}, 304_128)),
+        bad=(({"groups": 0}, "groups 0"), ({"groups": 7}, "groups 7 does not divide"), ({"dropout": 1.0}, "dropout 1"),
+             ({"init": "one"}, "'one'"), *NOT_LINEAR),
+        random=True, weights=True, operators=8, saved=1.25,
+        artifact={"groups": 8, "targets": ("o",)},
+    ),
+}
 
 Consolidator: Any = method_class("Consolidator")
 

@@ -9,12 +9,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core.anatomy import dissect
+from core.anatomy import Anatomy, dissect
 from core.errors import ScionError
 from core.graft import hidden_in, hidden_out
 from core.peft import method_class
 from tests.models import batch, make
+from tests.rows import Row, Variant
 from tests.toolkit import distance, outputs, randomize
+
+
+def convpass_count(anatomy: Anatomy, method: Any) -> int:
+    m = method.bottleneck
+    return sum(2 * m * s.width + 9 * m * m + 2 * m + s.width for s in method.sites(anatomy))
+
+
+ROWS = {
+    "Convpass": Row(
+        {"both": Variant({"bottleneck": 4, "dropout": 0.0}, learns={"lr": 1e-2}),
+         "mlp": Variant({"bottleneck": 3, "targets": ("mlp",), "scale": 4.0}, learns={"lr": 1e-2})},
+        trained=convpass_count,
+        cards=(("vit_b16", {}, 327_552), ("vit_b16", {"targets": ("attention",)}, 163_776)),
+        bad=(({"bottleneck": 0}, "bottleneck 0"), ({"scale": 0}, "scale 0"), ({"dropout": 1.0}, "dropout 1"),
+             ({"targets": ("q",)}, "no sublayer")),
+        random=True, operators=24, saved=0.9, without_attention={"targets": ("mlp",)},
+        artifact={"bottleneck": 1},
+        refused={family: f"the tokens of {name} are no grid" for family, name in {
+            "bert": "BertModel", "roberta": "RobertaModel", "albert": "AlbertModel", "t5": "T5Model",
+            "llama": "LlamaModel", "mistral": "MistralModel", "qwen2": "Qwen2Model", "gemma": "GemmaModel",
+            "starcoder2": "Starcoder2Model", "gpt2": "GPT2Model", "gpt_neox": "GPTNeoXModel", "codegen": "CodeGenModel",
+            "clip_text": "CLIPTextModel"}.items()},
+    ),
+}
 
 Convpass: Any = method_class("Convpass")
 

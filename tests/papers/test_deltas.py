@@ -14,10 +14,72 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from core import load_adapter
+from core.anatomy import Anatomy
 from core.peft import method_class
 from tests.models import batch, make
 from tests.papers.sites import bert_base, check_effective, matrix, vit_b16
+from tests.rows import NOT_LINEAR, RANK, WIDE, Row, Variant, low_rank_count, target_shapes
 from tests.toolkit import distance, outputs, randomize, seeded
+
+
+def vera_count(anatomy: Anatomy, method: Any) -> int:
+    return sum(method.rank + o for _, o in target_shapes(anatomy, method))
+
+
+def fourier_count(anatomy: Anatomy, method: Any) -> int:
+    return method.frequencies * len(method.sites(anatomy))
+
+
+def lokr_count(anatomy: Anatomy, method: Any) -> int:
+    from core.peft.weights.lokr import split
+
+    total = 0
+    for i, o in target_shapes(anatomy, method):
+        (out_1, out_2), (in_1, in_2) = split(o, method.factor), split(i, method.factor)
+        small = method.rank < max(out_2, in_2) / 2
+        total += out_1 * in_1 + (method.rank * (out_2 + in_2) if small else out_2 * in_2)
+    return total
+
+
+ROWS = {
+    "VeRA": Row(
+        {"q, v": Variant({"rank": 8}), "all": Variant({"rank": 4, **WIDE})},
+        trained=vera_count,
+        cards=(("bert_base", {}, 24_576),),
+        bad=(({"rank": 0}, "rank 0"), ({"start": 0.0}, "start 0"), *NOT_LINEAR),
+        weights=True, operators=12, saved=0.9,
+        artifact={"rank": 2},
+    ),
+    "FourierFT": Row(
+        {"q, v": Variant({"frequencies": 20, "scale": 30.0}, learns={"frequencies": 200, "lr": 3e-2}),
+         "all": Variant({"frequencies": 9, "scale": 20.0, "init": "normal", **WIDE}, random=True,
+                        learns={"lr": 5e-2})},
+        trained=fourier_count,
+        cards=(("bert_base", {}, 24_000),),
+        bad=(({"frequencies": 0}, "frequencies 0"), ({"scale": 0}, "scale 0"), ({"init": "one"}, "'one'"),
+             ({"frequencies": 10**6}, "fewer"), *NOT_LINEAR),
+        weights=True, operators=14, saved=0.8,
+        artifact={"frequencies": 2},
+    ),
+    "LoHa": Row(
+        {"q, v": Variant(RANK, learns_on={"timm_swin": {"lr": 1e-2}}),
+         "all": Variant({"rank": 2, "alpha": 4, **WIDE})},
+        trained=lambda anatomy, method: 2 * low_rank_count(anatomy, method),
+        cards=(("bert_base", {}, 589_824),),
+        bad=(({"rank": 0}, "rank 0"), *NOT_LINEAR),
+        random=True, weights=True, operators=8, saved=0.8,
+        artifact={"rank": 1},
+    ),
+    "LoKr": Row(
+        {"q, v": Variant(RANK, learns={"lr": 1e-2}),
+         "all": Variant({"rank": 1, "factor": 2, **WIDE}, learns={"lr": 3e-3})},
+        trained=lokr_count,
+        cards=(("bert_base", {}, 26_112),),
+        bad=(({"rank": 0}, "rank 0"), ({"factor": 0}, "factor 0"), *NOT_LINEAR),
+        random=True, weights=True, operators=12, saved=0.8,
+        artifact={"rank": 1},
+    ),
+}
 
 VeRA: Any = method_class("VeRA")
 FourierFT: Any = method_class("FourierFT")

@@ -11,13 +11,36 @@ import torch
 from torch import nn
 
 from core import load_adapter
-from core.anatomy import parameter_sites
+from core.anatomy import Anatomy, parameter_sites
 from core.errors import ScionError
 from core.peft import method_class
 from core.peft.selection.diff_pruning import MaskedChange, gate
 from tests.models import batch, make
 from tests.papers.training import run
+from tests.rows import WIDE, Row, Variant, to_sparse
 from tests.toolkit import distance, outputs, randomize, same, snapshot, train
+
+
+def diff_count(anatomy: Anatomy, method: Any) -> int:
+    sizes = [p.numel() for p in anatomy.root.parameters() if p.dim()]
+    tensors, numbers = len(sizes) if method.structured else 0, sum(sizes)
+    return 2 * numbers + tensors if method.stage == "masks" else method.keep
+
+
+ROWS = {
+    "DiffPruning": Row(
+        {"masks": Variant(noise=True, learns={"lr": 3e-4}),
+         "structured": Variant({"structured": True, "l0": 0.0}, noise=True, learns={"lr": 3e-4}),
+         "fixed": Variant({"density": 0.01}, to_sparse, everywhere=True, learns={"density": 1.0, "lr": 3e-4})},
+        trained=diff_count,
+        cards=(("vit_b16", {}, 171_597_312),),
+        bad=(({"density": 0.0}, "density 0"), ({"count": 0}, "count 0"), ({"count": 10**9}, "count 1000000000"),
+             ({"count": 10, "density": 0.5}, "not both"), ({"l0": -1.0}, "l0 -1"), ({"mask_lr": 0.0}, "mask_lr 0"),
+             ({"exclude": ("pol",)}, "'pol'")),
+        operators=12, saved=2.5, stored=2.0, decays=False,
+        artifact={"layers": (0,), "exclude": WIDE["targets"]},
+    ),
+}
 
 DiffPruning: Any = method_class("DiffPruning")
 

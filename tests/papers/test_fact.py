@@ -9,10 +9,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core.anatomy import dissect
+from core.anatomy import Anatomy, dissect
 from core.peft import method_class
 from tests.models import batch, make
+from tests.rows import NOT_LINEAR, Row, Variant
 from tests.toolkit import distance, outputs, randomize
+
+
+def fact_count(anatomy: Anatomy, method: Any) -> int:
+    cuts = [method.cut(site) for site in method.sites(anatomy)]
+    slices = sum(rows * columns for _, rows, columns in cuts)
+    widths, r = {dim for dim, *_ in cuts}, method.rank
+    return 2 * r * sum(widths) + (slices * r**2 if method.form == "tt" else slices * r + len(widths) * r**3)
+
+
+ROWS = {
+    "FacT": Row(
+        {"tt": Variant({"rank": 4, "dropout": 0.0}, learns={"lr": 1e-2}),
+         "tk": Variant({"rank": 3, "form": "tk", "scale": 2.0, "dropout": 0.0, "targets": ("q", "v", "mlp.up")},
+                       learns={"rank": 8, "lr": 1e-2})},
+        trained=fact_count,
+        cards=(("vit_b16", {}, 61_440), ("vit_b16", {"rank": 32, "form": "tk"}, 86_528)),
+        bad=(({"rank": 0}, "rank 0"), ({"scale": 0}, "scale 0"), ({"form": "tucker"}, "'tucker'"),
+             ({"dropout": 1.0}, "dropout 1"), *NOT_LINEAR),
+        random=True, weights=True, operators=14, saved=1.15,
+        artifact={"rank": 1},
+    ),
+}
 
 FacT: Any = method_class("FacT")
 

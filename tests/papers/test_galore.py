@@ -8,10 +8,51 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from core import peft
 from core.peft import method_class
 from core.peft.optimizers.galore import GaLoreAdamW
 from tests.models import batch, make
+from tests.rows import FEW, Row, Variant, moved_count
 from tests.toolkit import distance
+
+
+def galore_follows_formula() -> None:
+    """GaLore: at full rank and scale 1, rotated back, the first step is Adam's on the rotated gradient; the state of a
+    matrix holds two moments of rank max(m, n) and a basis of rank min(m, n); the rest has AdamW."""
+    model = make("timm_vit")
+    method: Any = peft.method_class("GaLore")(rank=4, scale=0.5, interval=2)  # type: ignore[call-arg]
+    method.attach(model)
+    optimizer: Any = method.make_optimizer(method.param_groups(), lr=1e-2, weight_decay=0.0)
+    start = {name: tensor.detach().clone() for name, tensor in method.trainable().items()}
+    generator = torch.Generator().manual_seed(0)
+    for tensor in method.trainable().values():
+        tensor.grad = torch.randn(tensor.shape, generator=generator)
+    optimizer.step()
+    for name, tensor in method.trainable().items():
+        moved = tensor.detach() - start[name]
+        if name not in method.projected:
+            torch.testing.assert_close(moved, -1e-2 * tensor.grad.sign(), rtol=1e-3, atol=1e-6)
+            continue
+        m, n = tensor.shape
+        u, _, v = torch.linalg.svd(tensor.grad, full_matrices=False)
+        low = (tensor.grad @ v[:4].t()).sign() @ v[:4] if m >= n else u[:, :4] @ (u[:, :4].t() @ tensor.grad).sign()
+        torch.testing.assert_close(moved, -1e-2 * 0.5 * low, rtol=1e-3, atol=1e-5)
+        state = optimizer.state[tensor]
+        assert state["exp_avg"].numel() == 4 * max(m, n) and state["basis"].numel() == 4 * min(m, n)
+
+
+ROWS = {
+    "GaLore": Row(
+        {"all": Variant({"rank": 4, "interval": 5}, learns={"rank": 16, "lr": 1e-3}),
+         "few": Variant({"rank": 8, "scale": 1.0, "targets": ("mlp.up",), "layers": (0,)}, learns={"lr": 1e-3})},
+        trained=moved_count,
+        cards=(("vit_b16", {}, 85_798_656),),
+        bad=(({"rank": 0}, "rank 0"), ({"interval": 0}, "interval 0"), ({"exclude": ("pol",)}, "'pol'"),
+             ({"targets": ("block",)}, "no linear weight")),
+        schedule=galore_follows_formula,
+        artifact=FEW,
+    ),
+}
 
 GaLore: Any = method_class("GaLore")
 

@@ -10,13 +10,54 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from core import load_adapter
+from core import load_adapter, peft
 from core.anatomy import dissect
 from core.errors import ScionError
 from core.peft import method_class
 from tests.models import batch, make
 from tests.papers.training import run
+from tests.rows import Row, Variant, moved_count
 from tests.toolkit import outputs, randomize, same, snapshot
+
+
+def halves_follow_formula() -> None:
+    """HalfFineTuning: every three steps another half; what is frozen stays to the bit and has neither gradient nor
+    state; over many rounds each matrix is trained in about half."""
+    model = make("llama")
+    method: Any = peft.method_class("HalfFineTuning")(interval=3)  # type: ignore[call-arg]
+    method.attach(model)
+    optimizer = torch.optim.AdamW(method.param_groups(), lr=0.01, weight_decay=0.1)
+    method.follow(optimizer, total=180)
+    trained: dict[str, int] = {}
+    for step in range(180):
+        chosen = set(method.trainable())
+        if step % 3 == 0:
+            trained |= {name: trained.get(name, 0) + 1 for name in chosen}
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        assert {name for name, p in model.named_parameters() if p.requires_grad} == chosen
+        assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {
+            id(p) for p in method.trainable().values()}
+        for tensor in method.trainable().values():
+            tensor.grad = torch.ones_like(tensor)
+        optimizer.step()
+        assert {name for name, p in model.named_parameters() if not torch.equal(p, before[name])} == chosen
+        assert {id(p) for p in optimizer.state} <= {id(p) for p in method.trainable().values()}
+    blocks = [name for name, _ in model.named_parameters() if ".layers." in name]
+    assert set(trained) == set(blocks) and method.round == 59
+    assert all(15 <= count <= 45 for count in trained.values())
+
+
+ROWS = {
+    "HalfFineTuning": Row(
+        {"one round": Variant(learns={"lr": 2e-4}), "rounds": Variant({"interval": 2, "whole": ("norm",)},
+                                                                     learns={"lr": 2e-4})},
+        trained=moved_count,
+        bad=(({"interval": 0}, "interval 0"), ({"whole": ("nrom1",)}, "'norm1'")),
+        random=True,
+        schedule=halves_follow_formula,
+        artifact={"layers": (0,)},
+    ),
+}
 
 HalfFineTuning: Any = method_class("HalfFineTuning")
 

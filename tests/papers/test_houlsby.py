@@ -8,11 +8,33 @@ import pytest
 import torch
 from torch import Tensor
 
+from core.anatomy import Anatomy
 from core.errors import ScionError
 from core.peft import method_class
 from tests.models import batch, make
 from tests.papers.sites import bert_base, names, numbers
+from tests.rows import Row, Variant, norms_count
 from tests.toolkit import distance, outputs, randomize, snapshot, train
+
+
+def houlsby_count(anatomy: Anatomy, method: Any) -> int:
+    sites = anatomy.sites(method.targets, method.layers)
+    bottlenecks = sum(2 * method.width(s.width) * s.width + method.width(s.width) + s.width for s in sites)
+    return bottlenecks + norms_count(anatomy, method.norms)
+
+
+ROWS = {
+    "Houlsby": Row(
+        {"zero_up": Variant({"bottleneck": 4}), "near_identity": Variant({"reduction": 8, "init": "near_identity"}),
+         "norms": Variant({"bottleneck": 4, "norms": ("norm1", "norm2")}, moves_base=True)},
+        trained=houlsby_count,
+        cards=(("vit_b16", {}, 2_379_264), ("bert_base", {}, 2_379_264)),
+        bad=(({"bottleneck": 0}, "bottleneck 0"), ({"reduction": -2}, "reduction -2"),
+             ({"targets": ("q",)}, "no hidden state"), ({"targets": ("atention",)}, "'attention'")),
+        random=True, commutes=False, operators=4, saved=0.68, without_attention={"targets": ("mlp",)},
+        artifact={"bottleneck": 1},
+    ),
+}
 
 Houlsby: Any = method_class("Houlsby")
 

@@ -8,9 +8,36 @@ import pytest
 import torch
 from torch import nn
 
+from core.anatomy import Anatomy
 from core.peft import method_class
 from tests.models import batch, make
+from tests.rows import WIDE, Row, Variant
 from tests.toolkit import distance, outputs, randomize
+
+
+def hydra_count(anatomy: Anatomy, method: Any) -> int:
+    def branch(i: int, o: int, rank: int, bias: bool) -> int:
+        return rank * (i + o) + (rank + o if bias else 0)
+
+    total = 0
+    for site in anatomy.sites(method.targets, method.layers):
+        bias = site.bias is not None if method.bias is None else method.bias
+        total += branch(site.in_features, site.out_features, method.rank, bias)
+        total += branch(site.out_features, site.out_features, method.sequential_rank, bias)
+    return total
+
+
+ROWS = {
+    "Hydra": Row(
+        {"both": Variant(), "no bias": Variant({"rank": 4, "sequential_rank": 3, "bias": False, "scale": 0.5, **WIDE})},
+        trained=hydra_count,
+        cards=(("vit_b16", {}, 239_712),),
+        bad=(({"rank": 0}, "rank 0"), ({"sequential_rank": 0}, "sequential_rank 0"), ({"dropout": 1.5}, "dropout 1.5"),
+             ({"targets": ("mlp.up", "block")}, "linear weight"), ({"targets": ("mlp.upp",)}, "'mlp.up'")),
+        random=True, weights=True, commutes=False, operators=16, saved=0.9,
+        artifact={"rank": 1, "sequential_rank": 1},
+    ),
+}
 
 Hydra: Any = method_class("Hydra")
 

@@ -7,11 +7,31 @@ from typing import Any
 import pytest
 import torch
 
+from core.anatomy import Anatomy
 from core.errors import ScionError
 from core.peft import method_class
 from tests.models import batch, make
 from tests.papers.sites import bert_base, check_equation, matrix, shift, vit_b16
+from tests.rows import Row, Variant
 from tests.toolkit import distance, outputs, randomize, same, snapshot
+
+
+def ia3_count(anatomy: Anatomy, method: Any) -> int:
+    outputs = sum(s.out_features for s in anatomy.sites(method.outputs)) if method.outputs else 0
+    return outputs + (sum(s.in_features for s in anatomy.sites(method.inputs)) if method.inputs else 0)
+
+
+ROWS = {
+    "IA3": Row(
+        {"k, v, mlp": Variant(learns={"lr": 3e-2}),
+         "outputs": Variant({"outputs": ("q", "mlp.up"), "inputs": ()}, learns={"lr": 2e-2})},
+        trained=ia3_count,
+        cards=(("vit_b16", {}, 55_296), ("bert_base", {}, 55_296)),
+        bad=(({"outputs": (), "inputs": ()}, "neither"), ({"inputs": ("q",), "outputs": ("q",)}, "q")),
+        operators=4, saved=1.1, without_attention={"outputs": ("mlp.up",)},
+        artifact={"inputs": ()},
+    ),
+}
 
 IA3: Any = method_class("IA3")
 

@@ -14,7 +14,20 @@ from core.errors import ScionError
 from core.peft import method_class
 from tests.models import batch, make
 from tests.papers.training import Deep, run
+from tests.rows import Row, Variant
 from tests.toolkit import Plain, distance, loader, outputs, randomize, same, snapshot, trainer
+
+ROWS = {
+    "IST": Row(
+        {"alone": Variant(trains=False)},
+        trained=lambda anatomy, method: 0,
+        bad=(({"share": 0.0}, "share 0"), ({"suppressed": 1.5}, "suppressed 1.5"), ({"candidates": 1}, "candidates 1"),
+             ({"refresh": 0}, "refresh 0")),
+        saved=0.0,
+        absent=("test_nothing_to_train", "test_checkpoint", "test_resume", "test_reproducible",
+                "test_no_graph_below_the_first_graft"),
+    ),
+}
 
 IST: Any = method_class("IST")
 

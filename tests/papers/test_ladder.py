@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from core.anatomy import dissect
+from core.anatomy import Anatomy, dissect
 from core.backbone import Backbone
 from core.compose import Route
 from core.errors import ScionError
@@ -20,6 +20,7 @@ from core.peft import method_class
 from core.tasks import Classification
 from core.training.finetuner import FineTuner
 from tests.models import WIDTH, _llama_config, batch, make, spread, t5_config
+from tests.rows import NO_ATTENTION, Row, Variant
 from tests.toolkit import (
     EVERYTHING,
     Plain,
@@ -32,6 +33,49 @@ from tests.toolkit import (
     snapshot,
     trainer,
 )
+
+
+def ladder_count(anatomy: Anatomy, method: Any) -> int:
+    """1 / r^2 of each map of a kept block and 1 / r of its norms and shifts; what is a number a head stays."""
+    r, kept, total = method.reduction, method.kept(anatomy), 0
+    for stack in anatomy.stacks:
+        first = stack.blocks[0]
+        total += (first.dim + 1) * first.dim // r
+        for block in stack.blocks:
+            if block.entry is not None:
+                total += sum(p.numel() // r ** p.dim() for p in block.entry.module.parameters())
+            if block.index in kept:
+                total += 1 + (block.dim + 1) * block.dim // r
+                total += sum(p.numel() if "relative" in name else p.numel() // r ** p.dim()
+                             for name, p in block.module.named_parameters())
+        if stack.final is not None:
+            total += sum(p.numel() // r for p in stack.final.module.parameters())
+        if first.index not in kept and any(block.index in kept for block in stack.blocks):  # the first kept one has it
+            total += sum(p.numel() for name, p in first.module.named_parameters() if "relative_attention_bias" in name)
+    last = anatomy.stacks[-1].blocks[-1].dim
+    return total + (last // r + 1) * last
+
+
+ROWS = {
+    "LadderSideTuning": Row(
+        {"all": Variant({"reduction": 4, "dropout": 0.0}),
+         "dropped": Variant({"reduction": 2, "drop": (0,), "init": "random", "temperature": 1.0, "dropout": 0.0})},
+        trained=ladder_count,
+        cards=(("vit_b16", {}, 2_376_492),),
+        bad=(({"reduction": 0}, "reduction 0"), ({"reduction": 3}, "reduction 3 does not divide"),
+             ({"drop": (9,)}, "layer 9"), ({"layers": ()}, "no block"), ({"temperature": 0.0}, "temperature 0"),
+             ({"init": "fishre"}, "'fishre'"), ({"samples": 0}, "samples 0"), ({"dropout": 1.0}, "dropout 1")),
+        random=True, operators=120, saved=0.8,
+        artifact={"reduction": 8},
+        refused={
+            **NO_ATTENTION,
+            "albert": "one layer runs many times, so that there is no ladder of layers beside it",
+            "timm_eva": "its rotary positions are made for one width of head, and end in the attention",
+            "codegen": "its rotary positions are made for one width of head, and end in the attention",
+            "clip": "the vision tower's final norm sees the pooled token alone, not the sequence",
+            "clip_vision": "the vision tower's final norm sees the pooled token alone, not the sequence"},
+    ),
+}
 
 LST: Any = method_class("LadderSideTuning")
 FAMILIES = ("timm_vit", "timm_swin", "bert", "ast", "llama", "t5")

@@ -13,9 +13,79 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from core.anatomy import Anatomy
 from core.peft import method_class
 from tests.papers.sites import bare
+from tests.rows import NOT_LINEAR, RANK, WIDE, Row, Variant, low_rank_count, target_shapes
 from tests.toolkit import distance, seeded
+
+
+def oft_count(anatomy: Anatomy, method: Any) -> int:
+    return sum(i * (method.block - 1) // 2 for i, _ in target_shapes(anatomy, method))
+
+
+def boft_count(anatomy: Anatomy, method: Any) -> int:
+    return sum(method.factors * i * (method.block - 1) // 2 + o for i, o in target_shapes(anatomy, method))
+
+
+def dora_count(anatomy: Anatomy, method: Any) -> int:
+    return sum(method.rank * (i + o) + o for i, o in target_shapes(anatomy, method))
+
+
+ROWS = {
+    "rsLoRA": Row(
+        {"q, v": Variant(RANK), "all": Variant({"rank": 2, "alpha": 4, **WIDE})},
+        trained=low_rank_count,
+        bad=(({"rank": 0}, "rank 0"), ({"dropout": 1.5}, "dropout 1.5"), *NOT_LINEAR),
+        random=True, weights=True, operators=8, saved=0.76,
+        artifact={"rank": 1},
+    ),
+    "PiSSA": Row(
+        {"q, v": Variant(RANK, learns_on=dict.fromkeys(("timm_swin", "bert", "clip_vision"), {"lr": 1e-2})),
+         "all": Variant({"rank": 2, "alpha": 4, **WIDE})},
+        trained=low_rank_count,
+        bad=(({"rank": 0}, "rank 0"), ({"rank": 99}, "rank 99"), ({"start": "best"}, "'best'"), *NOT_LINEAR),
+        weights=True, commutes=True, operators=14, saved=0.8, stored=2.0,
+        artifact={"rank": 1},
+    ),
+    "OFT": Row(
+        {"q, v": Variant({"block": 4}, learns={"lr": 2e-2}),
+         "all": Variant({"block": 2, "terms": 0, **WIDE}, learns={"lr": 3e-3})},
+        trained=oft_count,
+        cards=(("bert_base", {}, 285_696),),
+        bad=(({"block": 1}, "block 1"), ({"terms": 1}, "terms 1"), ({"block": 13}, "block 13"),
+             ({"dropout": 1.0}, "dropout 1"), ({"limit": 0.0}, "limit 0"), *NOT_LINEAR),
+        weights=True, commutes=None, operators=26, saved=0.8,
+        artifact={"block": 2},
+    ),
+    "BOFT": Row(
+        {"q, v": Variant(learns={"lr": 2e-2}), "all": Variant({"block": 2, "factors": 2, **WIDE})},
+        trained=boft_count,
+        cards=(("bert_base", {}, 46_080),),
+        bad=(({"block": 3}, "block 3"), ({"factors": 0}, "factors 0"), ({"block": 26}, "block 26"), *NOT_LINEAR),
+        weights=True, commutes=False, operators=26, saved=0.8,
+        artifact={"block": 2},
+    ),
+    "DoRA": Row(
+        {"q, v": Variant(RANK), "all": Variant({"rank": 2, "alpha": 4, **WIDE})},
+        trained=dora_count,
+        cards=(("bert_base", {}, 313_344),),
+        bad=(({"rank": 0}, "rank 0"), ({"rank": -1}, "rank -1"), ({"dropout": 1.5}, "dropout 1.5"),
+             ({"targets": ("mlp.up", "block")}, "linear weight"), ({"targets": ("mlp.upp",)}, "'mlp.up'")),
+        random=True, weights=True, commutes=False, stopped=(".A", ".B"), operators=26, saved=0.92,
+        artifact={"rank": 1},
+    ),
+    "LoRA": Row(
+        {"q, v": Variant(RANK), "all": Variant({"rank": 2, "alpha": 4, **WIDE}),
+         "dropout": Variant({**RANK, "dropout": 0.5})},
+        trained=low_rank_count,
+        cards=(("vit_b16", {}, 294_912), ("bert_base", {}, 294_912)),
+        bad=(({"rank": 0}, "rank 0"), ({"rank": -1}, "rank -1"), ({"dropout": 1.5}, "dropout 1.5"),
+             ({"targets": ("mlp.up", "block")}, "linear weight"), ({"targets": ("mlp.upp",)}, "'mlp.up'")),
+        random=True, weights=True, operators=8, saved=0.76,
+        artifact={"rank": 1},
+    ),
+}
 
 peft: Any = pytest.importorskip("peft", reason="peft is not installed")
 

@@ -10,12 +10,71 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from core import load_adapter
+from core import load_adapter, peft
+from core.anatomy import Anatomy
 from core.peft import method_class
 from core.peft.selection.lift import principal
 from tests.models import batch, make
 from tests.papers.training import run
+from tests.rows import Row, Variant, planned_shapes
 from tests.toolkit import distance, outputs, randomize
+
+
+def lift_count(anatomy: Anatomy, method: Any) -> int:
+    return sum(min((i + o) * method.rank, i * o) for i, o in planned_shapes(anatomy, method))
+
+
+def selection_follows_formula() -> None:
+    """LIFT: the positions are the largest of the rank-r part of the present weight, at the start and after each
+    selection; entries that stay keep their moments, those that leave their values."""
+    method: Any = peft.method_class("LIFT")(rank=2, interval=3, targets=("q", "mlp.up"))  # type: ignore[call-arg]
+    model = make("timm_vit")
+    method.attach(model)
+    optimizer = torch.optim.AdamW(method.param_groups(), lr=0.05)
+    method.follow(optimizer, total=9)
+    generator = torch.Generator().manual_seed(0)
+
+    def expected(graft: Any) -> set[int]:
+        u, s, v = torch.linalg.svd(graft(graft.site.matrix(graft.site.full_weight.detach()), verb="weight").detach())
+        near = (u[:, :2] * s[:2]) @ v[:2]
+        return set(near.abs().flatten().argsort(descending=True)[:len(graft.index)].tolist())
+
+    moved = 0
+    for step in range(1, 10):
+        before = {graft: (graft.index.tolist(), graft(torch.zeros(graft.site.out_features, graft.site.in_features),
+                                                      verb="weight").detach()) for graft in method.grafts}
+        assert step % 3 != 1 or all(set(graft.index.tolist()) == expected(graft) for graft in method.grafts)
+        for graft in method.grafts:
+            graft.values.grad = torch.randn(graft.values.shape, generator=generator)
+        optimizer.step()
+        for graft in method.grafts:
+            old, change = before[graft]
+            now = graft(torch.zeros_like(change), verb="weight").detach()
+            touched = (now != change).flatten().nonzero().flatten().tolist()
+            assert set(touched) <= set(old) and len(touched) == len(old)  # also those that have left since
+            state = optimizer.state[graft.values]
+            fresh = [i for i, position in enumerate(graft.index.tolist()) if position not in old]
+            stays = [i for i, position in enumerate(graft.index.tolist()) if position in old]
+            moved += len(fresh)
+            assert (step % 3 == 0 or not fresh) and not state["exp_avg"][fresh].any()
+            assert bool((state["exp_avg"][stays] != 0).all()) and state["step"] == step
+    assert moved > 20
+
+
+ROWS = {
+    "LIFT": Row(
+        {"all": Variant({"rank": 2}, learns={"rank": 16, "lr": 1e-2}),
+         "few": Variant({"rank": 3, "filter_rank": 1, "interval": 2, "targets": ("q", "mlp.down")},
+                        learns={"rank": 32, "lr": 1e-2})},
+        trained=lift_count,
+        cards=(("bert_base", {"targets": ("q", "k", "v", "o", "mlp.up", "mlp.down")}, 1_327_104),),
+        bad=(({"rank": 0}, "rank 0"), ({"filter_rank": 0}, "filter_rank 0"), ({"interval": 0}, "interval 0"),
+             ({"targets": ("mlp.up", "block")}, "linear weight"), ({"targets": ("mlp.upp",)}, "'mlp.up'")),
+        operators=2, saved=0.96, stored=4.0, state=12,
+        schedule=selection_follows_formula,
+        artifact={"rank": 1, "targets": ("o",)},
+    ),
+}
 
 LIFT: Any = method_class("LIFT")
 

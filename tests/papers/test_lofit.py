@@ -12,13 +12,41 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core import load_adapter
-from core.anatomy import dissect
+from core.anatomy import Anatomy, dissect
 from core.errors import ScionError
 from core.graft import hidden_out
 from core.peft import method_class
 from tests.models import batch, make, spread
 from tests.papers.training import Deep, run
+from tests.rows import NO_ATTENTION, Row, Variant
 from tests.toolkit import distance, outputs, same, snapshot, train
+
+
+def lofit_count(anatomy: Anatomy, method: Any) -> int:
+    sites = method.sites(anatomy)
+    return sum(s.in_features for s in sites) if method.stage == "heads" else method.count * sites[0].heads.width
+
+
+def to_offsets(method: Any) -> None:
+    """As after a stage in which one head of each layer was scaled most, more in the first layers."""
+    with torch.no_grad():
+        for i, graft in enumerate(method.grafts):
+            graft.A[i % len(graft.A)] += 1 / (1 + i)
+    method.advance()
+
+
+ROWS = {
+    "LoFiT": Row(
+        {"heads": Variant(learns={"lr": 5e-2}),
+         "offsets": Variant({"heads": 2}, to_offsets, everywhere=True, learns={"heads": 4, "lr": 5e-2})},
+        trained=lofit_count,
+        cards=(("bert_base", {}, 9_216),),
+        bad=(({"heads": 0}, "heads 0"), ({"heads": 999}, "heads 999"), ({"l1": -1.0}, "l1 -1"),
+             ({"spread": -1.0}, "spread -1"), ({"targets": ("mlp.down",)}, "does not read heads")),
+        random=True, operators=6, saved=0.9, stored=2.0,
+        refused={**NO_ATTENTION},
+    ),
+}
 
 LoFiT: Any = method_class("LoFiT")
 

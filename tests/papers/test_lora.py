@@ -15,7 +15,19 @@ from core.peft import method_class
 from tests.models import batch, make
 from tests.papers.sites import bert_base, check_effective, matrix, run, shift, vit_b16
 from tests.papers.training import deep
+from tests.rows import NOT_LINEAR, RANK, WIDE, Row, Variant, low_rank_count
 from tests.toolkit import distance, outputs, randomize, same, snapshot
+
+ROWS = {
+    "LoRAPlus": Row(
+        {"q, v": Variant(RANK, learns_on=dict.fromkeys(("timm_swin", "bert"), {"lr": 3e-3})),
+         "all": Variant({"rank": 2, "alpha": 4, **WIDE})},
+        trained=low_rank_count,
+        bad=(({"rank": 0}, "rank 0"), ({"lr_ratio": 0.0}, "lr_ratio 0"), *NOT_LINEAR),
+        random=True, weights=True, operators=8, saved=0.76,
+        artifact={"rank": 1},
+    ),
+}
 
 LoRA: Any = method_class("LoRA")
 rsLoRA: Any = method_class("rsLoRA")

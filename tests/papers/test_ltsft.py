@@ -8,11 +8,54 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from core import load_adapter
+from core import load_adapter, peft
+from core.anatomy import Anatomy
 from core.errors import ScionError
+from core.method import key_of
 from core.peft import LTSFT, LoRA  # type: ignore[attr-defined]
 from tests.models import batch, make
+from tests.rows import FEW, Row, Variant, to_sparse, whole_count
 from tests.toolkit import distance, outputs, randomize, same, snapshot, train
+
+
+def ltsft_count(anatomy: Anatomy, method: Any) -> int:
+    if method.stage == "dense":
+        return whole_count(anatomy, method)
+    return method.count or round(method.density * anatomy.size)
+
+
+def mask_follows_formula() -> None:
+    """LT-SFT: the mask is the K largest moves over all tensors together."""
+    model = make("timm_vit")
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    method: Any = peft.method_class("LTSFT")(count=100).attach(model)  # type: ignore[call-arg]
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in method.trainable().values():
+            parameter += torch.randn(parameter.shape, generator=generator)
+    moves = torch.cat([(method.trainable()[name] - value).abs().flatten() for name, value in start.items()])
+    expected = set(moves.argsort(descending=True)[:100].tolist())
+    method.advance()
+    offsets, total = {}, 0
+    for name, value in start.items():
+        offsets[key_of(name)] = total
+        total += value.numel()
+    found = {offsets[key] + int(i) for key, graft in method.module.named_children() for i in graft.index}
+    assert found == expected
+
+
+ROWS = {
+    "LTSFT": Row(
+        {"dense": Variant({"density": 0.01}), "sparse": Variant({"density": 0.01}, to_sparse, everywhere=True,
+                                                                   moves_base=False, learns={"density": 1.0})},
+        trained=ltsft_count,
+        bad=(({"density": 0.0}, "density 0"), ({"density": 1.5}, "density 1.5"), ({"count": 0}, "count 0"),
+             ({"count": 10**9}, "count 1000000000"), ({"count": 10, "density": 0.5}, "not both")),
+        operators=1, stored=2.0,
+        schedule=mask_follows_formula,
+        artifact={"density": None, "count": 64, **FEW},
+    ),
+}
 
 FAMILY = "bert"
 

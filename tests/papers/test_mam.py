@@ -9,12 +9,40 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from core.anatomy import dissect
+from core.anatomy import Anatomy, dissect
 from core.peft import method_class
 from tests.models import batch, make, t5_config
 from tests.papers.decoding import a_cache_changes_nothing
 from tests.papers.explicit import gate_attention
+from tests.rows import NO_ATTENTION, Row, Variant, prefix_count
 from tests.toolkit import EVERYTHING, distance, outputs, randomize
+
+
+def mam_count(anatomy: Anatomy, method: Any) -> int:
+    return prefix_count(anatomy, method) + parallel_at_count(anatomy, method.adapter)
+
+
+def parallel_at_count(anatomy: Anatomy, adapter: Any) -> int:
+    return sum(2 * adapter.width(s.width) * s.width + adapter.width(s.width) + s.width + (adapter.scale == "learned")
+               for s in anatomy.sites("mlp", adapter.layers))
+
+
+ROWS = {
+    "MAM": Row(
+        {"mlp": Variant({"tokens": 4, "reparametrize": 8, "bottleneck": 4}, learns={"lr": 1e-2}),
+         "plain": Variant({"tokens": 3, "reparametrize": False, "reduction": 8, "scale": "learned",
+                           "input": "normed"}, learns={"lr": 1e-2}),
+         "folded": Variant({"tokens": 4, "reparametrize": 8, "bottleneck": 4},
+                           lambda method: method.fold(),  # type: ignore[attr-defined]
+                           learns={"lr": 1e-2})},
+        trained=mam_count,
+        cards=(("bert_base", {}, 22_493_984),),
+        bad=(({"tokens": 0}, "tokens 0"), ({"bottleneck": 0}, "bottleneck 0"), ({"scale": 0}, "scale 0")),
+        random=True, commutes=None, operators=30, saved=0.9,
+        artifact={"tokens": 1, "reparametrize": False, "bottleneck": 1},
+        refused={**NO_ATTENTION},
+    ),
+}
 
 MAM: Any = method_class("MAM")
 

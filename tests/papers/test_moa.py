@@ -9,12 +9,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core.anatomy import dissect
+from core.anatomy import Anatomy, dissect
 from core.errors import ScionError
 from core.peft import method_class
 from tests.models import batch, make
 from tests.papers.decoding import a_cache_changes_nothing, later_tokens_are_not_seen
+from tests.rows import CAUSAL, Row, Variant
 from tests.toolkit import distance, outputs, randomize
+
+
+def moa_count(anatomy: Anatomy, method: Any) -> int:
+    sites = [(s.width, method.width(s.width)) for s in method.sites(anatomy)]
+    return sum(method.adapters * (2 * d * m + m + d + (d * method.slots if method.kind == "soft" else d + 1))
+               for d, m in sites)
+
+
+ROWS = {
+    "MixtureOfAdapters": Row(
+        {"dense": Variant({"kind": "dense", "adapters": 3, "bottleneck": 2}),
+         "soft": Variant({"adapters": 2, "bottleneck": 2, "slots": 2, "targets": ("attention", "mlp")},
+                         refused=dict.fromkeys(CAUSAL, "a soft mixture would see tokens to come"))},
+        trained=moa_count,
+        cards=(("vit_b16", {}, 903_672),),
+        bad=(({"bottleneck": 0}, "bottleneck 0"), ({"kind": "hard"}, "'hard'"), ({"adapters": 0}, "adapters 0"),
+             ({"targets": ("q",)}, "no sublayer")),
+        random=True, operators=24, saved=0.9, without_attention={"targets": ("mlp",)},
+        artifact={"adapters": 1, "bottleneck": 1},
+    ),
+}
 
 MixtureOfAdapters: Any = method_class("MixtureOfAdapters")
 

@@ -11,10 +11,32 @@ import torch
 from torch import nn
 
 from core import load_adapter
+from core.anatomy import Anatomy
 from core.errors import ScionError
 from core.peft import method_class
 from tests.models import batch, make
+from tests.rows import WIDE, Row, Variant
 from tests.toolkit import distance, outputs, randomize, train
+
+
+def mos_count(anatomy: Anatomy, method: Any) -> int:
+    sites = method.sites(anatomy)
+    return sum(method.budget * (s.in_features + s.out_features) for s in sites)
+
+
+ROWS = {
+    "MoS": Row(
+        {"shared": Variant({"rank": 2, "targets": ("q", "mlp.down")}),
+         "no private": Variant({"rank": 2, "private": 0, "shards": 4, "alpha": 4, **WIDE})},
+        trained=mos_count,
+        cards=(("vit_b16", {"targets": ("qkv", "o", "mlp.up", "mlp.down")}, 294_912),),
+        bad=(({"rank": 0}, "rank 0"), ({"budget": 0}, "budget 0"), ({"private": 3}, "private 3"),
+             ({"rank": 3, "private": 2}, "must be the same"), ({"shards": 7}, "does not divide"),
+             ({"rank": 99}, "at most"), ({"targets": ("mlp.up", "block")}, "linear weight")),
+        random=True, weights=True, operators=12, saved=0.9, stored=1.2,
+        artifact={"rank": 2},
+    ),
+}
 
 MoS: Any = method_class("MoS")
 LoRA: Any = method_class("LoRA")

@@ -14,14 +14,57 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from core.anatomy import dissect
+from core.anatomy import Anatomy, dissect
 from core.compose import Route
 from core.cost import describe
 from core.errors import ScionError
 from core.graft import checkpoint_activations
 from core.peft import method_class
 from tests.models import FAMILIES, batch, make, spread
+from tests.rows import NO_ATTENTION, Row, Variant
 from tests.toolkit import Plain, differences, distance, loader, outputs, randomize, saved_bytes, trace, trainer
+
+
+def mtlora_count(anatomy: Anatomy, method: Any) -> int:
+    shared = [*(method.targets or anatomy.linear_roles())]
+    shared += ["downsample"] if method.downsample == "lora" and "downsample" in anatomy.roles else []
+    total = sum(method.rank * (s.in_features + s.out_features) for s in anatomy.sites(shared, method.layers))
+    for stage in anatomy.stages:
+        own = [site for role, site in stage[-1].sites.items()
+               if role in ("o", "cross.o", "mlp.up", "mlp.gate", "mlp.down")]
+        total += len(method.tasks) * sum(method.task_rank * (s.in_features + s.out_features) for s in own)
+    final = {site.path for site in anatomy.stem.get("final_norm", [])}
+    kept = method.roles or ("norm1", "cross.norm", "norm2", "norm", "patch_embed", "downsample")
+    for site in anatomy.sites([role for role in kept if role in anatomy.roles]):
+        if (site.role != "downsample" or method.downsample == "train") and site.path not in final:
+            total += sum(p.numel() for p in site.module.parameters())
+    if method.roles is None and "position_bias" in anatomy.roles:
+        total += sum(site.full_weight.numel() for site in anatomy.sites("position_bias"))
+    return total
+
+
+ROWS = {
+    "MTLoRA": Row(
+        {"two tasks": Variant({"tasks": ("a", "b"), "rank": 4, "task_rank": 2, "dropout": 0.0}),
+         "plus": Variant({"tasks": ("b.c", "train"), "rank": 2, "targets": ("q", "v", "mlp.down"),
+                          "train": ("norm1", "norm2"), "downsample": "lora"})},
+        trained=mtlora_count,
+        cards=(("vit_b16", {}, 3_023_616),),
+        bad=(({"rank": 0}, "rank 0"), ({"task_rank": 0}, "task_rank 0"), ({"tasks": ()}, "tasks"),
+             ({"tasks": ("a", "a")}, "different names"), ({"tasks": ("shared",)}, "'shared'"),
+             ({"tasks": "depth"}, "'depth'"), ({"dropout": 1.5}, "dropout 1.5"), ({"downsample": "no"}, "'no'"),
+             ({"mode": "addition"}, "'addition'"),
+             ({"targets": ("mlp.up", "block")}, "linear weight"), ({"train": ("norm", "nrom1")}, "'norm1'"),
+             ({"layers": (0,)}, "take one of")),
+        random=True, operators=12, saved=1.75,  # half of a tiny model's blocks are last ones, with three streams
+        artifact={"tasks": ("a",), "rank": 1, "task_rank": 1, "targets": ("o",), "train": ("norm2",)},
+        refused={
+            **NO_ATTENTION,
+            "albert": "one layer runs many times: streams that part in it would enter it again",
+            "codegen": "attention and MLP run side by side, so that streams part before and meet behind both",
+            "timm_eva": "gate and MLP are one fused map, whose rows the tasks' streams cannot share"},
+    ),
+}
 
 MTLoRA: Any = method_class("MTLoRA")
 LoRA: Any = method_class("LoRA")

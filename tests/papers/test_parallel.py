@@ -12,7 +12,26 @@ from core.anatomy import dissect
 from core.errors import ScionError
 from core.peft import method_class
 from tests.models import batch, make
+from tests.rows import Row, Variant, parallel_count
 from tests.toolkit import distance, outputs, randomize
+
+ROWS = {
+    "ParallelAdapter": Row(
+        {"mlp": Variant({"bottleneck": 4}, learns={"lr": 1e-3}),
+         "heads": Variant({"reduction": 8, "scale": "learned", "targets": ("o", "mlp"), "input": "residual"},
+                          refused={"timm_swin": "attention is cut into windows, the residual stream is a map"},
+                          learns={"lr": 1e-2}),
+         "attention": Variant({"bottleneck": 3, "scale": 2.0, "targets": ("attention",), "init": "normal"},
+                              learns={"lr": 1e-2})},
+        trained=parallel_count,
+        cards=(("vit_b16", {}, 7_091_712), ("bert_base", {"scale": "learned"}, 7_091_724)),
+        bad=(({"bottleneck": 0}, "bottleneck 0"), ({"reduction": 0}, "reduction 0"), ({"scale": "big"}, "'big'"),
+             ({"dropout": 1.0}, "dropout 1"), ({"input": "norm"}, "'norm'"), ({"init": "zero"}, "'zero'"),
+             ({"targets": ("q",)}, "no output of a sublayer")),
+        random=True, operators=6, saved=0.7, without_attention={"targets": ("mlp",)},
+        artifact={"bottleneck": 1},
+    ),
+}
 
 ParallelAdapter: Any = method_class("ParallelAdapter")
 

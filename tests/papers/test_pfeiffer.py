@@ -13,7 +13,20 @@ from core.graft import checkpoint_activations
 from core.method.on_model import activate
 from core.peft import method_class
 from tests.models import batch, make
+from tests.rows import Row, Variant, bottleneck_count
 from tests.toolkit import distance, outputs, randomize
+
+ROWS = {
+    "Pfeiffer": Row(
+        {"zero_up": Variant({"bottleneck": 8}, learns={"lr": 3e-3}),  # of four all may be dead
+         "normal": Variant({"reduction": 4, "init": "normal"}, learns={"lr": 3e-3})},
+        trained=bottleneck_count,
+        cards=(("vit_b16", {}, 894_528), ("bert_base", {"bottleneck": 64}, 1_189_632)),
+        bad=(({"bottleneck": 0}, "bottleneck 0"), ({"reduction": 0}, "reduction 0"), ({"init": "zero"}, "'zero'")),
+        random=True, commutes=False, operators=5, saved=0.68,
+        artifact={"bottleneck": 1},
+    ),
+}
 
 Pfeiffer: Any = method_class("Pfeiffer")
 

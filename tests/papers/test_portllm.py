@@ -12,11 +12,34 @@ from torch import nn
 
 from core import load_adapter
 from core.adapters.load import fingerprint
+from core.anatomy import dissect
 from core.errors import ScionError
 from core.patch import Patch, residual_report
 from core.peft import method_class
 from tests.models import batch, make
+from tests.rows import Row, Variant
 from tests.toolkit import distance, outputs, randomize, same, snapshot, trace
+
+
+def patched(method: Any) -> None:
+    """As made from a saved patch of rank 2, with values of zero."""
+    anatomy = dissect(method.root)
+    weights = {site.weight_name: site.full_weight for site in anatomy.sites(
+        ("mlp.up", "o") if "o" in anatomy.roles else ("mlp.up",))}
+    method.restructure({"changes": {name: [[weight.shape[0], 2], [2, weight.numel() // weight.shape[0]]]
+                                    for name, weight in weights.items()}})
+
+
+ROWS = {
+    "PortLLM": Row(
+        {"low rank": Variant({"scale": 0.5}, patched, trains=False)},
+        trained=lambda anatomy, method: 0,
+        bad=(({"patch": "nowhere"}, "patch.json"),),
+        operators=4, saved=0.5,
+        absent=("test_checkpoint", "test_resume", "test_reproducible", "test_nothing_to_train", "test_adapter_file",
+                "test_no_graph_below_the_first_graft", "test_what_the_rows_share_cannot_be_routed"),
+    ),
+}
 
 PortLLM: Any = method_class("PortLLM")
 SEVEN = ("q", "k", "v", "o", "mlp.gate", "mlp.up", "mlp.down")

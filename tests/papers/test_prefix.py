@@ -14,7 +14,23 @@ from core.errors import ScionError
 from core.peft import method_class
 from tests.models import batch, make
 from tests.papers.sites import bert_base
+from tests.rows import NO_ATTENTION, Row, Variant, prefix_count
 from tests.toolkit import distance, outputs, randomize
+
+ROWS = {
+    "PrefixTuning": Row(
+        {"direct": Variant({"tokens": 3}, learns={"tokens": 20}),
+         "reparametrized": Variant({"tokens": 3, "reparametrize": 8}),
+         "folded": Variant({"tokens": 3, "reparametrize": 8}, lambda method: method.fold(),  # type: ignore[attr-defined]
+                           learns={"tokens": 20})},
+        trained=prefix_count,
+        cards=(("bert_base", {}, 368_640), ("bert_base", {"reparametrize": True}, 9_864_704)),
+        bad=(({"tokens": 0}, "tokens 0"), ({"reparametrize": -1}, "reparametrize -1")),
+        random=True, operators=13, saved=0.71,
+        artifact={"tokens": 1},
+        refused={**NO_ATTENTION},
+    ),
+}
 
 PrefixTuning: Any = method_class("PrefixTuning")
 

@@ -13,7 +13,22 @@ from core.peft import method_class
 from tests.models import batch, make, spread
 from tests.papers.decoding import LANGUAGE_MODELS, a_cache_changes_nothing, later_tokens_are_not_seen
 from tests.papers.explicit import insert
+from tests.rows import NO_ATTENTION, NO_PLACE_FOR_TOKENS, Row, Variant, prompts_count
 from tests.toolkit import distance, outputs, randomize
+
+ROWS = {
+    "PromptTuning": Row(
+        {"vocabulary": Variant({"tokens": 4}, learns={"tokens": 20}),
+         "normal": Variant({"tokens": 2, "init": "normal"}, learns={"tokens": 20})},
+        trained=prompts_count,
+        cards=(("vit_b16", {}, 15_360), ("bert_base", {}, 15_360)),
+        bad=(({"tokens": 0}, "tokens 0"), ({"init": "zero"}, "'zero'"), ({"layers": (0,)}, "layers")),
+        random=True, commutes=None, operators=12, saved=1.2,
+        absent=("test_irregular_mix", "test_no_graph_below_the_first_graft"),  # its grafts act together; no layers
+        artifact={"tokens": 1},
+        refused={**NO_ATTENTION, **NO_PLACE_FOR_TOKENS},
+    ),
+}
 
 PromptTuning: Any = method_class("PromptTuning")
 TEXT = ("bert", "roberta", "albert", "gpt2", "gpt_neox", "codegen", "llama", "gemma", "t5")

@@ -10,12 +10,58 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from core.anatomy import Site
+from core import peft
+from core.anatomy import Anatomy, Site
 from core.peft import method_class
 from core.peft.selection.pst import PSTGraft, smallest
 from tests.models import batch, make
 from tests.papers.training import run
+from tests.rows import NOT_LINEAR, WIDE, Row, Variant, planned_shapes
 from tests.toolkit import distance, outputs, randomize, same, snapshot
+
+
+def pst_count(anatomy: Anatomy, method: Any) -> int:
+    return sum((method.rank + method.score_rank + 1) * (i + o) for i, o in planned_shapes(anatomy, method))
+
+
+def sparsity_follows_formula() -> None:
+    """PST: the cubic rise, and as many zeros in each effective weight, those of the smallest scores."""
+    method: Any = peft.method_class("PST")(sparsity=0.8, warmup=2, cooldown=3, rank=2)  # type: ignore[call-arg]
+    method.attach(make("timm_vit"))
+    optimizer = torch.optim.SGD(method.param_groups(), lr=0.01)
+    method.follow(optimizer, total=15)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(1, 16):
+        for tensor in method.trainable().values():
+            tensor.grad = torch.randn(tensor.shape, generator=generator)
+        optimizer.step()
+        share = 0.8 - 0.8 * (1 - min(max(step - 2, 0), 10) / 10) ** 3
+        assert abs(method.sparsity - share) < 1e-12
+        for graft in method.grafts:
+            base = graft.site.matrix(graft.site.full_weight.detach())
+            changed = base + graft.U @ graft.V
+            scores = changed.abs() + graft.A @ graft.B + graft.R[:, None] + graft.C
+            order = scores.flatten().argsort(stable=True)[:int(method.sparsity * base.numel())]
+            expected = changed.detach().flatten().index_fill(0, order, 0.0).view_as(base)
+            torch.testing.assert_close(graft.weight(base).detach(), expected)
+
+
+ROWS = {
+    "PST": Row(
+        {"dense": Variant({"rank": 2, "score_rank": 2}, learns={"lr": 1e-3}),
+         "pruned": Variant({"rank": 2, "score_rank": 3, "initial": 0.4, "sparsity": 0.6, "alpha2": 0.5, **WIDE},
+                           learns={"lr": 3e-3})},
+        trained=pst_count,
+        cards=(("vit_b16", {}, 2_506_752), ("bert_base", {}, 2_820_096)),
+        bad=(({"rank": 0}, "rank 0"), ({"score_rank": 0}, "score_rank 0"), ({"sparsity": 1.0}, "sparsity 1"),
+             ({"initial": 0.95}, "initial 0.95"), ({"warmup": 0.8}, "warmup 0.8"), ({"spread": 0.0}, "spread 0"),
+             *NOT_LINEAR),
+        random=True, weights=True, commutes=None, operators=34, saved=0.96,
+        absent=("test_gradcheck",),  # as RAMT
+        schedule=sparsity_follows_formula,
+        artifact={"rank": 1, "score_rank": 1},
+    ),
+}
 
 PST: Any = method_class("PST")
 

@@ -13,7 +13,24 @@ from core.adapters.load import save_adapter
 from core.peft import method_class
 from tests.models import WIDTH, batch, make
 from tests.papers.decoding import a_cache_changes_nothing, later_tokens_are_not_seen
+from tests.rows import NO_ATTENTION, NO_PLACE_FOR_TOKENS, Row, Variant, prompts_count
 from tests.toolkit import EVERYTHING, distance, outputs, randomize
+
+ROWS = {
+    "PTuning": Row(
+        {"mlp": Variant({"tokens": 4, "hidden": 8}, learns={"tokens": 20}),
+         "lstm": Variant({"tokens": 2, "hidden": 8, "encoder": "lstm"}, learns={"tokens": 20}),
+         "folded": Variant({"tokens": 4, "hidden": 8}, lambda method: method.fold(),  # type: ignore[attr-defined]
+                           learns={"tokens": 20})},
+        trained=prompts_count,
+        cards=(("bert_base", {}, 1_787_136), ("bert_base", {"encoder": "lstm"}, 27_174_144)),
+        bad=(({"tokens": 0}, "tokens 0"), ({"encoder": "gru"}, "'gru'"), ({"hidden": 0}, "hidden 0")),
+        random=True, commutes=None, operators=30, saved=1.2,
+        absent=("test_irregular_mix", "test_no_graph_below_the_first_graft"),
+        artifact={"tokens": 1, "hidden": 2},
+        refused={**NO_ATTENTION, **NO_PLACE_FOR_TOKENS},
+    ),
+}
 
 PTuning: Any = method_class("PTuning")
 

@@ -9,7 +9,20 @@ import torch
 
 from core.peft import method_class
 from tests.models import WIDTH, batch, make
+from tests.rows import NO_ATTENTION, Row, Variant, prefix_count
 from tests.toolkit import distance, outputs, randomize
+
+ROWS = {
+    "PTuningV2": Row(
+        {"plain": Variant({"tokens": 4, "dropout": 0.0}, learns={"tokens": 20, "lr": 1e-2})},
+        trained=prefix_count,
+        cards=(("bert_base", {"tokens": 128}, 2_359_296),),
+        bad=(({"tokens": 0}, "tokens 0"), ({"dropout": 1.0}, "dropout 1"), ({"targets": ("q",)}, "no attention")),
+        random=True, operators=20, saved=0.75,
+        artifact={"tokens": 1},
+        refused={**NO_ATTENTION},
+    ),
+}
 
 PTuningV2: Any = method_class("PTuningV2")
 

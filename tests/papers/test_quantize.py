@@ -24,7 +24,19 @@ from core.training.head_files import outside
 from core.training.run_record import save_run_adapter
 from tests.models import batch, make
 from tests.papers.training import run
+from tests.rows import Row, Variant
 from tests.toolkit import distance, outputs, randomize
+
+ROWS = {
+    "Quantize": Row(
+        {"alone": Variant(trains=False)},
+        trained=lambda anatomy, method: 0,
+        bad=(({"bits": 3}, "bits 3"), ({"methods": ("LoRAA",)}, "'LoRAA'")),
+        saved=0.0,
+        absent=("test_nothing_to_train", "test_checkpoint", "test_resume", "test_reproducible",
+                "test_no_graph_below_the_first_graft"),
+    ),
+}
 
 Quantize: Any = method_class("Quantize")
 LoRA: Any = method_class("LoRA")

@@ -18,7 +18,23 @@ from core.peft import method_class
 from core.peft.selection.ramt import MaskGraft, dropped
 from tests.models import batch, make
 from tests.papers.training import run
+from tests.rows import Row, Variant, target_shapes
 from tests.toolkit import outputs, randomize
+
+ROWS = {
+    "RAMT": Row(
+        {"attention": Variant(learns={"lr": 1e-2}),
+         "mlp": Variant({"targets": ("mlp.up", "mlp.down"), "layers": (-1,), "l2": 0.0, "drop": 1.0},
+                        learns={"lr": 1e-2})},
+        trained=lambda anatomy, method: sum(i * o for i, o in target_shapes(anatomy, method)),
+        cards=(("vit_b16", {}, 28_311_552),),
+        bad=(({"drop": 1.5}, "drop 1.5"), ({"l2": -1.0}, "l2 -1"), ({"teacher": "now"}, "'now'"),
+             ({"targets": ("mlp.up", "block")}, "linear weight"), ({"targets": ("mlp.upp",)}, "'mlp.up'")),
+        stopped=(".scores",), operators=6, saved=0.96, decays=False, without_attention={"targets": ("mlp.down",)},
+        absent=("test_gradcheck",),  # no gradient is the function's derivative: tests/papers has the one it should be
+        artifact={"targets": ("o",)},
+    ),
+}
 
 RAMT: Any = method_class("RAMT")
 ATTENTION, CONVOLUTION, MLP = ("q", "k", "v", "o"), ("patch_embed",), ("mlp.up", "mlp.down")

@@ -9,10 +9,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core.anatomy import dissect
+from core.anatomy import Anatomy, dissect
 from core.peft import method_class
 from tests.models import batch, make
+from tests.rows import Row, Variant
 from tests.toolkit import distance, outputs, randomize
+
+
+def repadapter_count(anatomy: Anatomy, method: Any) -> int:
+    inputs = {(site.block, site.role.startswith("mlp")): [] for site in method.sites(anatomy)}
+    for site in method.sites(anatomy):
+        inputs[site.block, site.role.startswith("mlp")].append(site)
+    total, h = 0, method.bottleneck
+    for sites in inputs.values():
+        d = sites[0].in_features
+        total += d * h + h * d // method.groups + (h + d if all(s.bias is not None for s in sites) else 0)
+    return total
+
+
+ROWS = {
+    "RepAdapter": Row(
+        {"both": Variant({"dropout": 0.0}, learns={"lr": 1e-2}),
+         "mlp": Variant({"bottleneck": 4, "groups": 4, "scale": 0.5, "targets": ("mlp",)}, learns={"lr": 3e-2})},
+        trained=repadapter_count,
+        cards=(("vit_b16", {}, 239_808), ("bert_base", {}, 239_808)),
+        bad=(({"bottleneck": 7}, "bottleneck 7"), ({"groups": 0}, "groups 0"), ({"scale": 0}, "scale 0"),
+             ({"dropout": 1.0}, "dropout 1"), ({"bottleneck": 10, "groups": 5}, "groups 5 does not divide"),
+             ({"targets": ("mlp.up",)}, "no sublayer")),
+        random=True, commutes=False, operators=10, saved=0.95, without_attention={"targets": ("mlp",)},
+        artifact={"bottleneck": 2, "targets": ("mlp",)},
+    ),
+}
 
 RepAdapter: Any = method_class("RepAdapter")
 

@@ -9,12 +9,34 @@ import torch
 from torch import Tensor, nn
 
 from core import load_adapter
-from core.anatomy import dissect
+from core.anatomy import Anatomy, dissect
 from core.compose import Split
 from core.errors import ScionError
 from core.peft import method_class
 from tests.models import VOCABULARY, WIDTH, batch, make, tied_llama
+from tests.rows import Row, Variant, bottleneck_count
 from tests.toolkit import distance, outputs, randomize, same, snapshot, train
+
+
+def language_adapter_count(anatomy: Anatomy, method: Any) -> int:
+    dim, last = anatomy.blocks[0].dim, anatomy.blocks[-1].dim
+    invertible = 4 * (dim // 2) * (dim // 4) + 2 * (dim // 2 + dim // 4) if method.invertible else 0
+    dropped = 2 * method.width(last) * last + method.width(last) + last if method.drop_last else 0
+    return bottleneck_count(anatomy, method) + invertible - dropped
+
+
+ROWS = {
+    "LanguageAdapter": Row(
+        {"invertible": Variant({"bottleneck": 4}, learns={"lr": 1e-2}),
+         "drop_last": Variant({"reduction": 8, "init": "normal", "drop_last": True}, learns={"lr": 1e-2}),
+         "plain": Variant({"bottleneck": 4, "invertible": False}, learns={"lr": 1e-2})},
+        trained=language_adapter_count,
+        cards=(("bert_base", {}, 7_387_776), ("bert_base", {"drop_last": True}, 6_796_800)),
+        bad=(({"bottleneck": 0}, "bottleneck 0"), ({"reduction": 0}, "reduction 0"), ({"init": "zero"}, "'zero'")),
+        random=True, commutes=False, operators=12, saved=0.9, without_attention={"invertible": False},
+        artifact={"bottleneck": 1},
+    ),
+}
 
 LanguageAdapter: Any = method_class("LanguageAdapter")
 Pfeiffer: Any = method_class("Pfeiffer")

@@ -12,14 +12,38 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from core import load_adapter
-from core.anatomy import dissect
+from core.anatomy import Anatomy, dissect
 from core.errors import ScionError
 from core.graft.sparse import SparseGraft
 from core.peft import method_class
 from core.peft.weights.lora import LoRAGraft
 from tests.models import batch, make
 from tests.papers.training import run
+from tests.rows import NOT_LINEAR, Row, Variant
 from tests.toolkit import distance, outputs, randomize
+
+
+def sensitivity_count(anatomy: Anatomy, method: Any) -> int:
+    candidates = method.candidates(anatomy)
+    spent = sum(count or method.rank * (candidates[name].in_features + candidates[name].out_features)
+                for name, count in method.plan.items())
+    assert 0.3 * method.budget < spent <= method.budget
+    return spent
+
+
+ROWS = {
+    "SensitivityTuning": Row(
+        {"both": Variant({"rank": 2, "count": 800, "batches": 0}, learns={"lr": 1e-2, "count": 2000}),
+         "entries": Variant({"rank": 16, "density": 0.02, "ratio": 1.0, "vector_ratio": 0.0, "batches": 0},
+                            random=False, learns={"lr": 2e-2})},
+        trained=sensitivity_count,
+        bad=(({"density": 0.0}, "density 0"), ({"density": 0.1, "count": 3}, "not both"), ({"count": 0}, "count 0"),
+             ({"count": 10**9}, "1000000000"), ({"rank": 0}, "rank 0"), ({"ratio": 0.5}, "ratio 0.5"),
+             ({"batches": -1}, "batches -1"), *NOT_LINEAR),
+        random=True, operators=8, saved=0.96, stored=2.0, decays=True,
+        artifact={"count": 300},
+    ),
+}
 
 SensitivityTuning: Any = method_class("SensitivityTuning")
 

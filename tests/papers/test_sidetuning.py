@@ -9,11 +9,34 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from core.anatomy import Anatomy
 from core.errors import ScionError
 from core.graft import Graft
 from core.peft import method_class
 from tests.models import Pooled, batch, make
+from tests.rows import Row, Variant
 from tests.toolkit import distance, outputs, randomize
+
+
+def side_count(anatomy: Anatomy, method: Any) -> int:
+    width, dim = anatomy.stacks[-1].blocks[0].dim, method.dim or anatomy.blocks[-1].dim
+    if method.network == "alexnet":
+        return 2_469_696 + 9_216 * dim + 1
+    return method.hidden * (width + dim) + method.hidden + dim + 1
+
+
+ROWS = {
+    "SideTuning": Row(
+        {"mlp": Variant({"hidden": 16}, learns={"lr": 1e-2}, learns_on={"timm_convnext": {"lr": 3e-2}})},
+        trained=side_count,
+        cards=(("vit_b16", {"network": "alexnet"}, 9_547_585),),
+        bad=(({"hidden": 0}, "hidden 0"), ({"network": "vgg"}, "'vgg'"), ({"pretrained": True}, "alexnet"),
+             ({"layers": (0,)}, "layers")),
+        random=True, commutes=False, operators=24, saved=0.3,
+        absent=("test_no_graph_below_the_first_graft",),
+        artifact={"hidden": 1},
+    ),
+}
 
 SideTuning: Any = method_class("SideTuning")
 

@@ -10,11 +10,75 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
+from core import peft
+from core.anatomy import Anatomy
 from core.graft.sparse import SparseGraft
 from core.peft import method_class
 from tests.models import batch, make
 from tests.papers.training import run
+from tests.rows import Row, Variant, planned_shapes, whole_count
 from tests.toolkit import distance, outputs, randomize, saved_bytes
+
+
+def spiel_count(anatomy: Anatomy, method: Any) -> int:
+    shapes = planned_shapes(anatomy, method)
+    everything, targets = whole_count(anatomy, method), sum(i * o for i, o in shapes)
+    budget = method.count or int((method.density or 0) * everything) or method.rank * sum(i + o for i, o in shapes)
+    return sum(int(budget * i * o / targets) for i, o in shapes)
+
+
+def positions_follow_formula() -> None:
+    """SpIEL: windows, shares and counts of the schedule; positions stay distinct and k stays what it was."""
+    for kind in ("AG", "MA"):
+        method: Any = peft.method_class("SpIEL")(rank=2, kind=kind, targets=("q", "mlp.up"))  # type: ignore[call-arg]
+        model = make("timm_vit")
+        method.attach(model)
+        optimizer = method.make_optimizer(method.param_groups(), lr=0.01)
+        method.follow(optimizer, total=60)
+        generator = torch.Generator().manual_seed(0)
+        sizes = [len(graft.index) for graft in method.grafts]
+        shares = {5: 1.0, 25: 0.2 * (1 - 25 / 60), 45: 0.2 * (1 - 45 / 60)}
+        assert all(method.replaced(step) == share for step, share in shares.items())
+        for step in range(1, 61):
+            assert all((graft.watch is not None) == (kind == "AG" and (step <= 5 or (step - 1) % 20 >= 19 or (
+                step - 1) % 20 < 5 and step > 20)) for graft in method.grafts), step
+            before = [graft.index.clone() for graft in method.grafts]
+            for graft in method.grafts:
+                gradient = torch.randn(graft.site.out_features * graft.site.in_features, generator=generator)
+                graft.values.grad = gradient[graft.index.long()]
+                if graft.watch is not None:
+                    graft.watch(graft, gradient)
+            optimizer.step()
+            for graft, old, size in zip(method.grafts, before, sizes, strict=True):
+                positions = graft.index.tolist()
+                assert len(set(positions)) == size and min(positions) >= 0
+                assert max(positions) < graft.site.out_features * graft.site.in_features
+                changed = (graft.index != old).nonzero().flatten()
+                if step not in shares:
+                    assert not len(changed)
+                    continue
+                most = int(size * shares[step])
+                assert 0 < len(changed) <= most and not graft.values[changed].any()
+                if kind == "MA":
+                    assert len(changed) == most and not set(graft.index[changed].tolist()) & set(old.tolist())
+
+
+ROWS = {
+    "SpIEL": Row(
+        {"AG": Variant({"rank": 2}, learns={"rank": None, "density": 0.4, "lr": 1e-2}),
+         "MA": Variant({"density": 0.05, "kind": "MA", "targets": ("q", "mlp.down")},
+                       learns={"density": 0.2, "lr": 3e-2}, own_optimizer=True)},
+        trained=spiel_count,
+        cards=(("vit_b16", {"rank": 8}, 1_179_648),),
+        bad=(({"density": 0.0}, "density 0"), ({"rank": 0}, "rank 0"), ({"count": 10**9}, "1000000000 entries"),
+             ({"count": 3}, "none falls to"), ({"window": 20}, "window 20"), ({"share": 0.0}, "share 0"),
+             ({"kind": "SM3"}, "'SM3'"), ({"momentum": 0.9}, "kind 'MA'"), ({"rank": 2, "density": 0.1}, "give one of"),
+             ({"targets": ("mlp.up", "block")}, "linear weight")),
+        random=True, operators=2, saved=0.96, stored=2.0, state=24, decays=True,
+        schedule=positions_follow_formula,
+        artifact={"rank": None, "count": 60, "targets": ("o",)},
+    ),
+}
 
 SpIEL: Any = method_class("SpIEL")
 

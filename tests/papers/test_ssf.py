@@ -8,11 +8,31 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from core.anatomy import Anatomy
 from core.errors import ScionError
 from core.peft import method_class
 from tests.models import batch, make
 from tests.papers.sites import meta
+from tests.rows import Row, Variant
 from tests.toolkit import distance, optimizer_of, outputs, same, snapshot, train
+
+
+def ssf_count(anatomy: Anatomy, method: Any) -> int:
+    return sum((1 + site.takes_bias) * site.out_features for site in method.sites(anatomy))
+
+
+ROWS = {
+    "SSF": Row(
+        {"published": Variant(), "identity": Variant({"init": "identity", "patch_merging": True}, random=False),
+         "few": Variant({"targets": ("norm", "mlp.down")})},
+        trained=ssf_count,
+        cards=(("vit_b16", {}, 205_824),),
+        bad=(({"init": "zero"}, "'zero'"), ({"shift": "some"}, "'some'"),
+             ({"targets": ("block",)}, "no weight of its own"), ({"targets": ("nrom1",)}, "'norm1'")),
+        random=True, commutes=None, operators=3, saved=1.4, absent=("test_no_graph_below_the_first_graft",), size=0.01,
+        artifact={"targets": ("o",)},
+    ),
+}
 
 SSF: Any = method_class("SSF")
 

@@ -9,12 +9,72 @@ import pytest
 import torch
 from torch import nn
 
+from core.anatomy import Anatomy
 from core.errors import ScionError
 from core.peft import method_class
 from tests.models import batch, make, with_head
 from tests.papers.sites import bert_base, meta, names
 from tests.papers.training import deep, run
+from tests.rows import FEW, Row, Variant, norms_count, whole_count
 from tests.toolkit import outputs, saved_bytes, snapshot, train
+
+
+def layernorms_count(anatomy: Anatomy, method: Any) -> int:
+    names = anatomy.norm_names() if method.roles is None else {
+        name for site in anatomy.sites(method.roles) for name in site.parameter_names}
+    return sum(anatomy.root.get_parameter(name).numel() for name in names)
+
+
+def biases_count(anatomy: Anatomy, method: Any) -> int:
+    if method.roles is not None:
+        return sum(site.module.bias.numel() for site in anatomy.sites(method.roles, method.layers))  # type: ignore
+    modules = {id(site.module): site.module for site in anatomy.all_sites() if isinstance(
+        getattr(site.module, "bias", None), nn.Parameter)}
+    return sum(module.bias.numel() for module in modules.values())  # type: ignore[operator]
+
+
+ROWS = {
+    "LayerNormTuning": Row(
+        {"all": Variant(learns={"lr": 1e-2}), "few": Variant({"targets": ("norm",)}, learns={"lr": 2e-2})},
+        trained=layernorms_count,
+        cards=(("vit_b16", {}, 38_400), ("bert_base", {}, 38_400)),
+        bad=(({"targets": ("mlp.up",)}, "no norm"), ({"targets": ("nrom1",)}, "'norm1'")),
+        saved=0.9, absent=("test_no_graph_below_the_first_graft",),
+        artifact={"targets": ("norm2",)},
+    ),
+    "BitFit": Row(
+        {"all": Variant(),
+         "mlp": Variant({"targets": ("mlp.up", "mlp.down"), "layers": (-1,)}, learns={"lr": 3e-2},
+                        refused={"timm_eva": "gate and up are one projection with one bias",
+                                 "qwen2": "its MLP has no biases"})},
+        trained=biases_count,
+        cards=(("vit_b16", {}, 102_912), ("bert_base", {}, 102_912)),
+        bad=(({"targets": ("q", "qq")}, "'qq'"), ({"exclude": ("nrom",)}, "'norm'")),
+        saved=0.72,
+        artifact={"targets": ("o", "mlp.down")},
+        refused={
+            "llama": "no module of LlamaModel has a bias, so there is nothing to train",
+            "t5": "no module of T5Model has a bias, so there is nothing to train",
+            "mistral": "no module of MistralModel has a bias, so there is nothing to train",
+            "gemma": "no module of GemmaModel has a bias, so there is nothing to train"},
+    ),
+    "FullFineTuning": Row(
+        {"all": Variant()},
+        trained=whole_count,
+        cards=(("vit_b16", {}, 85_798_656), ("bert_base", {}, 109_482_240)),
+        bad=(({"exclude": ("pol",)}, "'pol'"),),
+        artifact=FEW,
+    ),
+    "LinearProbe": Row(
+        {"head": Variant(trains=False), "norm": Variant({"norms": ("norm",)}, moves_base=True,
+                                                        learns={"lr": 1e-2})},
+        trained=lambda anatomy, method: norms_count(anatomy, method.norms),
+        cards=(("vit_b16", {}, 0), ("vit_b16", {"norms": ("norm",)}, 1536)),
+        bad=(({"norms": ("nrm",)}, "'nrm'"),),
+        saved=0.0,
+        artifact={"norms": ("norm",)},
+    ),
+}
 
 FullFineTuning: Any = method_class("FullFineTuning")
 LinearProbe: Any = method_class("LinearProbe")

@@ -12,12 +12,31 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from core import load_adapter
+from core.anatomy import Anatomy
 from core.compose import Route
 from core.errors import ScionError
 from core.peft import method_class
 from tests.models import batch, make
 from tests.papers.sites import bert_base, check_effective, matrix, meta, numbers, run, shift
+from tests.rows import NOT_LINEAR, WIDE, Row, Variant, target_shapes
 from tests.toolkit import distance, outputs, randomize, same, snapshot, train
+
+
+def svfit_count(anatomy: Anatomy, method: Any) -> int:
+    return sum(method.rank or min(i, o) for i, o in target_shapes(anatomy, method))
+
+
+ROWS = {
+    "SVFit": Row(
+        {"q, v": Variant(), "all": Variant({"rank": 3, **WIDE}, learns={"lr": 3e-2})},
+        trained=svfit_count,
+        cards=(("bert_base", {}, 18_432),),
+        bad=(({"rank": 0}, "rank 0"), ({"rank": 99}, "rank 99"), ({"energy": 0.0}, "energy 0"),
+             ({"energy": 0.9, "rank": 3}, "not both"), *NOT_LINEAR),
+        weights=True, operators=7, saved=0.85, size=0.02, carries={"save_basis": True},
+        artifact={"rank": 1},
+    ),
+}
 
 SVFit: Any = method_class("SVFit")
 LoRA: Any = method_class("LoRA")

@@ -8,11 +8,91 @@ from typing import Any
 import pytest
 import torch
 
-from core import load_adapter
+from core import load_adapter, peft
+from core.anatomy import Anatomy
 from core.peft import method_class
 from tests.models import batch, make
 from tests.papers.sites import bert_base, vit_b16
+from tests.rows import WIDE, Row, Variant
 from tests.toolkit import distance, outputs, randomize
+
+
+def triadapt_count(anatomy: Anatomy, method: Any) -> int:
+    total = 0
+    for graft in method.grafts:
+        rank = 0
+        for width in graft.blocks:
+            rank += width
+            total += 2 * width * rank
+        total += rank * (graft.site.in_features + graft.site.out_features)
+    return total
+
+
+def grown(method: Any) -> None:
+    """As after two checks: every other site has grown."""
+    for graft in method.grafts[::2]:
+        method.grow(graft)
+        method.grow(graft)
+
+
+def rank_follows_formula() -> None:
+    """TriAdaptLoRA: the sites with the largest growth of |C| / blocks gain ranks, until the budget is met."""
+    method: Any = peft.method_class("TriAdaptLoRA")(rank=4, growth=2, warmup=2, interval=2)  # type: ignore[call-arg]
+    model = make("timm_vit")
+    method.attach(model)
+    optimizer = torch.optim.AdamW(method.trainable().values(), lr=0.0)
+    method.follow(optimizer, total=12)
+    sites = len(method.grafts)
+    before: list[float] = [0.0] * sites
+    for step in range(1, 13):
+        ranks = [sum(graft.blocks) for graft in method.grafts]
+        old = list(method.trainable().values())
+        for tensor in old:
+            tensor.grad = torch.zeros_like(tensor)
+        with torch.no_grad():
+            for i, graft in enumerate(method.grafts):
+                graft.L[0] += 0.1 * ((i * 7 + step) % sites)
+        optimizer.step()
+        now = [sum(graft.blocks) for graft in method.grafts]
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        assert held == {id(p) for p in method.trainable().values()} and all(id(p) in held for p in old)
+        left = 4 * sites - sum(ranks)
+        if step <= 2 or step % 2 or left <= 0:
+            assert now == ranks
+            continue
+        cores = [torch.zeros(r, r) for r in ranks]
+        for core, graft in zip(cores, method.grafts, strict=True):
+            end = 0
+            for rows, columns in zip(list(graft.L), list(graft.U), strict=True):
+                if end + len(rows) > len(core):
+                    break
+                core[end:end + len(rows), :end + len(rows)] += rows.detach()
+                core[:end + len(rows), end:end + len(rows)] += columns.detach()
+                end += len(rows)
+        counts = [1 if r == 1 else (r - 1) // 2 + 1 for r in ranks]
+        norms = [float(core.norm()) / n for core, n in zip(cores, counts, strict=True)]
+        scores = [a - b for a, b in zip(norms, before, strict=True)]
+        before = norms
+        wanted = max(1, min(sites, int(left * (step - 2) / 10)))
+        best = sorted(scores, reverse=True)[wanted - 1]
+        assert now == [r + 2 * (score >= best) for r, score in zip(ranks, scores, strict=True)]
+    assert 4 * sites <= sum(now) < 4 * sites + 2 * sites
+
+
+ROWS = {
+    "TriAdaptLoRA": Row(
+        {"q, v": Variant({"rank": 4, "targets": ("q", "v")}),
+         "grown": Variant({"rank": 4, "growth": 2, "scale": "alpha/reference", **WIDE}, grown)},
+        trained=triadapt_count,
+        cards=(("bert_base", {}, 166_032),),
+        bad=(({"rank": 0}, "rank 0"), ({"init_rank": 9}, "init_rank 9"), ({"growth": 0}, "growth 0"),
+             ({"interval": 0}, "interval 0"), ({"scale": "alpha"}, "'alpha'"),
+             ({"targets": ("mlp.up", "block")}, "linear weight")),
+        random=True, weights=True, operators=18, saved=0.9,
+        schedule=rank_follows_formula,
+        artifact={"rank": 1},
+    ),
+}
 
 TriAdaptLoRA: Any = method_class("TriAdaptLoRA")
 

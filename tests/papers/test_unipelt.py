@@ -8,12 +8,34 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from core.anatomy import dissect
+from core.anatomy import Anatomy, dissect
 from core.errors import ScionError
 from core.peft import method_class
 from tests.models import batch, make
 from tests.papers.explicit import gate_attention
+from tests.rows import CAUSAL, NO_ATTENTION, Row, Variant, bottleneck_count, prefix_count
 from tests.toolkit import distance, outputs, randomize
+
+
+def unipelt_count(anatomy: Anatomy, method: Any) -> int:
+    gates = sum(s.width + 1 for role in ("attend", "q", "v", "mlp") for s in anatomy.sites(role, method.layers))
+    lora = sum(method.rank * (s.in_features + s.out_features) for s in anatomy.sites(("q", "v"), method.layers))
+    return prefix_count(anatomy, method) + lora + bottleneck_count(anatomy, method.adapter) + gates
+
+
+ROWS = {
+    "UniPELT": Row(
+        {"mlp": Variant({"tokens": 4, "reparametrize": 8, "rank": 2, "reduction": 6}, learns={"lr": 1e-2}),
+         "plain": Variant({"tokens": 3, "reparametrize": False, "rank": 1, "reduction": 8}, learns={"lr": 1e-2})},
+        trained=unipelt_count,
+        cards=(("bert_base", {}, 11_083_376),),
+        bad=(({"tokens": 0}, "tokens 0"), ({"rank": 0}, "rank 0"), ({"reduction": 0}, "reduction 0")),
+        random=True, commutes=False, operators=40, saved=0.95,
+        artifact={"tokens": 1, "reparametrize": False, "rank": 1},
+        refused={**NO_ATTENTION, **dict.fromkeys(CAUSAL, (
+            "its gates are means over the sequence, and a causal model may not see what is to come"))},
+    ),
+}
 
 UniPELT: Any = method_class("UniPELT")
 

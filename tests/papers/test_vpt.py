@@ -16,7 +16,22 @@ from core.peft import method_class
 from tests.models import Pooled, batch, make, spread
 from tests.papers.decoding import LANGUAGE_MODELS, a_cache_changes_nothing, later_tokens_are_not_seen
 from tests.papers.explicit import SPECIAL, insert
+from tests.rows import NO_ATTENTION, Row, Variant, prompts_count
 from tests.toolkit import EVERYTHING, distance, outputs, randomize
+
+ROWS = {
+    "VPT": Row(
+        {"deep": Variant({"tokens": 4}, learns={"tokens": 20}),
+         "shallow": Variant({"tokens": 3, "deep": False}, refused={"timm_swin": "a map has no place for tokens"},
+                            learns={"tokens": 20})},
+        trained=prompts_count,
+        cards=(("vit_b16", {}, 92_160), ("vit_b16", {"deep": False}, 7_680)),
+        bad=(({"tokens": 0}, "tokens 0"), ({"dropout": 1.0}, "dropout 1"), ({"deep": False, "dropout": 0.1}, "deep")),
+        random=True, commutes=None, operators=40, saved=0.9,
+        artifact={"tokens": 1},
+        refused={**NO_ATTENTION},
+    ),
+}
 
 VPT: Any = method_class("VPT")
 LoRA: Any = method_class("LoRA")

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from core.anatomy import dissect
+from core.anatomy import Anatomy, dissect
 from core.backbone import Backbone
 from core.config.optimizer import OptimizerSettings
 from core.data import EpochLoader, EpochSampler
@@ -26,7 +26,34 @@ from core.training.head_files import outside
 from core.training.load_run import load_run
 from core.training.run_record import count, save_run_adapter
 from tests.models import batch, make
+from tests.rows import NO_ATTENTION, Row, Variant
 from tests.toolkit import distance, outputs, randomize, seeded, trainer
+
+
+def vptsp_count(anatomy: Anatomy, method: Any) -> int:
+    prompts = sum(max(0, method.tokens - i * method.step) * site.width
+                  for i, site in enumerate(anatomy.sites("attend", method.layers)))
+    biases = [p for name, p in anatomy.root.named_parameters()
+              if name.rpartition(".")[2] == "bias" and name not in anatomy.head_names()] if method.biases else []
+    return prompts + sum(p.numel() for p in biases)
+
+
+ROWS = {
+    "VPTSP": Row(
+        {"prompts": Variant({"tokens": 4}, learns={"lr": 1e-2}, refused=dict.fromkeys(
+            ("llama", "t5", "mistral", "gemma"), "it has no bias to train; the other variant trains none")),
+         "falling": Variant({"tokens": 3, "step": 1, "class_depth": 1, "biases": False, "gate": "gru"},
+                            moves_base=False, learns={"tokens": 20, "lr": 1e-2})},
+        trained=vptsp_count,
+        cards=(("vit_b16", {}, 195_072),),
+        bad=(({"tokens": -1}, "tokens -1"), ({"class_tokens": 0}, "class_tokens 0"), ({"depth": 0}, "depth 0"),
+             ({"beta": 1.5}, "beta 1.5"), ({"gate_dropout": 1.0}, "gate_dropout 1"), ({"gate": "lstm"}, "'lstm'"),
+             ({"step": -1}, "step -1")),
+        random=True, commutes=None, operators=40, saved=0.9,
+        artifact={"tokens": 1, "biases": False},
+        refused={**NO_ATTENTION},
+    ),
+}
 
 VPTSP: Any = method_class("VPTSP")
 CLASSES = [f"bird {i}" for i in range(6)]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core import FineTuner
-from core.anatomy import dissect
+from core.anatomy import Anatomy, dissect
 from core.backbone import Backbone
 from core.cli import main
 from core.errors import ScionError
@@ -21,7 +21,41 @@ from core.tasks import Classification
 from core.training.load_run import load_run
 from tests.core.test_commands import base, config, sounds  # noqa: F401
 from tests.models import FAMILIES, WIDTH, batch, make, with_head
+from tests.rows import NO_ATTENTION, Row, Variant
 from tests.toolkit import EVERYTHING, distance, loader, outputs, randomize, same, saved_bytes, snapshot, trainer, uneven
+
+
+def vqt_count(anatomy: Anatomy, method: Any) -> int:
+    blocks = [block for block in anatomy.blocks if block.index in anatomy.layer_indices(method.layers)]
+    return sum(method.tokens * (block.dim + (method.reduce == "sum")) for block in blocks)
+
+
+def to_compact(method: Any) -> None:
+    """As after a wide stage that left a head of random columns."""
+    head: Any = nn.utils.skip_init(nn.Linear, method.feature_dim(WIDTH, dissect(method.root)), 4)
+    with torch.no_grad():
+        head.weight.copy_(torch.rand(head.weight.shape, generator=torch.Generator().manual_seed(0)))
+    method.advance(head)
+
+
+ROWS = {
+    "VQT": Row(
+        {"concat": Variant(learns_on={"codegen": {"tokens": 3, "lr": 0.06}}),
+         "mean": Variant({"tokens": 3, "reduce": "mean", "dropout": 0.0, "normalize": False}),
+         "sum": Variant({"tokens": 3, "reduce": "sum"}),
+         "compact": Variant({"keep": 0.5}, to_compact, alone=True)},
+        trained=vqt_count,
+        cards=(("vit_b16", {}, 9_216), ("vit_b16", {"tokens": 10}, 92_160), ("vit_b16", {"tokens": 20}, 184_320)),
+        bad=(({"tokens": 0}, "tokens 0"), ({"dropout": 1.0}, "dropout 1"), ({"reduce": "max"}, "'max'"),
+             ({"reduce": "sum"}, "2 tokens"), ({"keep": 0.0}, "keep 0"), ({"sparsity": -1.0}, "sparsity -1"),
+             ({"lr_factor": 0.0}, "lr_factor 0")),
+        random=True, commutes=False, operators=24, saved=0.25, stored=2.0,
+        artifact={},
+        refused={
+            "timm_swin": "its blocks cut a map into windows, each with keys of its own; queries are no map",
+            **NO_ATTENTION},
+    ),
+}
 
 VQT: Any = method_class("VQT")
 LoRA: Any = method_class("LoRA")

@@ -1,4 +1,4 @@
-"""Checks of every: of the checks that it demands of every method, the one that is no row of the matrix."""
+"""Samples of a batch do not meet: of the checks demanded of every method, the one that is no row of the matrix."""
 
 from __future__ import annotations
 
