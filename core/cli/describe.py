@@ -24,6 +24,7 @@ def describe(config: str, overrides: list[str], as_json: bool, trust: bool = Fal
     """
     from core import cost  # start-up time
     from core.config import points  # start-up time
+    from core.data.batch import shapes  # start-up time
     from core.report import value_text  # start-up time
     from core.training.assemble import assemble  # start-up time
 
@@ -41,11 +42,11 @@ def describe(config: str, overrides: list[str], as_json: bool, trust: bool = Fal
         counted = cost.describe(assembly.tuner.train(), batch)
         axes = {axis: value_text(value) for axis, value in point.axes.items()}
         if as_json:
-            records.append({"axes": axes, "batch": list(batch.shape), **counted.to_dict()})
+            records.append({"axes": axes, "batch": _shapes(batch), **counted.to_dict()})
         else:
             values = ", ".join(f"{axis}={value}" for axis, value in axes.items())
             head = f"{values}: " if values else ""
-            print(f"{head}one step on a batch {list(batch.shape)}")
+            print(f"{head}one step on a batch {shapes(batch)}")
             if assembly.tuner.aside:
                 print("training runs the backbone once more for what stands beside it; FLOPs and kept bytes leave it "
                       "out")
@@ -55,6 +56,13 @@ def describe(config: str, overrides: list[str], as_json: bool, trust: bool = Fal
         whole = records if len(records) > 1 or found[0].axes else records[0]
         print(json.dumps(whole, indent=1, default=str))
     return 0
+
+
+def _shapes(batch: Any) -> Any:
+    """The shape of a batch, or of each of its tensors by name, as JSON."""
+    if isinstance(batch, dict):
+        return {name: _shapes(value) for name, value in batch.items()}
+    return list(batch.shape)
 
 
 def _check_published(config: str) -> None:

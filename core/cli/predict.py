@@ -15,8 +15,6 @@ from core.errors import ScionError, one_line, printable
 from core.files import check_regular, read_json
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from core.data import DataModule
     from core.training.finetuner import FineTuner
 
@@ -38,8 +36,8 @@ def predict(run: str, files: list[str], as_json: bool, trust: bool = False) -> i
     import torch
     from tqdm import tqdm
 
+    from core.data.batch import is_all_finite, rows_of  # start-up time
     from core.report import MOST  # start-up time
-    from core.training.gallery import caption  # start-up time
     from core.training.load_run import load_run  # start-up time
 
     if not files:
@@ -52,7 +50,7 @@ def predict(run: str, files: list[str], as_json: bool, trust: bool = False) -> i
         return _compare(run, tuner, data, files, as_json)
     size = max(1, min(data.batch_size, len(files)))
     results: list[dict[str, Any]] = []
-    shown: list[tuple[Tensor, str]] = []
+    shown: list[tuple[Any, str]] = []
     with tqdm(total=len(files), unit="file", disable=len(files) <= 8 or not sys.stderr.isatty(),
               file=sys.stderr) as bar:
 
@@ -70,15 +68,16 @@ def predict(run: str, files: list[str], as_json: bool, trust: bool = False) -> i
                     continue
                 inputs.append(one)
                 readable.append(entry)
-            outputs = _outputs(tuner, inputs) if inputs else []
-            for entry, one, output in zip(readable, inputs, outputs, strict=True):
-                [prediction] = tuner.task.predict(output[None])
-                if not (bool(output.isfinite().all()) and math.isfinite(prediction["score"])):
+            outputs = _outputs(tuner, data, inputs) if inputs else None
+            for row, (entry, one) in enumerate(zip(readable, inputs, strict=True)):
+                output = rows_of(outputs, slice(row, row + 1))
+                [prediction] = tuner.task.predict(output)
+                if not (is_all_finite(output) and math.isfinite(prediction.get("score", 0.0))):
                     fail(entry, "the model's outputs are not finite")
                     continue
                 entry.update(prediction)
                 if len(shown) < MOST:
-                    shown.append((one, f"{caption(entry)}\n{Path(entry['file']).name}"))
+                    shown.append((one, f"{tuner.task.caption(entry)}\n{Path(entry['file']).name}"))
                 if not as_json:
                     bar.write(_line(entry), file=sys.stdout)
             results += chunk
@@ -111,26 +110,30 @@ def _check_agreement(run: str, tuner: FineTuner, data: DataModule) -> None:
             raise ScionError(f"{run}: the data have {name} {here}, the backbone was trained with {there}")
 
 
-def _input(file: str, data: DataModule) -> Tensor | Exception:
-    """A file as the model reads it, or why that cannot be."""
+def _input(file: str, data: DataModule) -> Any:
+    """A file as the model reads it, or the exception that says why that cannot be."""
+    from core.data.batch import is_all_finite  # start-up time
+
     try:
         check_regular(file)
         one = data.read(file)
-        if one.is_floating_point() and not bool(one.isfinite().all()):
+        if not is_all_finite(one):
             raise ScionError(f"{file}: holds values that are not finite")
         return one
     except Exception as error:  # whatever a decoder says of a file, the others are labelled all the same
         return error
 
 
-def _outputs(tuner: FineTuner, inputs: list[Tensor]) -> Tensor:
+def _outputs(tuner: FineTuner, data: DataModule, inputs: list[Any]) -> Any:
     """What the model gives for these inputs, on the CPU."""
     import torch
+
+    from core.data.batch import move  # start-up time
 
     try:
         device = next(tuner.parameters()).device
         with torch.inference_mode():
-            return tuner(torch.stack(inputs).to(device)).cpu()
+            return move(tuner(move(data.stack(inputs), device)), "cpu")
     except ScionError:
         raise
     except Exception as error:  # inputs of another shape, memory that is not there
@@ -144,7 +147,7 @@ def _failure(file: str, reason: object) -> str:
     return text if name in text else f"{name}: {text}"
 
 
-def _show(run: str, data: DataModule, shown: list[tuple[Tensor, str]], columns: int = 8) -> None:
+def _show(run: str, data: DataModule, shown: list[tuple[Any, str]], columns: int = 8) -> None:
     """The picture of the first files, in the run's folder."""
     from core.training.gallery import of_files  # start-up time
 
@@ -170,7 +173,7 @@ def _compare(run: str, tuner: FineTuner, data: DataModule, files: list[str], as_
     for file in tqdm(files, unit="file", disable=len(files) <= 8 or not sys.stderr.isatty(), file=sys.stderr):
         results.append({"file": file})
         one = _input(file, data)
-        vector = one if isinstance(one, Exception) else _outputs(tuner, [one])[0]
+        vector = one if isinstance(one, Exception) else _outputs(tuner, data, [one])[0]
         if isinstance(vector, Exception) or not bool(vector.isfinite().all()):
             reason = vector if isinstance(vector, Exception) else "the model's outputs are not finite"
             results[-1]["error"] = _failure(file, reason)
@@ -183,7 +186,7 @@ def _compare(run: str, tuner: FineTuner, data: DataModule, files: list[str], as_
         raise ScionError(f"{len(vectors)} readable file{'s' * (len(vectors) != 1)}; this run compares files with each "
                          "other, so at least two are wanted")
     places, scores = neighbours(torch.stack(vectors), SHOWN[1])
-    shown: list[tuple[Tensor, str]] = []
+    shown: list[tuple[Any, str]] = []
     for row, (entry, near, score) in enumerate(zip(readable, places.tolist(), scores.tolist(), strict=True)):
         found = list(zip(near, score, strict=True))
         entry["neighbours"] = [{"file": readable[i]["file"], "score": round(value, 4)} for i, value in found]

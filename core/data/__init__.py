@@ -9,6 +9,8 @@ from core.data.datamodule import (
     Source,
     bounded,
 )
+from core.data.info import DataInfo
 from core.random_state import seed_of
 
-__all__ = ["ClassSampler", "DataModule", "EpochLoader", "EpochSampler", "Share", "Source", "bounded", "seed_of"]
+__all__ = ["ClassSampler", "DataInfo", "DataModule", "EpochLoader", "EpochSampler", "Share", "Source", "bounded",
+           "seed_of"]

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from core.data.batch import Inputs, stack
+from core.data.info import DataInfo
 from core.errors import ScionError
 from core.random_state import seed_of as seed_of
 from core.record import Recorded
@@ -278,7 +281,8 @@ class DataModule(Recorded, LightningDataModule, ABC):
 
     A subclass defines ``load``, which sets ``train_set``, ``validation_set`` (None where the protocol has none),
     ``test_set`` (None where nothing is to be tested: settings are searched) and ``classes``, and ``read`` and
-    ``example``. An item is ``(input, target)``.
+    ``example``. An item is ``(input, target)``, each a tensor or a mapping of tensors. Data with several test sets
+    define ``test_sets``, data with other targets than classes ``info``.
 
     Args:
         root: folder of the data in its published layout; None looks into the cache.
@@ -321,12 +325,32 @@ class DataModule(Recorded, LightningDataModule, ABC):
         """Read the benchmark (or make the mini) and set the datasets, ``classes`` and ``origin``."""
 
     @abstractmethod
-    def example(self, batch_size: int = 1) -> Tensor:
+    def example(self, batch_size: int = 1) -> Inputs:
         """Inputs of the shape that a batch has, made without reading a file: for counting costs."""
 
     @abstractmethod
-    def read(self, file: str | Path) -> Tensor:
+    def read(self, file: str | Path) -> Inputs:
         """One file as one input, prepared as the test set's are. Bad files raise ``ScionError`` with their name."""
+
+    @property
+    def info(self) -> DataInfo:
+        """What a task must know of the data: here the classes, as far as they are known yet."""
+        classes = getattr(self, "classes", None)
+        if classes is None:
+            classes = self.peek() or ()
+        return DataInfo(tuple(classes), self.multilabel)
+
+    @property
+    def test_sets(self) -> Mapping[str, Dataset]:
+        """The test sets by name, each measured apart; here the nameless one, if there is any."""
+        return {} if self.test_set is None else {"": self.test_set}
+
+    def bind(self, backbone: Any) -> None:
+        """Take from the backbone what its inputs are made with (a tokenizer). Called before ``setup`` and ``read``."""
+
+    def stack(self, inputs: Sequence[Inputs]) -> Inputs:
+        """A batch of inputs as ``read`` gives them."""
+        return stack(inputs)
 
     def peek(self) -> list[str] | None:
         """The classes, if they can be named without reading samples; None otherwise."""
@@ -364,7 +388,7 @@ class DataModule(Recorded, LightningDataModule, ABC):
         """What ``all`` stands for as a value of ``argument``, given the others: ``--over data.task=all``."""
         raise ScionError(f"--over data.{argument}=all: {cls.__name__} does not say what all of them are; list them")
 
-    def illustrate(self, inputs: Tensor) -> Tensor | None:
+    def illustrate(self, inputs: Any) -> Tensor | None:
         """Pictures of a batch of inputs for people to look at, uint8 [batch, 3, height, width]; None where there is
         nothing to see."""
         return None
@@ -416,6 +440,18 @@ class DataModule(Recorded, LightningDataModule, ABC):
         return self.loader(self.validation_set, train=False)
 
     def test_dataloader(self) -> EpochLoader | list:
-        if self.test_set is None:
-            return []
-        return self.loader(self.test_set, train=False)
+        sets = dict(self.test_sets)
+        check_names(sets)
+        loaders = [self.loader(dataset, train=False) for dataset in sets.values()]
+        return loaders[0] if list(sets) == [""] else loaders
+
+
+def check_names(sets: Iterable[str]) -> None:
+    """Refuse names of test sets that could not stand in the name of a metric."""
+    names = list(sets)
+    for name in names:
+        if name and re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            continue
+        if name or len(names) > 1:
+            raise ScionError(f"data: a test set is called {name!r}; of several each needs a name of letters, digits, "
+                             "'-' and '_'")

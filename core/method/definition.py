@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from core.anatomy import Anatomy, Site
-from core.errors import ScionError
+from core.errors import ScionError, listed
 from core.graft import Graft
 from core.record import Recorded
 
@@ -37,6 +37,8 @@ class Declarations:
     """Roles without which a backbone cannot have this method."""
     tags: ClassVar[tuple[str, tuple[str, ...]]] = ("", ())
     """Its family and what it modifies, in the words of `core.report.taxonomy`; for ``lightning methods``."""
+    readings: ClassVar[tuple[str, ...]] = ()
+    """What a task on the backbone may read, by its name (`core.backbone.Backbone`); empty is anything."""
     inference_cost: ClassVar[str] = "none once merged"
     recommended: ClassVar[dict[str, float]] = {"lr": 1e-3, "weight_decay": 0.0}
     """Learning rate and weight decay from the paper, taken by ``lr: auto``; ``head_lr`` where the rate of a new head
@@ -135,6 +137,16 @@ class MethodDefinition(Declarations, Recorded, ABC):
         """Width of the root's feature with this method on it, where it is ``dim`` without; what reads the feature is
         built for it (`FineTuner.fit_head`)."""
         return dim
+
+    def outputs(self, outputs: Any) -> Any:
+        """The outputs of a task on this model, to which the method may add named ones."""
+        return outputs
+
+    def check_reading(self, reading: str, task: str) -> None:
+        """Refuse a task that reads what the method does not work with."""
+        if self.readings and reading not in self.readings:
+            raise ScionError(f"{self.name}: works with tasks that read {listed(self.readings)}, and {task} reads "
+                             f"{reading!r}")
 
     # ------------------------------------------------------------------------------- what is made
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +13,12 @@ from torchmetrics.classification import MultilabelAveragePrecision
 from torchmetrics.utilities import dim_zero_cat
 
 from core.anatomy import parameter_sites
+from core.data.info import DataInfo
 from core.errors import ScionError, listed
 from core.graft import Graft
 from core.peft.weights.quantize import BITS, QuantizedGraft
 from core.tasks.base import Task
+from core.tasks.metrics import MetricList, metrics_by_name
 
 
 class MeanAveragePrecision(MultilabelAveragePrecision):
@@ -69,10 +71,14 @@ class Classification(Task):
         dropout: on the features, in [0, 1).
         bits: 1, 2 or 4 quantizes the head (Jie et al. 2023, ICCV): it has no bias then, and its dim x classes numbers
             take bits / 8 bytes each + 8 in the run's adapter; None is a head in full precision.
+        metrics: further ones, by the names of torchmetrics' classes, without ``Multiclass`` or ``Multilabel``:
+            ``[CohenKappa, {class: CalibrationError, n_bins: 10}]``.
     """
 
+    needs_classes = True
+
     def __init__(self, num_classes: int | None = None, label_smoothing: float = 0.0, dropout: float = 0.0,
-                 bits: int | None = None) -> None:
+                 bits: int | None = None, metrics: MetricList = ()) -> None:
         super().__init__()
         for name, value in (("label_smoothing", label_smoothing), ("dropout", dropout)):
             if not 0 <= value < 1:
@@ -85,6 +91,7 @@ class Classification(Task):
         self.num_classes = num_classes
         self.label_smoothing = label_smoothing
         self.dropout = dropout
+        self.further_metrics = list(metrics)
         self.classes: list[str] = []
         self.multilabel = False
 
@@ -93,12 +100,16 @@ class Classification(Task):
             raise ScionError(f"model.task.num_classes: {self.num_classes} classes are asked for, the data has "
                              f"{len(classes)}; leave num_classes out to take the data's")
 
-    def build(self, dim: int, classes: Sequence[str], multilabel: bool = False) -> None:
-        self.check(classes)
-        self.classes, self.multilabel = list(classes), multilabel
-        self.head = nn.Sequential(nn.Dropout(self.dropout), self._new_linear(dim, len(classes)))
-        self.metrics = self._collections(self.make_metrics(len(classes)))
-        self.selects = ("map", "max") if multilabel else ("accuracy", "max")
+    def build(self, dim: int, info: DataInfo | Sequence[str], multilabel: bool = False) -> None:
+        info = DataInfo.of(info, multilabel)
+        self.check(info.classes)
+        self.classes, self.multilabel = list(info.classes), info.multilabel
+        size = len(self.classes)
+        self.head = nn.Sequential(nn.Dropout(self.dropout), self._new_linear(dim, size))
+        kind = "Multilabel" if self.multilabel else "Multiclass"
+        further = metrics_by_name(self.further_metrics, {"num_classes": size, "num_labels": size}, [kind])
+        self.set_metrics({**self.make_metrics(size), **further})
+        self.selects = ("map", "max") if self.multilabel else ("accuracy", "max")
 
     def _new_linear(self, dim: int, classes: int) -> nn.Linear:
         if self.bits is None:
@@ -140,6 +151,28 @@ class Classification(Task):
         take a batch of small logits for them."""
         return outputs.sigmoid() if self.multilabel else outputs
 
+    def update(self, stage: str, outputs: Tensor, targets: Tensor) -> None:
+        hard = targets
+        if targets.is_floating_point():  # class weights, of mixup for one, or the zeros and ones of several labels
+            hard = (targets >= 0.5).int() if self.multilabel else targets.argmax(-1)
+        super().update(stage, outputs, hard)
+
+    def truth(self, target: Any) -> list[str]:
+        if isinstance(target, Tensor) and target.dim() == 1:
+            return [name for name, on in zip(self.classes, target.tolist(), strict=True) if on >= 0.5]
+        return [self.classes[int(target)]]
+
+    def summary(self, tests: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+        """The harmonic mean of two test sets ``base`` and ``novel``, of classes that were trained and others; the mean
+        over any other sets."""
+        metric = self.selects[0]
+        values = [found[metric] for found in tests.values() if metric in found]
+        if len(values) < 2 or len(values) < len(tests):
+            return {}
+        if set(tests) == {"base", "novel"}:
+            return {f"harmonic_mean/{metric}": harmonic_mean(values)}
+        return {f"mean/{metric}": sum(values) / len(values)}
+
     def predict(self, outputs: Tensor) -> list[dict[str, Any]]:
         logits = outputs.float()
         scores = logits.sigmoid() if self.multilabel else logits.softmax(-1)
@@ -154,3 +187,10 @@ class Classification(Task):
                 prediction["labels"] = [self.classes[i] for i in order if row[i] >= 0.5]
             found.append(prediction)
         return found
+
+
+def harmonic_mean(values: Sequence[float]) -> float:
+    """n / (1 / v_1 + ... + 1 / v_n); 0 where one of them is."""
+    if min(values) <= 0:
+        return 0.0
+    return len(values) / sum(1 / value for value in values)

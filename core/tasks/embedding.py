@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.utilities import dim_zero_cat
 
+from core.data.info import DataInfo
 from core.errors import ScionError
-from core.tasks.base import Task
+from core.tasks.base import Shown, Task
 
 BOTH, QUERY, GALLERY = 0, 1, 2
 """Roles of a sample in retrieval: it asks and can be found (but not by itself), it only asks, it can only be found."""
@@ -220,6 +221,7 @@ class Embedding(Task):
 
     compares = True
     training_only = ("proxies",)
+    needs_classes = True
 
     def __init__(self, dim: int = 512, alpha: float = 32.0, margin: float = 0.1, proxy_lr_factor: float = 20.0,
                  ks: Sequence[int] = (1, 2, 4, 8), norm: bool = True) -> None:
@@ -243,9 +245,11 @@ class Embedding(Task):
         if len(classes) < 2:
             raise ScionError(f"model.task: Embedding compares classes, and the data has {len(classes)}")
 
-    def build(self, dim: int, classes: Sequence[str], multilabel: bool = False) -> None:
+    def build(self, dim: int, info: DataInfo | Sequence[str], multilabel: bool = False) -> None:
+        info = DataInfo.of(info, multilabel)
+        classes = info.classes
         self.check(classes)
-        if multilabel:
+        if info.multilabel:
             raise ScionError("model.task: Embedding wants one label a sample, the data has several")
         if importlib.util.find_spec("pytorch_metric_learning") is None:
             raise ScionError("model.task: Embedding measures with pytorch-metric-learning, which is not installed: "
@@ -254,7 +258,7 @@ class Embedding(Task):
         self.head = self.new_head(dim)
         start = nn.init.xavier_uniform_(torch.empty(len(classes), self.dim))
         self.proxies = nn.Parameter(start / 8)
-        self.metrics = self._collections({"retrieval": Retrieval(self.ks)})
+        self.set_metrics({"retrieval": Retrieval(self.ks)})
         self.metrics["train_"] = MetricCollection({})  # shuffled batches of a changing model: nothing to retrieve from
 
     def new_head(self, dim: int) -> nn.Module:
@@ -275,6 +279,14 @@ class Embedding(Task):
         labels = targets if targets.dim() == 1 else targets[:, 0]
         return proxy_anchor(outputs, labels, proxies, self.alpha, self.margin)
 
+    def show(self, rows: Sequence[int], outputs: Tensor, targets: Sequence[Any]) -> list[Shown]:
+        """The first sample asks, the others are its neighbours: right where they are of its class."""
+        query, *found = [class_of(target) for target in targets]
+        shown = [Shown(rows[0], f"query\nclass {query}")]
+        for place, (row, found_class) in enumerate(zip(rows[1:], found, strict=True), start=1):
+            shown.append(Shown(row, f"neighbour {place}\nclass {found_class}", found_class == query))
+        return shown
+
     def predict(self, outputs: Tensor) -> list[dict[str, Any]]:
         """The training class whose proxy is nearest, with cosine similarities as scores. A finished run has no proxies
         any more, and then the label is None: its samples have `neighbours`, but no classes."""
@@ -287,3 +299,10 @@ class Embedding(Task):
             label = self.classes[row[0]]
             found.append({"label": label, "score": round(scores[0], 4), "scores": named})
         return found
+
+
+def class_of(target: Any) -> int:
+    """The class in a target, which may have a sample's role beside it."""
+    if isinstance(target, Tensor) and target.dim():
+        return int(target[0])
+    return int(target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +61,7 @@ def assemble(point: Point, config: dict[str, Any] | None = None, read: bool = Tr
     _check_outline(cls, part, methods)
     task: Task = make(config["model"].get("task") or {"class_path": "Classification", "init_args": {}}, "model.task",
                       point.domain, Task)
+    check_readings(task, cls, methods)
     classes = data.peek()
     if classes is not None:
         task.check(classes)
@@ -68,15 +70,29 @@ def assemble(point: Point, config: dict[str, Any] | None = None, read: bool = Tr
         backbone: Backbone = make(part, "model.backbone", point.domain, Backbone, **_of_data(cls, part, data))
     for method in methods:
         method.plan_for(backbone)
+    data.bind(backbone)
     if read or classes is None:
         data.setup("fit")
-        classes = data.classes
     L.seed_everything(seed, verbose=False)
     optimizer = OptimizerSettings(**typed(OptimizerSettings, config["optimizer"], "optimizer"))
     schedule = ScheduleSettings(**typed(ScheduleSettings, config["lr_scheduler"], "lr_scheduler"))
     checkpointing = config["model"].get("checkpointing", False)
-    tuner = FineTuner(backbone, task, classes, data.multilabel, optimizer, schedule, checkpointing, seed)
+    tuner = FineTuner(backbone, task, data.info, optimizer=optimizer, schedule=schedule, checkpointing=checkpointing,
+                      seed=seed)
     return Assembly(data, backbone, task, methods, tuner)
+
+
+def check_readings(task: Task, backbone: Any, methods: Sequence[PEFTMethod]) -> None:
+    """Refuse a task that reads what the backbone does not have, or what a method does not work with.
+
+    Args:
+        backbone: a backbone, or its class.
+    """
+    check = getattr(backbone, "check_reading", None)
+    if check is not None:
+        check(task.reads)
+    for method in methods:
+        method.check_reading(task.reads, type(task).__name__)
 
 
 def _check_outline(cls: type, part: dict[str, Any], methods: list[PEFTMethod]) -> None:

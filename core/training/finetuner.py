@@ -18,7 +18,8 @@ from core.anatomy import dissect
 from core.backbone import Backbone
 from core.callbacks.exact_resume import ExactResume, convert_early
 from core.config.optimizer import OptimizerSettings, ScheduleSettings
-from core.data import seed_of
+from core.data import DataInfo, seed_of
+from core.data.batch import detach, first_tensor
 from core.errors import ScionError, listed
 from core.graft import checkpoint_activations
 from core.method import PEFTMethod, home_in, key_of, methods_on
@@ -33,7 +34,7 @@ from core.training.recorded_model import build, model_record, spec
 
 
 class FineTuner(EpochTotals):
-    """A backbone, a task on its features, and whatever methods are attached to the backbone.
+    """A backbone, a task on one of its readings, and whatever methods are attached to the backbone.
 
     Methods arrive as callbacks of the Trainer, or are attached by hand before training. ``load_from_checkpoint``
     rebuilds them from the checkpoint, without a Trainer.
@@ -41,29 +42,35 @@ class FineTuner(EpochTotals):
     Args:
         backbone: a `Backbone` (or what a checkpoint recorded of one).
         task: a `Task`, built for the data's classes, or to be built from ``classes``.
-        classes: names of the classes, where the task is not built yet.
+        classes: names of the classes, where the task is not built yet; or all that the data say (`core.data.DataInfo`).
         multilabel: whether a sample may have several labels.
         optimizer: settings of the optimizer.
         schedule: settings of the learning rate's schedule.
         checkpointing: recompute activations in backward instead of keeping them.
         seed: random state in which a recorded backbone and task are built (one with random weights is then the same).
+        info: what a checkpoint recorded of the data beside the classes.
     """
 
     def __init__(self, backbone: Backbone | dict[str, Any], task: Task | dict[str, Any],
-                 classes: Sequence[str] = (), multilabel: bool = False,
+                 classes: DataInfo | Sequence[str] = (), multilabel: bool = False,
                  optimizer: OptimizerSettings | dict[str, Any] | None = None,
                  schedule: ScheduleSettings | dict[str, Any] | None = None, checkpointing: bool = False,
-                 seed: int = 0) -> None:
+                 seed: int = 0, info: dict[str, Any] | None = None) -> None:
         super().__init__()
         self.backbone: Backbone = build(backbone, seed, Backbone) if isinstance(backbone, dict) else backbone
         self.task: Task = build(task, seed, Task) if isinstance(task, dict) else task
-        self.head_dim: int | None = None
-        """Width of the features that the head reads; None where the task came with its head."""
-        if not hasattr(self.task, "head"):
-            if not classes:
+        self.info = DataInfo.of(classes, multilabel)
+        """What the data say of their targets."""
+        if info:
+            self.info = DataInfo.from_record(self.info.classes, self.info.multilabel, info, "FineTuner")
+        self.head_dim: Any = None
+        """Width of what the head reads; None where the task came with its head."""
+        self.backbone.check_reading(self.task.reads)
+        if not self.task.is_built:
+            if self.task.needs_classes and not self.info.classes:
                 raise ScionError("FineTuner: the task is not built; give classes=[...]")
-            self.head_dim = self.backbone.dim
-            self.task.build(self.head_dim, classes, multilabel)
+            self.head_dim = self.backbone.width(self.task.reads)
+            self.task.build(self.head_dim, self.info)
         self.optimizer = optimizer if isinstance(optimizer, OptimizerSettings) else OptimizerSettings(
             **(optimizer or {}))
         self.schedule = schedule if isinstance(schedule, ScheduleSettings) else ScheduleSettings(**(schedule or {}))
@@ -81,8 +88,12 @@ class FineTuner(EpochTotals):
             how = spec(part)
             if how:
                 recorded[name] = how
-        recorded |= {"classes": list(classes), "multilabel": multilabel, "optimizer": plain(asdict(self.optimizer)),
-                     "schedule": plain(asdict(self.schedule)), "checkpointing": checkpointing, "seed": seed}
+        recorded |= {"classes": list(self.info.classes), "multilabel": self.info.multilabel,
+                     "optimizer": plain(asdict(self.optimizer)), "schedule": plain(asdict(self.schedule)),
+                     "checkpointing": checkpointing, "seed": seed}
+        further = self.info.further()
+        if further:
+            recorded["info"] = further
         self.save_hyperparameters(recorded, logger=False)
 
     @property
@@ -90,18 +101,33 @@ class FineTuner(EpochTotals):
         """The methods attached to the backbone."""
         return methods_on(self)
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """inputs -> the task's outputs"""
-        features = self.backbone(inputs)
-        if self.head_dim is not None and features.shape[-1] != self.head_dim:
+    def forward(self, inputs: Any, targets: Any = None) -> Any:
+        """inputs -> the task's outputs
+
+        Args:
+            inputs: a tensor or a mapping of tensors, [batch, ...].
+            targets: where they are known, for tasks that read only what has a target.
+        """
+        reading = self.read(inputs, targets)
+        is_vector = self.task.reads == "feature" and isinstance(reading, Tensor)
+        if self.head_dim is not None and is_vector and reading.shape[-1] != self.head_dim:
             raise ScionError(f"the head reads {self.head_dim} features, the backbone with its methods gives "
-                             f"{features.shape[-1]}: call fit_head() once the methods are attached")
-        return self.task(features)
+                             f"{reading.shape[-1]}: call fit_head() once the methods are attached")
+        outputs = self.task(reading)
+        for method in self.methods:
+            outputs = method.outputs(outputs)
+        return outputs
+
+    def read(self, inputs: Any, targets: Any = None) -> Any:
+        """What the task reads of the backbone."""
+        return self.backbone.read(inputs, self.task.reads, **self.task.reading_options(inputs, targets))
 
     @property
-    def feature_dim(self) -> int:
-        """Width of the backbone's feature with the methods that are attached to it."""
-        dim = self.backbone.dim
+    def feature_dim(self) -> Any:
+        """Width of what the task reads, with the methods that are attached to the backbone."""
+        dim = self.backbone.width(self.task.reads)
+        if self.task.reads != "feature":
+            return dim
         if any(type(method).feature_dim is not PEFTMethod.feature_dim for method in self.methods):
             anatomy = dissect(self.backbone)
             for method in self.methods:
@@ -114,17 +140,20 @@ class FineTuner(EpochTotals):
         dim = self.feature_dim
         if self.head_dim in (None, dim):
             return
-        parameter = next(self.task.parameters())
+        parameter = next(self.backbone.parameters())
+        old = next(self.task.parameters(), parameter)
         # A seed of its own, or the head would depend on what was drawn before.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(self.hparams["seed"], "head", dim))
-            self.task.build(dim, self.hparams["classes"], self.hparams["multilabel"])
-        self.task.to(parameter.device, parameter.dtype).train(self.training)
+            self.task.build(dim, self.info)
+        self.task.to(old.device, old.dtype).train(self.training)
         self.head_dim = dim
 
     def setup(self, stage: str) -> None:
         """Callbacks have attached their methods by now; neither a checkpoint is loaded nor an optimizer made yet."""
         trainer = self._trainer
+        for method in self.methods:
+            method.check_reading(self.task.reads, type(self.task).__name__)
         if self.task.compares and trainer is not None and trainer.world_size > 1:
             raise ScionError(f"trainer.devices: {trainer.world_size} processes; samples are compared with all "
                              "others in one process, so 1 is wanted for this task")
@@ -184,7 +213,7 @@ class FineTuner(EpochTotals):
 
     def _losses(self, batch: Any, training: bool = False) -> Losses:
         inputs, targets = batch
-        outputs = self(inputs)
+        outputs = self(inputs, targets)
         # Terms come before the loss: some are computed from this pass, which a second forward would overwrite.
         terms = []
         for method in self.methods:
@@ -197,7 +226,9 @@ class FineTuner(EpochTotals):
                     own = method.training_loss(self, batch, outputs)
                     if own is not None:
                         return Losses(outputs, method.name, own, terms)
-        return Losses(outputs, "the task", self.task.loss(outputs, targets), terms)
+        found = self.task.loss(outputs, targets)
+        parts = {} if isinstance(found, Tensor) else found
+        return Losses(outputs, "the task", self.task.total(found), terms, parts)
 
     def training_step(self, batch: Any, index: int) -> Tensor | None:
         # Of a joint batch that does not divide evenly, a process with fewer samples counts for less.
@@ -205,26 +236,26 @@ class FineTuner(EpochTotals):
         self.share = share.weight
         losses = self._losses(batch, training=True)
         stop_unless_finite(self, losses, batch, index)
-        self.count("train", losses, batch[1], share)
+        self.count("train", losses, batch, share)
         return losses.total if share.weight == 1 else losses.total * share.weight
 
     def validation_step(self, batch: Any, index: int) -> None:
         self._evaluate("validation", batch, index)
 
-    def test_step(self, batch: Any, index: int) -> None:
-        self._evaluate("test", batch, index)
+    def test_step(self, batch: Any, index: int, dataloader_idx: int = 0) -> None:  # Lightning's name
+        self._evaluate(self.test_stages()[dataloader_idx], batch, index)
 
     def _evaluate(self, stage: str, batch: Any, index: int) -> None:
         share = self.share_of(stage, batch, index)
         if not share.own:
             return
-        if self.task.compares:
-            outputs = self(batch[0]).detach()
-            self.task.collection(stage).update(outputs, batch[1])
-            losses = Losses(outputs, "the task", outputs.float().sum(), [])
-        else:
+        if self.task.has_loss(stage.partition("/")[0]):
             losses = self._losses(batch)
-            self.count(stage, losses, batch[1], share)
+            self.count(stage, losses, batch, share)
+        else:
+            outputs = detach(self(*batch))
+            self.task.update(stage, outputs, batch[1])
+            losses = Losses(outputs, "the task", first_tensor(outputs).float().sum(), [])
         if stage not in self.not_finite and not bool(torch.isfinite(losses.total)):
             self.not_finite[stage] = what_is_not_finite(self, losses, stage, batch, index)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from core.callbacks.exact_resume import gather
+from core.data.batch import batch_size
 from core.errors import ScionError, listed
 from core.method import sample_name
 
@@ -21,12 +23,14 @@ if TYPE_CHECKING:
 class Losses:
     """A batch's outputs and the parts of its loss."""
 
-    outputs: Tensor
+    outputs: Any
     source: str
     """Whose the main loss is: the task's, or that of a method in its place."""
     main: Tensor
     terms: list[tuple[str, Tensor]]
     """What methods add, by their names."""
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the main loss is the weighted sum of, where it has parts."""
 
     def __post_init__(self) -> None:
         self.total = self.main
@@ -35,7 +39,8 @@ class Losses:
 
     def culprit(self) -> str:
         """Which part is not finite, for a message."""
-        parts = [(f"the loss of {self.source}", self.main)]
+        parts = [(f"the part {name} of the loss of {self.source}", part) for name, part in self.parts.items()]
+        parts += [(f"the loss of {self.source}", self.main)]
         parts += [(f"the term that {name} adds to the loss", term) for name, term in self.terms]
         for name, value in parts:
             if not bool(torch.isfinite(value)):
@@ -95,31 +100,32 @@ def stop_unless_finite(tuner: FineTuner, losses: Losses, batch: Any, index: int)
 def what_is_not_finite(tuner: FineTuner, losses: Losses, stage: str, batch: Any, index: int) -> str:
     """Which part of a batch's loss is not finite, and for which samples."""
     inputs, targets = batch
+    size = batch_size(inputs)
     # From the inputs on: the first part that is broken is the reason for all that follow.
-    broken = broken_rows(inputs, len(targets))
+    broken = broken_rows(inputs, size)
     part = "the inputs are not finite"
     if not broken:
-        broken = broken_rows(losses.outputs, len(targets))
+        broken = broken_rows(losses.outputs, size)
         part = "the outputs of the head are not finite"
-        if broken and broken_rows(_features(tuner, inputs), len(targets)):
+        if broken and broken_rows(_reading(tuner, inputs, targets), size):
             part = "the features of the backbone are not finite"
     if not broken:
         part = losses.culprit()
-    names = _sample_names(tuner, stage, index, broken or list(range(len(targets))))
+    names = _sample_names(tuner, stage, index, broken or list(range(size)))
     hint = "a smaller optimizer.lr may help, or a look at the samples"
-    if 0 < len(broken) < len(targets):
+    if 0 < len(broken) < size:
         hint = "look at the samples"
     return f"{part} ({listed(names, 4)}); {hint}"
 
 
-def _features(tuner: FineTuner, inputs: Any) -> Tensor:
+def _reading(tuner: FineTuner, inputs: Any, targets: Any) -> Any:
     # In eval mode, so that no batch norm takes the broken batch into its statistics.
     training = tuner.training
     with torch.no_grad():
         tuner.eval()
-        features = tuner.backbone(inputs)
+        found = tuner.read(inputs, targets)
         tuner.train(training)
-    return features
+    return found
 
 
 def _sample_names(tuner: FineTuner, stage: str, index: int, rows: list[int]) -> list[str]:

@@ -56,7 +56,7 @@ def load_run(folder: str, device: str = "cpu") -> FineTuner:
 def _around_backbone(model: dict[str, Any], backbone: Any) -> FineTuner:
     """What a record says of a run's model, around its backbone."""
     task = build(model["task"], model["seed"], Task)
-    return FineTuner(backbone, task, model["classes"], model["multilabel"], seed=model["seed"])
+    return FineTuner(backbone, task, model["classes"], model["multilabel"], seed=model["seed"], info=model.get("info"))
 
 
 def _prepare_head(tuner: FineTuner) -> None:

@@ -19,9 +19,13 @@ if TYPE_CHECKING:
 
 def model_record(tuner: FineTuner) -> dict[str, Any]:
     """How to build the backbone and the task of ``tuner``, as adapters and patches record it."""
-    return {"backbone": spec(tuner.backbone), "task": spec(tuner.task),
-            "classes": list(getattr(tuner.task, "classes", [])), "multilabel": tuner.hparams["multilabel"],
-            "seed": tuner.hparams["seed"]}
+    found = {"backbone": spec(tuner.backbone), "task": spec(tuner.task),
+             "classes": list(getattr(tuner.task, "classes", [])), "multilabel": tuner.hparams["multilabel"],
+             "seed": tuner.hparams["seed"]}
+    further = tuner.info.further()
+    if further:
+        found["info"] = further
+    return found
 
 
 def spec(part: nn.Module) -> dict[str, Any] | None:

@@ -103,7 +103,7 @@ def _fit(point: Point, stage: Stage, folder: RunFolder, assembly: Assembly, is_l
     if takes_best:
         _take_best(tuner, checkpoints, stamp)
     metrics = {"validation": _validation(history.rows, checkpoints.best_epoch), "test": {}}
-    if is_last and data.test_set is not None:
+    if is_last and data.test_sets:
         metrics["test"] = _test(trainer, assembly)
     parameters = count(tuner)
     _save(stage, methods, tuner, folder, trainer)

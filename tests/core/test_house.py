@@ -66,7 +66,7 @@ def private(trees: dict[Path, ast.Module]) -> dict[str, set[Path]]:
     return found
 
 
-OF_OTHERS = {"_parameters", "_trainer", "_buffers", "_modules", "_collections"}
+OF_OTHERS = {"_parameters", "_trainer", "_buffers", "_modules"}
 """Names that torch's and Lightning's classes have too, and that mean theirs."""
 
 

@@ -122,6 +122,7 @@ class SideTuning(PEFTMethod):
     """
 
     tags = ("additive", ("side",))
+    readings = ("feature",)
     identity_at_start = False
     inference_cost = "the side network runs beside the backbone"
     recommended = {"lr": 1e-3, "weight_decay": 1e-4}

@@ -80,6 +80,7 @@ class VPTSP(OwnLoss, PEFTMethod):
     """
 
     tags = ("hybrid", ("tokens", "norms"))
+    readings = ("feature",)
     identity_at_start = False
     moves_base = True
     inference_cost = "every layer reads `tokens` more tokens"

@@ -182,6 +182,7 @@ class VQT(Staged, AddsLoss, PEFTMethod):
     """
 
     tags = ("additive", ("tokens", "side"))
+    readings = ("feature",)
     identity_at_start = False
     needs = ("attend",)
     inference_cost = "`tokens` queries more in each layer, without keys, and a wider head"
