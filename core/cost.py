@@ -14,6 +14,7 @@ bookkeeping beside the same activations (dropout's mask in one byte an element i
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -118,8 +119,9 @@ def describe(model: nn.Module, example_input: Inputs | None = None, loss: Loss |
 
     Args:
         model: any module, with or without methods attached, on any device (``meta`` included).
-        example_input: one batch: a tensor, a tuple of arguments, or a mapping of named ones. None counts parameters
-            only. Values do not matter, unless the model's control flow reads them.
+        example_input: one batch: a tensor, a tuple of arguments, or a mapping (by name where the forward takes those
+            names, else one argument). None counts parameters only. Values do not matter, unless the control flow reads
+            them.
         loss: from the model's output to a scalar; it is counted with the model. By default the backward starts from the
             sum of the squares of all outputs, and only the model itself is counted.
 
@@ -370,7 +372,7 @@ def _stand_ins(model: nn.Module, inputs: Inputs, fake: bool) -> Iterator[tuple[C
             for name, buffer in model.named_buffers():
                 tensors[name] = solid(buffer).clone()  # a batch norm writes into its buffers
             batch = tree_map_only(Tensor, solid, inputs)
-            args, kwargs = _arguments(batch)
+            args, kwargs = _arguments(model, batch)
             there_anyway: set[int] = set()
             for leaf in [*tensors.values(), *tree_leaves(batch)]:
                 if isinstance(leaf, Tensor):
@@ -405,10 +407,15 @@ def _put_back(before: list[_Contents]) -> None:
         module._buffers.update(entry.buffers)
 
 
-def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A batch as the arguments of a forward."""
+def _arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A batch as the arguments of a forward: a mapping by name, or as one argument where the forward takes no such
+    names (a `core.backbone.Backbone`, say)."""
     if isinstance(batch, Mapping):
-        return (), dict(batch)
+        parameters = inspect.signature(model.forward).parameters
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        if takes_any or set(batch) <= set(parameters):
+            return (), dict(batch)
+        return (batch,), {}
     if isinstance(batch, (tuple, list)):
         return tuple(batch), {}
     return (batch,), {}

@@ -29,7 +29,7 @@ def describe(config: str, overrides: list[str], as_json: bool, trust: bool = Fal
     from core.training.assemble import assemble  # start-up time
 
     if not trust:
-        _check_published(config)
+        check_published(config)
     found = points(config, overrides)
     records: list[dict[str, Any]] = []
     for point in found:
@@ -65,7 +65,7 @@ def _shapes(batch: Any) -> Any:
     return list(batch.shape)
 
 
-def _check_published(config: str) -> None:
+def check_published(config: str) -> None:
     """Refuse the configuration in a run's folder where it names a class by its full path."""
     from core.config import read  # start-up time
 

@@ -69,6 +69,13 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("out", help="a folder to make")
     sub.add_argument("--model", required=True, help="the backbone that it is for; names as for roles")
     _add_patch(command("patch", "carry what a run has learned to another base of its architecture"))
+    sub = command("test", "measure a finished run on other data, or with a method replaced")
+    sub.epilog = ("What is other than in the run: --data.root FOLDER, --data.X, --task.X (arguments of the task), "
+                  "--trainer.accelerator.")
+    sub.add_argument("run", help="a run folder")
+    sub.add_argument("--swap", action="append", default=[], metavar="NAME=FOLDER",
+                     help="give the run's method NAME the values of the one in FOLDER")
+    sub.add_argument("--trust", action="store_true", help="the run is your own: it may name any class by its full path")
     sub = command("predict", "label files with a finished run")
     sub.add_argument("run", help="a run folder")
     sub.add_argument("files", nargs="+", help="files to label, or folders of them")
@@ -122,9 +129,9 @@ def _finite(text: str) -> float:
 
 
 OWN = {"--run_dir": True, "--overwrite": False, "--json": False, "--trust": False, "--print_config": False,
-       "--help": False}
-"""Options of ``run`` and ``describe`` that are no keys of a configuration, or stand beside one (``--run_dir``), and
-whether a value follows."""
+       "--help": False, "--swap": True}
+"""Options of ``run``, ``describe`` and ``test`` that are no keys of a configuration, or stand beside one
+(``--run_dir``), and whether a value follows."""
 
 
 def _apart(words: list[str]) -> tuple[list[str], list[str]]:
@@ -152,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words  # wherever it stands
     words = [word for word in words if word != "--debug"]
-    own, keys = _apart(words) if words[:1] in (["run"], ["describe"]) else (words, [])
+    own, keys = _apart(words) if words[:1] in (["run"], ["describe"], ["test"]) else (words, [])
     asks = [word for word in own if word in ("--help", "-h")]
     if words[:1] == ["run"] and asks and len(own) > 1 + len(asks):
         return _fields_of([word for word in own if word not in asks], keys)
@@ -166,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.command is None:
         main_parser.print_help()
         return 0
-    if rest and arguments.command not in ("run", "describe"):
+    if rest and arguments.command not in ("run", "describe", "test"):
         main_parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if getattr(arguments, "run_dir", None) == "":
         main_parser.error("argument --run_dir: the name of a folder is missing")
@@ -237,7 +244,7 @@ def _dispatch(arguments: argparse.Namespace, rest: list[str]) -> int:
         from core.training.many_runs import run  # start-up time
 
         return run(found, arguments.run_dir, arguments.overwrite)
-    if arguments.command in ("merge", "predict") or getattr(arguments, "action", None) == "take":
+    if arguments.command in ("merge", "predict", "test") or getattr(arguments, "action", None) == "take":
         _glance(arguments.run)
     _quick_imports()
     return _call(arguments, rest) or 0
@@ -273,6 +280,10 @@ def _call(arguments: Any, rest: list[str]) -> int | None:
         return import_(arguments.folder, arguments.out, arguments.model)
     if command == "patch":
         return _call_patch(arguments)
+    if command == "test":
+        from core.cli.test import test  # start-up time
+
+        return test(arguments.run, rest, arguments.swap, arguments.trust)
     from core.cli.predict import predict  # start-up time
 
     return predict(arguments.run, arguments.files, arguments.json, arguments.trust)

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 def merge(run: str, out: str) -> int:
     """Write the methods of a run into its backbone, and the plain backbone into a new folder ``out``.
 
-    The folder holds the backbone as its own library saves it, ``head.safetensors`` and ``labels.json``.
+    The folder holds the backbone as its own library saves it, ``labels.json``, and ``head.safetensors`` if the task has
+    a head of its own.
     """
     from core.training.load_run import load_run  # start-up time
 
@@ -30,8 +31,10 @@ def merge(run: str, out: str) -> int:
     tuner = load_run(run)
     merge_methods(tuner)
     with new_folder(target) as scratch:
-        save_plain(tuner, scratch)
-    print(f"{printable(out)}: a plain {type(tuner.backbone.model).__name__}, head.safetensors and labels.json")
+        has_head = save_plain(tuner, scratch)
+    files = "head.safetensors and labels.json" if has_head else "labels.json"
+    separator = ", " if has_head else " and "
+    print(f"{printable(out)}: a plain {type(tuner.backbone.model).__name__}{separator}{files}")
     return 0
 
 
@@ -83,19 +86,21 @@ def _probe(site: Site) -> Tensor | None:
         return site.module(numbers.to(weight))
 
 
-def save_plain(tuner: FineTuner, folder: Path) -> None:
-    """The library's model as the library saves it, and the task's head beside it."""
+def save_plain(tuner: FineTuner, folder: Path) -> bool:
+    """The library's model as the library saves it, and the task's head beside it; returns whether there is a head."""
     from safetensors.torch import save_file
 
     save_library_model(tuner.backbone.model, folder)
     head = tuner.task.plain_head()
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in head.state_dict().items()}
-    save_file(tensors, folder / "head.safetensors", metadata={"format": "pt"})
+    if tensors:
+        save_file(tensors, folder / "head.safetensors", metadata={"format": "pt"})
     classes = list(getattr(tuner.task, "classes", []))
     multilabel = bool(tuner.hparams.get("multilabel"))
     labels = {"classes": classes, "multilabel": multilabel, "task": type(tuner.task).__name__, "head": str(head),
               "features": int(tuner.backbone.dim)}
     (folder / "labels.json").write_text(json.dumps(labels, indent=1) + "\n")
+    return bool(tensors)
 
 
 def save_library_model(model: Any, folder: Path) -> None:

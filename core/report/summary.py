@@ -87,13 +87,24 @@ def _result_rows(metrics: dict[str, Any]) -> list[Row]:
     by_split = metrics.get("metrics") or {}
     for split in ("validation", "test"):
         values = scalars(by_split.get(split))
-        if values:  # a run may have no test set, or may not have validated
-            numbers = [f"{name} {value:.4f}" for name, value in values.items()]
-            rows.append((split, "   ".join(numbers)))
+        for name, own in _by_set(values).items():  # a run may have no test set, or may not have validated
+            numbers = [f"{metric} {value:.4f}" for metric, value in own.items()]
+            rows.append((f"{split} {name}".rstrip(), "   ".join(numbers)))
     select = metrics.get("select")
     if select:
         rows.append(("checkpoint", CHECKPOINTS.get(select, str(select))))
     return rows
+
+
+def _by_set(values: dict[str, float]) -> dict[str, dict[str, float]]:
+    """Metrics by the name of their test set; those of the only one, and parts of its loss, under no name."""
+    found: dict[str, dict[str, float]] = {}
+    for name, value in values.items():
+        first, _, rest = name.partition("/")
+        if not rest or first == "loss":
+            first, rest = "", name
+        found.setdefault(first, {})[rest] = value
+    return found
 
 
 def _effort_rows(metrics: dict[str, Any]) -> list[Row]:

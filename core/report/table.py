@@ -15,6 +15,7 @@ from core.report.text import (
     aligned,
     bytes_text,
     duration_text,
+    is_loss,
     is_repetition,
     methods_named,
     origin_of,
@@ -185,7 +186,7 @@ def _mean(values: Iterable[float | None]) -> float | None:
 def _shown(rows: list[Row]) -> list[str]:
     """The metrics that the table shows: all, but a loss only where there is nothing else."""
     names = _unique(name for row in rows for name in row["metrics"])
-    return [name for name in names if not name.endswith(" loss")] or names
+    return [name for name in names if not is_loss(name.partition(" ")[2])] or names
 
 
 def _cells(rows: list[Row], axes: list[str]) -> tuple[list[str], list[list[str]]]:

@@ -17,19 +17,26 @@ def methods_named(peft: Any) -> str:
 
 
 def scalars(values: Any) -> dict[str, float]:
-    """The plain numbers of a split's metrics, names without the split, a loss last."""
+    """The plain numbers of a split's metrics, names without the split, losses last."""
     metrics: dict[str, float] = {}
     losses: dict[str, float] = {}
     for key, value in (values or {}).items():
         # A boolean is an int to Python, and no number to a reader.
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
-        name = str(key).rpartition("/")[2]
-        if name in ("loss", "penalty"):
+        name = str(key)
+        for split in ("train/", "validation/", "test/"):
+            name = name.removeprefix(split)
+        if is_loss(name):
             losses[name] = float(value)
         else:
             metrics[name] = float(value)
     return {**metrics, **losses}
+
+
+def is_loss(name: str) -> bool:
+    """Whether a metric is a loss or a part of one: ``loss``, ``loss/mask``, ``base/loss``, ``penalty``."""
+    return not {"loss", "penalty"}.isdisjoint(name.split("/"))
 
 
 def bytes_text(count: float) -> str:

@@ -242,13 +242,14 @@ class FineTuner(EpochTotals):
     def validation_step(self, batch: Any, index: int) -> None:
         self._evaluate("validation", batch, index)
 
-    def test_step(self, batch: Any, index: int, dataloader_idx: int = 0) -> None:  # Lightning's name
-        self._evaluate(self.test_stages()[dataloader_idx], batch, index)
+    def test_step(self, batch: Any, index: int, dataloader_idx: int = 0) -> Any:  # Lightning's name
+        return self._evaluate(self.test_stages()[dataloader_idx], batch, index)
 
-    def _evaluate(self, stage: str, batch: Any, index: int) -> None:
+    def _evaluate(self, stage: str, batch: Any, index: int) -> Any:
+        """Measure a batch; returns the outputs."""
         share = self.share_of(stage, batch, index)
         if not share.own:
-            return
+            return None
         if self.task.has_loss(stage.partition("/")[0]):
             losses = self._losses(batch)
             self.count(stage, losses, batch, share)
@@ -258,6 +259,7 @@ class FineTuner(EpochTotals):
             losses = Losses(outputs, "the task", first_tensor(outputs).float().sum(), [])
         if stage not in self.not_finite and not bool(torch.isfinite(losses.total)):
             self.not_finite[stage] = what_is_not_finite(self, losses, stage, batch, index)
+        return detach(losses.outputs) if stage.startswith("test") else None
 
     def on_train_end(self) -> None:
         check_trained(self, "the training came to nothing")

@@ -24,8 +24,10 @@ from core.training.head_files import load_outside
 from core.training.recorded_model import build, published
 
 
-def load_run(folder: str, device: str = "cpu") -> FineTuner:
+def load_run(folder: str, device: str = "cpu", task: dict[str, Any] | None = None) -> FineTuner:
     """The model of a finished run, from the folder that ``lightning run`` left.
+
+    ``task`` holds arguments of the task that are to be other ones than in the run (its metrics, say).
 
     Nothing is built but what ``core.tasks`` and the installed domains publish, and the methods of the registry.
 
@@ -37,6 +39,8 @@ def load_run(folder: str, device: str = "cpu") -> FineTuner:
         raise ScionError(f"{folder}: no adapter.json in a folder adapter here; give the folder of a run")
     saved = open_adapter(path)
     model = saved.record.get("model") or {}
+    if task and model.get("task"):
+        model["task"] = {**model["task"], **task}
     if not model.get("backbone") or not model.get("task"):
         raise ScionError(f"{path}: the record does not say how to build backbone and task (they are no domain's); "
                          "build the backbone and use core.load_adapter")

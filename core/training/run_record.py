@@ -67,6 +67,8 @@ def count(tuner: FineTuner) -> dict[str, int]:
     inside.update(beside)
     in_head = [p for p in tuner.parameters() if p.requires_grad and id(p) not in inside]
     counts["head"] += _numbers(in_head)
+    for name, head in getattr(tuner.task, "heads", {}).items():  # several heads are counted by name as well
+        counts[f"head/{name}"] = _numbers(p for p in head.parameters() if p.requires_grad)
     added: set[int] = set()
     if hasattr(tuner.backbone, "peft"):
         home: Home = tuner.backbone.peft  # type: ignore[assignment]

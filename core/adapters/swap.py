@@ -1,0 +1,83 @@
+"""One attached method's values replaced by those of another trained one of the same shape."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from core.adapters.reading import Saved, load_tensors, open_adapter
+from core.errors import ScionError, listed
+from core.json_types import shown
+from core.method import key_of
+from core.method.contents import live_tensors
+
+if TYPE_CHECKING:
+    from core.method import Home, PEFTMethod
+
+FREE = ("name", "seed", "trainable", "lr", "dropout", "head", "on", "backbone_mode")
+"""Arguments in which two methods of the same shape may differ."""
+
+
+def swap(method: PEFTMethod, source: str | Path) -> None:
+    """Give an attached method the values of the same kind of method in a file; nothing else of the model changes.
+
+    Args:
+        method: attached to its model.
+        source: an adapter folder, or a run folder. Of several methods in it the one with ``method``'s name is taken, or
+            the only one of its class.
+
+    Raises:
+        ScionError: no such method there, one of another shape, or of another base; nothing has changed then.
+    """
+    saved = open_adapter(source)
+    saved.check_whole()
+    where = str(source)
+    spec = _spec_of(method, saved, where)
+    _check_same_shape(method, spec, where)
+    home: Home = method.need_root().peft  # type: ignore[assignment]
+    recorded = saved.record["base"]["fingerprint"]
+    if home.fingerprint != recorded:
+        raise ScionError(f"{where}: was trained on another base (fingerprint {recorded}, here it is "
+                         f"{home.fingerprint}): {method.name} cannot be replaced by it")
+    load_tensors([method], _tensors_of(method, spec, saved), where)
+
+
+def _spec_of(method: PEFTMethod, saved: Saved, where: str) -> dict[str, Any]:
+    """What the file says of the method that is to come."""
+    specs: list[Any] = saved.record["methods"]
+    alike = [spec for spec in specs if spec["class"] == method.spec()["class"]]
+    named = [spec for spec in alike if spec["name"] == method.name]
+    if named:
+        return named[0]
+    if len(alike) == 1:
+        return alike[0]
+    there = listed(f"{spec['name']} ({spec['class']})" for spec in specs)
+    raise ScionError(f"{where}: holds no {type(method).__name__} that could replace {method.name}; it has {there}")
+
+
+def _check_same_shape(method: PEFTMethod, spec: dict[str, Any], where: str) -> None:
+    own = method.spec()
+    for key, value in own["config"].items():
+        other = spec["config"].get(key, value)
+        if key not in FREE and other != value:
+            raise ScionError(f"{where}: has {key} {shown(other)}, and {method.name} has {shown(value)}; only a method "
+                             "of the same shape can replace it")
+    if own.get("structure", {}) != spec.get("structure", {}):
+        raise ScionError(f"{where}: is in another stage than {method.name}, or has grown otherwise; only a method of "
+                         "the same shape can replace it")
+
+
+def _tensors_of(method: PEFTMethod, spec: dict[str, Any], saved: Saved) -> dict[str, Tensor]:
+    """The method's tensors in the file, by the names that they have here."""
+    there = f"peft.{key_of(spec['name'])}."
+    here = f"peft.{key_of(method.name)}."
+    found: dict[str, Tensor] = {}
+    for name, tensor in saved.tensors.items():
+        if name.startswith(there):
+            found[here + name.removeprefix(there)] = tensor
+    for name in live_tensors(method):
+        if name in saved.tensors and not name.startswith("peft."):
+            found[name] = saved.tensors[name]
+    return found
