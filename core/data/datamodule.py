@@ -23,9 +23,11 @@ from torch.utils.data import Dataset
 from core.data.batch import Inputs, stack
 from core.data.info import DataInfo
 from core.data.loader import EpochLoader as EpochLoader
+from core.data.samplers import BalancedSampler, LengthSampler
 from core.data.samplers import ClassSampler as ClassSampler
 from core.data.samplers import EpochSampler as EpochSampler
 from core.data.samplers import Share as Share
+from core.data.targets import class_numbers, lengths_of
 from core.errors import ScionError
 from core.random_state import seed_of as seed_of
 from core.record import Recorded
@@ -51,8 +53,17 @@ def _tell_skipped(skipped: list[str]) -> None:
         logging.getLogger("scion.data").info("skipped %s", line)
 
 
-class Loaders(LightningDataModule):
-    """The loaders of the sets, in the house's order."""
+class DataDeclarations:
+    """What a datamodule says of its data once they are loaded."""
+
+    classes: list[str]
+    """Class names; a target is a position in this list."""
+    origin: dict[str, str]
+    """``{"source": "real" | "mini", "name": ...}``: what the numbers were measured on. Of one task of a suite also
+    ``task`` and ``group``: tables of all tasks then have the groups' means."""
+    skipped: list[str]
+    """Files left out, each with the reason."""
+    multilabel: bool = False
 
     train_set: Dataset
     validation_set: Dataset | None = None
@@ -60,6 +71,12 @@ class Loaders(LightningDataModule):
     batch_size: int
     num_workers: int
     seed: int | None
+    balanced: bool
+    length_groups: int | None
+
+
+class Loaders(DataDeclarations, LightningDataModule):
+    """The loaders of the sets, in the house's order."""
 
     @property
     def test_sets(self) -> Mapping[str, Dataset]:
@@ -67,11 +84,22 @@ class Loaders(LightningDataModule):
         return {} if self.test_set is None else {"": self.test_set}
 
     def sampler(self, dataset: Dataset, train: bool) -> EpochSampler:
-        """The order of an epoch: shuffled by (seed, epoch) for training, as the data lie otherwise."""
-        return EpochSampler(len(dataset), shuffle=train, seed=self.seed or 0)  # type: ignore[arg-type]
+        """The order of an epoch: shuffled by (seed, epoch) for training, as the data lie otherwise; balanced or by
+        length where that is asked for."""
+        seed = self.seed or 0
+        if self.balanced and train:
+            return BalancedSampler(class_numbers(dataset, "data.balanced"), seed)
+        if self.length_groups is not None:
+            return LengthSampler(lengths_of(dataset), self.length_groups, train, seed)
+        return EpochSampler(len(dataset), shuffle=train, seed=seed)  # type: ignore[arg-type]
+
+    def collate(self, train: bool) -> Callable[[list[Any]], Any] | None:
+        """The function that makes a batch (inputs, targets), each a tensor or a mapping of tensors, of samples: of
+        training, or of validation and test. None stacks tensors, which have one shape then; padding belongs here."""
+        return self.collate_train() if train else None
 
     def collate_train(self) -> Callable[[list[Any]], Any] | None:
-        """The function that makes a training batch (mixup belongs here); None stacks the samples."""
+        """The function that makes a training batch, where only that differs (mixup); None stacks the samples."""
         return None
 
     def loader(self, dataset: Dataset, train: bool) -> EpochLoader:
@@ -82,11 +110,10 @@ class Loaders(LightningDataModule):
             sampler.process = where.get("rank", 0), where.get("num_replicas", 1)
         if train and hasattr(dataset, "set_epoch"):
             sampler.listeners.append(dataset.set_epoch)  # type: ignore[attr-defined]
-        collate = self.collate_train() if train else None
         # without one of its own a DataLoader draws its workers' seed from the global random state
         generator = torch.Generator().manual_seed(self.seed or 0)
         return EpochLoader(dataset, batch_size=self.batch_size, sampler=sampler, num_workers=self.num_workers,
-                           collate_fn=collate, generator=generator)
+                           collate_fn=self.collate(train), generator=generator)
 
     def train_dataloader(self) -> EpochLoader:
         return self.loader(self.train_set, train=True)
@@ -118,28 +145,29 @@ class DataModule(Recorded, Loaders, ABC):
         batch_size: samples a step, in each process.
         num_workers: loader processes; results do not depend on it.
         seed: of order and augmentation. None takes the run's ``seed_everything``.
+        balanced: in training, every class equally often (`core.data.BalancedSampler`).
+        length_groups: batches that are sorted by length together, 50 for one (`core.data.LengthSampler`); validation
+            and test are sorted as a whole. The data sets say how long their samples are, as ``lengths``. None leaves
+            lengths out of account.
     """
 
-    classes: list[str]
-    """Class names; a target is a position in this list."""
-    origin: dict[str, str]
-    """``{"source": "real" | "mini", "name": ...}``: what the numbers were measured on. Of one task of a suite also
-    ``task`` and ``group``: tables of all tasks then have the groups' means."""
-    skipped: list[str]
-    """Files left out, each with the reason."""
-    multilabel: bool = False
-
     def __init__(self, root: str | None = None, source: Source = "auto", batch_size: int = 32, num_workers: int = 0,
-                 seed: int | None = None) -> None:
+                 seed: int | None = None, balanced: bool = False, length_groups: int | None = None) -> None:
         super().__init__()
-        for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0), ("seed", seed, 0)):
+        for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0), ("seed", seed, 0),
+                                   ("length_groups", length_groups, 1)):
             if value is not None and value < least:
                 raise ScionError(f"data.{name}: {value} must be at least {least}")
+        if balanced and length_groups is not None:
+            raise ScionError("data.balanced: batches are made either of all classes equally often or by length; leave "
+                             "one of data.balanced and data.length_groups out")
         self.root = Path(root) if root is not None else None
         self.source: Source = source
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = seed
+        self.balanced = balanced
+        self.length_groups = length_groups
         self.skipped = []
         self.is_loaded = False
 

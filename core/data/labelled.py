@@ -70,13 +70,13 @@ class LabelledData(BenchmarkDeclarations, DataModule):
             larger number contains a smaller one's. Validation and test stay whole. Null takes all.
         skip_bad: leave out unreadable files and list them in ``skipped``, instead of stopping at the first.
         cache: folder of downloads and of what is computed from files; null is ``$SCION_CACHE`` or ``~/.cache/scion``.
-        batch_size, num_workers, seed: see ``DataModule``.
+        batch_size, num_workers, seed, balanced: see ``DataModule``.
     """
 
     def __init__(self, root: str | None = None, source: Source = "auto", shots: int | None = None,
                  skip_bad: bool = False, cache: str | None = None, batch_size: int = 32, num_workers: int = 0,
-                 seed: int | None = None) -> None:
-        super().__init__(root, source, batch_size, num_workers, seed)
+                 seed: int | None = None, balanced: bool = False) -> None:
+        super().__init__(root, source, batch_size, num_workers, seed, balanced)
         if shots is not None and shots < 1:
             raise ScionError(f"data.shots: {shots} training {self.samples_are} a class are too few; at least 1, or "
                              "null for all")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -131,9 +132,7 @@ class ClassSampler(EpochSampler):
 
     def __init__(self, targets: Sequence[int], batch_size: int, per_class: int, seed: int) -> None:
         super().__init__(len(targets), shuffle=True, seed=seed)
-        members: dict[int, list[int]] = {}
-        for index, target in enumerate(targets):
-            members.setdefault(int(target), []).append(index)
+        members = _members_by_class(targets)
         if per_class < 1 or batch_size % per_class:
             raise ScionError(f"data.per_class: {per_class} samples of a class do not divide a batch of {batch_size}")
         if batch_size // per_class > len(members):
@@ -142,7 +141,7 @@ class ClassSampler(EpochSampler):
                              f"{len(members) * per_class} can be")
         self.batch_size = batch_size
         self.per_class = per_class
-        self.members = [members[target] for target in sorted(members)]
+        self.members = list(members.values())
 
     def order(self) -> list[int]:
         """The indices that this process reads in the present epoch."""
@@ -197,3 +196,96 @@ class ClassSampler(EpochSampler):
     def __len__(self) -> int:
         _, world = self.processes()
         return max(self.size // (self.batch_size * world), 1) * self.batch_size
+
+
+class LengthSampler(EpochSampler):
+    """Batches of samples of about the same length, so that little of a batch is padding.
+
+    In training the samples are shuffled by (seed, epoch), sorted by length within groups of ``groups`` joint batches,
+    and the batches are shuffled again. The short batch of an epoch comes last, as everywhere; its lengths are those of
+    a random place of the last group, for else it would hold the longest samples of a group in every epoch. Otherwise
+    the order is from the longest sample to the shortest: a batch that needs too much memory is then the first one.
+
+    Args:
+        lengths: of each sample, in any unit (tokens, frames).
+        groups: joint batches that are sorted together.
+        shuffle: whether this is an order for training.
+        seed: of the order.
+
+    Raises:
+        ScionError: ``groups`` is less than 1.
+    """
+
+    def __init__(self, lengths: Sequence[int], groups: int, shuffle: bool, seed: int) -> None:
+        super().__init__(len(lengths), shuffle, seed)
+        if groups < 1:
+            raise ScionError(f"data.length_groups: {groups} batches in a group must be at least 1")
+        self.lengths = [int(length) for length in lengths]
+        self.groups = groups
+
+    def order(self) -> list[int]:
+        shuffled = super().order()
+        if not self.shuffle:
+            return sorted(shuffled, key=lambda index: -self.lengths[index])
+        generator = torch.Generator().manual_seed(seed_of(self.seed, "lengths", self.epoch))
+        # Cut by joint batches, the order is the same for any number of processes that share one.
+        joint = self.batch_size * self.processes()[1]
+        batches: list[list[int]] = []
+        short: list[int] = []
+        for start in range(0, self.size, joint * self.groups):
+            group = shuffled[start:start + joint * self.groups]
+            group.sort(key=self.lengths.__getitem__)
+            whole, rest = divmod(len(group), joint)
+            if rest:  # in the last group only
+                place = joint * int(torch.randint(whole + 1, (), generator=generator))
+                short = group[place:place + rest]
+                del group[place:place + rest]
+            batches += [group[at:at + joint] for at in range(0, len(group), joint)]
+        places = torch.randperm(len(batches), generator=generator).tolist()
+        mixed = [batches[place] for place in places]
+        return [*chain.from_iterable(mixed), *short]
+
+
+class BalancedSampler(EpochSampler):
+    """Every class equally often, whatever the sizes of the classes; an epoch has as many samples as the data.
+
+    The order is a function of (seed, epoch). Of ``samples / classes`` draws of a class each takes a sample of its own
+    as long as there are some, and the class comes again from the start after that, shuffled: small classes repeat their
+    samples within an epoch, large ones leave some for another epoch. Where the classes do not divide the samples, those
+    that come up once more are drawn anew in each epoch.
+
+    Args:
+        targets: the class of each sample, any whole numbers.
+        seed: of the order.
+    """
+
+    def __init__(self, targets: Sequence[int], seed: int) -> None:
+        super().__init__(len(targets), shuffle=True, seed=seed)
+        self.members = list(_members_by_class(targets).values())
+
+    def order(self) -> list[int]:
+        generator = torch.Generator().manual_seed(seed_of(self.seed, "balanced", self.epoch))
+        each, left = divmod(self.size, max(len(self.members), 1))
+        once_more = set(torch.randperm(len(self.members), generator=generator)[:left].tolist())
+        drawn: list[int] = []
+        for number, rows in enumerate(self.members):
+            times = each + (number in once_more)
+            drawn += _draw_in_rounds(rows, times, generator)
+        mixed = torch.randperm(len(drawn), generator=generator).tolist()
+        return [drawn[place] for place in mixed]
+
+
+def _members_by_class(targets: Sequence[int]) -> dict[int, list[int]]:
+    """The samples of each class, by the classes' numbers in their order."""
+    members: dict[int, list[int]] = {}
+    for index, target in enumerate(targets):
+        members.setdefault(int(target), []).append(index)
+    return {target: members[target] for target in sorted(members)}
+
+
+def _draw_in_rounds(rows: list[int], times: int, generator: torch.Generator) -> list[int]:
+    """So many of the rows, each once before any comes again."""
+    found: list[int] = []
+    while len(found) < times:
+        found += [rows[place] for place in torch.randperm(len(rows), generator=generator).tolist()]
+    return found[:times]

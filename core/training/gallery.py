@@ -29,7 +29,8 @@ def of_run(tuner: FineTuner, data: DataModule, file: Path, title: str = "") -> b
         return False
     if tuner.task.compares:
         table = _table_of_neighbours(tuner)
-        rows = [] if table is None else [[int(number) for number in line] for line in table]
+        order = data.sampler(dataset, train=False).order()  # in which the samples came, which may be by length
+        rows = [[order[int(number)] for number in line] for line in ([] if table is None else table)]
         columns = len(rows[0]) if rows else 0
     else:
         count = min(report.MOST, len(dataset))

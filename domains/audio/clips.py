@@ -64,7 +64,9 @@ class Clips(Dataset):
                  masks: tuple[int, int] | None = None, mixup: float = 0.0, classes: int = 0, seed: int = 0,
                  names: Sequence[str] | None = None) -> None:
         self.names = names
-        self.banks, self.targets, self.rows = banks, targets, rows
+        self.banks, self.rows = banks, rows
+        self.targets = [targets[row] for row in rows]
+        """Of each of the set's clips."""
         self.mean, self.std = mean, std
         self.masks, self.mixup, self.classes, self.seed = masks, mixup, classes, seed
         self.epoch = 0
@@ -80,7 +82,7 @@ class Clips(Dataset):
         return features.normalise(bank, self.mean, self.std)
 
     def _weights(self, index: int) -> Tensor:
-        target = self.targets[self.rows[index]]
+        target = self.targets[index]
         if isinstance(target, Tensor):
             return target
         weights = torch.zeros(self.classes)
@@ -88,7 +90,7 @@ class Clips(Dataset):
         return weights
 
     def __getitem__(self, index: int) -> tuple[Tensor, int | Tensor]:
-        bank, target = self._bank(index), self.targets[self.rows[index]]
+        bank, target = self._bank(index), self.targets[index]
         if self.masks is None and not self.mixup:
             return bank, target
         generator = torch.Generator().manual_seed(seed_of(self.seed, "augment", self.epoch, index))
@@ -125,7 +127,8 @@ class AudioData(LabelledData):
         frequency_mask: most bins of that band.
         time_mask: most frames of that stretch at the protocol's length; less in proportion where clips are shorter.
         mixup: alpha of mixup between training clips, 0 for none. Training targets are then vectors of class weights.
-        root, source, shots, skip_bad, cache, batch_size, num_workers, seed: see ``LabelledData``.
+        root, source, shots, skip_bad, cache, batch_size, num_workers, seed, balanced: see
+            ``LabelledData``.
     """
 
     domain = "audio"

@@ -310,7 +310,8 @@ class ImageData(LabelledData):
             of each at full size.
         normalise: ``none`` leaves values in 0 .. 1; ``imagenet`` and ``inception`` (0.5 and 0.5) are what backbones
             were pretrained with. Papers on one benchmark differ here, and so do their numbers: metrics.json has it.
-        root, source, shots, skip_bad, cache, batch_size, num_workers, seed: see ``LabelledData``.
+        root, source, shots, skip_bad, cache, batch_size, num_workers, seed, balanced: see
+            ``LabelledData``.
     """
 
     domain = "vision"

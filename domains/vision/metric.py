@@ -107,6 +107,8 @@ class MetricLearning(ImageData):
         if per_class < 1 or self.batch_size % per_class:
             raise ScionError(f"data.per_class: {per_class} samples of a class do not divide a batch of "
                              f"{self.batch_size}")
+        if self.balanced:
+            raise ScionError("data.balanced: data.per_class makes the batches of these data; leave balanced out")
         if not 0 <= validation_share < 1:
             raise ScionError(f"data.validation_share: {validation_share} must lie in [0, 1)")
         if test_share is not None and not 0 < test_share < 1:
