@@ -127,6 +127,11 @@ class Task(TaskDeclarations, nn.Module, Recorded, ABC):
 
     # ------------------------------------------------------------------------------ what people see
 
+    def counts(self, outputs: Any, targets: Any) -> int | Tensor | None:
+        """How many labels the mean loss of a batch is over, where a step's labels shall weigh alike (tokens); 0 where
+        there is none, and then the loss is not asked. None, always, where samples count."""
+        return None
+
     @abstractmethod
     def predict(self, outputs: Any) -> list[dict[str, Any]]:
         """One readable prediction a sample, best first: ``{"label": ..., "score": ..., "scores": {label: score}}``, and

@@ -94,7 +94,8 @@ class EpochTotals(L.LightningModule):
         if not share.own:
             return
         self.task.update(stage, detach(losses.outputs), batch[1])
-        self.sums[stage].add(losses, batch_size(batch))
+        size = batch_size(batch) if losses.labels is None else losses.labels
+        self.sums[stage].add(losses, size)
 
     # ------------------------------------------------------------------------------- epochs
 

@@ -31,6 +31,7 @@ from core.training.finite import Losses, check_trained, stop_unless_finite, what
 from core.training.head_files import load_outside, outside
 from core.training.optimizers import groups_of, make_optimizer
 from core.training.recorded_model import build, model_record, spec
+from core.training.token_means import TokenMeans, labels_of, no_loss
 
 
 class FineTuner(EpochTotals):
@@ -78,6 +79,8 @@ class FineTuner(EpochTotals):
         """What methods put beside the model for training only, by their names (`core.method.OwnLoss`)."""
         self.share = 1.0
         """What this process's loss of the present batch is multiplied by (`core.data.Share.weight`)."""
+        self.token_means: TokenMeans | None = None
+        """Where a Trainer fits a task that counts labels."""
         self.checkpointing = checkpointing
         if checkpointing:
             checkpoint_activations(self.backbone)
@@ -161,6 +164,7 @@ class FineTuner(EpochTotals):
         if stage == "fit":
             self.fit_aside()
         if trainer is not None:
+            self.token_means = TokenMeans.ensure(trainer, self.task)
             ExactResume.ensure(trainer)
             convert_early(trainer, self)
 
@@ -214,6 +218,7 @@ class FineTuner(EpochTotals):
     def _losses(self, batch: Any, training: bool = False) -> Losses:
         inputs, targets = batch
         outputs = self(inputs, targets)
+        labels = labels_of(self.task, outputs, targets)
         # Terms come before the loss: some are computed from this pass, which a second forward would overwrite.
         terms = []
         for method in self.methods:
@@ -225,10 +230,10 @@ class FineTuner(EpochTotals):
                 if isinstance(method, OwnLoss) and method.is_trained:
                     own = method.training_loss(self, batch, outputs)
                     if own is not None:
-                        return Losses(outputs, method.name, own, terms)
-        found = self.task.loss(outputs, targets)
+                        return Losses(outputs, method.name, own, terms, labels=labels)
+        found = no_loss(outputs) if labels == 0 else self.task.loss(outputs, targets)
         parts = {} if isinstance(found, Tensor) else found
-        return Losses(outputs, "the task", self.task.total(found), terms, parts)
+        return Losses(outputs, "the task", self.task.total(found), terms, parts, labels)
 
     def training_step(self, batch: Any, index: int) -> Tensor | None:
         # Of a joint batch that does not divide evenly, a process with fewer samples counts for less.
@@ -237,6 +242,8 @@ class FineTuner(EpochTotals):
         losses = self._losses(batch, training=True)
         stop_unless_finite(self, losses, batch, index)
         self.count("train", losses, batch, share)
+        if self.token_means is not None and losses.labels is not None:
+            return self.token_means.weigh(losses, losses.labels, share, self.trainer, index)
         return losses.total if share.weight == 1 else losses.total * share.weight
 
     def validation_step(self, batch: Any, index: int) -> None:

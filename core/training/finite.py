@@ -31,6 +31,8 @@ class Losses:
     """What methods add, by their names."""
     parts: Mapping[str, Tensor] = field(default_factory=dict)
     """What the main loss is the weighted sum of, where it has parts."""
+    labels: int | None = None
+    """How many labels the loss is a mean over; None where samples count (`core.training.token_means`)."""
 
     def __post_init__(self) -> None:
         self.total = self.main
