@@ -75,6 +75,9 @@ class Task(TaskDeclarations, nn.Module, Recorded, ABC):
     def check(self, classes: Sequence[str]) -> None:
         """Refuse classes that do not fit what the task was told."""
 
+    def see_training(self, dataset: Any) -> None:
+        """Look at the training set, when a Trainer is about to fit it; the task is built."""
+
     @abstractmethod
     def build(self, dim: Any, info: DataInfo) -> None:
         """Make the head, if there is one, and the metrics.

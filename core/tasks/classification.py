@@ -18,6 +18,7 @@ from core.errors import ScionError, listed
 from core.graft import Graft
 from core.peft.weights.quantize import BITS, QuantizedGraft
 from core.tasks.base import Task
+from core.tasks.class_weights import ASKER, ClassWeights, balanced_weights, check_names, check_weights, named_weights
 from core.tasks.metrics import MetricList, metrics_by_name
 
 
@@ -71,6 +72,10 @@ class Classification(Task):
         dropout: on the features, in [0, 1).
         bits: 1, 2 or 4 quantizes the head (Jie et al. 2023, ICCV): it has no bias then, and its dim x classes numbers
             take bits / 8 bytes each + 8 in the run's adapter; None is a head in full precision.
+        class_weights: what the loss of a sample is multiplied by in training, by the name of its class (1 for classes
+            without a name), or ``balanced``, N / (C n_c) with the n_c of N training samples that are of class c, one of
+            C. The loss of a batch is the sum over its samples divided by their number, so that parts of a batch add up
+            to it; losses of validation and test are without weights, and can be compared. Not for several labels.
         metrics: further ones, by the names of torchmetrics' classes, without ``Multiclass`` or ``Multilabel``:
             ``[CohenKappa, {class: CalibrationError, n_bins: 10}]``.
     """
@@ -78,7 +83,7 @@ class Classification(Task):
     needs_classes = True
 
     def __init__(self, num_classes: int | None = None, label_smoothing: float = 0.0, dropout: float = 0.0,
-                 bits: int | None = None, metrics: MetricList = ()) -> None:
+                 bits: int | None = None, class_weights: ClassWeights = None, metrics: MetricList = ()) -> None:
         super().__init__()
         for name, value in (("label_smoothing", label_smoothing), ("dropout", dropout)):
             if not 0 <= value < 1:
@@ -87,6 +92,10 @@ class Classification(Task):
             raise ScionError(f"Classification: num_classes {num_classes} must be at least 2")
         if bits is not None and bits not in BITS:
             raise ScionError(f"Classification: bits {bits} must be one of {listed(BITS)}, or None")
+        check_weights(class_weights)
+        self.class_weights: ClassWeights = class_weights
+        self.weight_of_class: Tensor | None = None
+        """Of the classes in training [classes]; None where they weigh alike."""
         self.bits = bits
         self.num_classes = num_classes
         self.label_smoothing = label_smoothing
@@ -99,17 +108,27 @@ class Classification(Task):
         if self.num_classes is not None and self.num_classes != len(classes):
             raise ScionError(f"model.task.num_classes: {self.num_classes} classes are asked for, the data has "
                              f"{len(classes)}; leave num_classes out to take the data's")
+        check_names(self.class_weights, classes)
 
     def build(self, dim: int, info: DataInfo | Sequence[str], multilabel: bool = False) -> None:
         info = DataInfo.of(info, multilabel)
         self.check(info.classes)
+        if info.multilabel and self.class_weights is not None:
+            raise ScionError(f"{ASKER}: the data's samples have several labels, and a weight is for samples of one; "
+                             "leave class_weights out")
         self.classes, self.multilabel = list(info.classes), info.multilabel
+        if isinstance(self.class_weights, dict):
+            self.weight_of_class = named_weights(self.class_weights, self.classes)
         size = len(self.classes)
         self.head = nn.Sequential(nn.Dropout(self.dropout), self._new_linear(dim, size))
         kind = "Multilabel" if self.multilabel else "Multiclass"
         further = metrics_by_name(self.further_metrics, {"num_classes": size, "num_labels": size}, [kind])
         self.set_metrics({**self.make_metrics(size), **further})
         self.selects = ("map", "max") if self.multilabel else ("accuracy", "max")
+
+    def see_training(self, dataset: Any) -> None:
+        if self.class_weights == "balanced":
+            self.weight_of_class = balanced_weights(dataset, self.classes)
 
     def _new_linear(self, dim: int, classes: int) -> nn.Linear:
         if self.bits is None:
@@ -144,7 +163,12 @@ class Classification(Task):
             hard = targets.to(outputs.dtype)
             soft = hard * (1 - self.label_smoothing) + self.label_smoothing / 2
             return F.binary_cross_entropy_with_logits(outputs, soft)
-        return F.cross_entropy(outputs, targets, label_smoothing=self.label_smoothing)
+        if self.weight_of_class is None or not self.training:
+            return F.cross_entropy(outputs, targets, label_smoothing=self.label_smoothing)
+        # torch would divide by the weights of the batch's samples, and a sample's part would depend on its batch.
+        weights = self.weight_of_class.to(outputs)
+        losses = F.cross_entropy(outputs, targets, weights, label_smoothing=self.label_smoothing, reduction="none")
+        return losses.mean()
 
     def scores(self, outputs: Tensor) -> Tensor:
         """The probabilities of several labels: torchmetrics would guess batch by batch whether it is given such, and

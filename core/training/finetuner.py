@@ -32,6 +32,7 @@ from core.training.head_files import load_outside, outside
 from core.training.optimizers import groups_of, make_optimizer
 from core.training.recorded_model import build, model_record, spec
 from core.training.token_means import TokenMeans, labels_of, no_loss
+from core.training.training_set import training_set_of
 
 
 class FineTuner(EpochTotals):
@@ -163,6 +164,8 @@ class FineTuner(EpochTotals):
         self.fit_head()
         if stage == "fit":
             self.fit_aside()
+        if trainer is not None and stage == "fit":
+            self.task.see_training(training_set_of(trainer))
         if trainer is not None:
             self.token_means = TokenMeans.ensure(trainer, self.task)
             ExactResume.ensure(trainer)
