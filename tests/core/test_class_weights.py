@@ -35,7 +35,7 @@ def task_of(weights: Any, **options: Any) -> Classification:
 
 def test_balanced_is_n_over_c_times_the_size_of_a_class() -> None:
     wanted = torch.tensor([8 / (3 * 5), 8 / (3 * 2), 8 / (3 * 1)])
-    found = task_of("balanced").weights
+    found = task_of("balanced").weight_of_class
     assert found is not None
     torch.testing.assert_close(found, wanted)
     assert float(wanted[TARGETS].mean()) == pytest.approx(1)
@@ -48,7 +48,7 @@ def test_balanced_is_n_over_c_times_the_size_of_a_class() -> None:
 @pytest.mark.parametrize("weights", ["balanced", {"rain": 3.0}], ids=str)
 def test_a_loss_is_weighed_in_training_alone(weights: Any, options: dict[str, Any]) -> None:
     task = task_of(weights, **options)
-    each = task.weights
+    each = task.weight_of_class
     assert each is not None and (weights == "balanced" or each.tolist() == [1, 3, 1])
     smoothing = options.get("label_smoothing", 0.0)
     soft = F.one_hot(TARGETS, 3) * (1 - smoothing) + smoothing / 3
@@ -87,9 +87,9 @@ def test_a_run_counts_its_training_set(tmp_path: Path) -> None:
     tuner = fitted("balanced", tmp_path, data)
     dataset: Any = data.train_set
     counts = torch.bincount(dataset.tensors[1], minlength=CLASSES)
-    assert isinstance(tuner.task, Classification) and tuner.task.weights is not None
+    assert isinstance(tuner.task, Classification) and tuner.task.weight_of_class is not None
     assert counts.tolist()[0] >= 9
-    for number, weight in enumerate(tuner.task.weights.tolist()):
+    for number, weight in enumerate(tuner.task.weight_of_class.tolist()):
         size = int(counts[number])
         assert weight == pytest.approx(12 / (int((counts > 0).sum()) * size) if size else 1)
     parts = fitted("balanced", tmp_path, Uneven({"train": 12}, batch_size=2, seed=0), accumulate_grad_batches=2)
@@ -101,7 +101,7 @@ def test_a_run_counts_its_training_set(tmp_path: Path) -> None:
     assert tuner.state_dict().keys() == plain.state_dict().keys()
     loader = EpochLoader(dataset, batch_size=4, sampler=EpochSampler(12, True, seed=0))
     again = fitted("balanced", tmp_path, loader=loader)
-    assert torch.equal(again.task.weights, tuner.task.weights)  # type: ignore[arg-type]
+    assert torch.equal(again.task.weight_of_class, tuner.task.weight_of_class)  # type: ignore[arg-type]
 
 
 def test_a_balanced_sampler_trains(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from tests.toolkit import distance, outputs, randomize, same, snapshot
 
 
 def ia3_count(anatomy: Anatomy, method: Any) -> int:
-    outputs = sum(s.out_features for s in anatomy.sites(method.outputs)) if method.outputs else 0
-    return outputs + (sum(s.in_features for s in anatomy.sites(method.inputs)) if method.inputs else 0)
+    outputs = sum(s.out_features for s in anatomy.sites(method.output_roles)) if method.output_roles else 0
+    return outputs + (sum(s.in_features for s in anatomy.sites(method.input_roles)) if method.input_roles else 0)
 
 
 ROWS = {

@@ -72,17 +72,17 @@ class IA3(PEFTMethod):
         super().__init__(**common)
         if not outputs and not inputs:
             raise ScionError("IA3: with neither outputs nor inputs nothing is scaled")
-        self.outputs, self.inputs = tuple(outputs), tuple(inputs)
+        self.output_roles, self.input_roles = tuple(outputs), tuple(inputs)
 
     def sites(self, anatomy: Anatomy) -> list[Site]:
-        return [site for roles in (self.outputs, self.inputs) if roles
+        return [site for roles in (self.output_roles, self.input_roles) if roles
                 for site in anatomy.sites(roles, self.layers, self.name)]
 
     def check(self, anatomy: Anatomy) -> None:
         for site in anatomy.sites(self.inputs, self.layers, self.name) if self.inputs else ():
             if site.kind == "conv" and site.in_features != site.module.in_channels:  # type: ignore[operator]
                 raise ScionError(f"{self.name}: {site.name} sees patches; its input channels cannot be scaled alone")
-            if site.rows is not None or site.role in self.outputs:
+            if site.rows is not None or site.role in self.output_roles:
                 raise ScionError(f"{self.name}: {site.name} shares its input with others; scale it as an output, and "
                                  "not as both")
 
