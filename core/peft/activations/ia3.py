@@ -79,7 +79,7 @@ class IA3(PEFTMethod):
                 for site in anatomy.sites(roles, self.layers, self.name)]
 
     def check(self, anatomy: Anatomy) -> None:
-        for site in anatomy.sites(self.inputs, self.layers, self.name) if self.inputs else ():
+        for site in anatomy.sites(self.input_roles, self.layers, self.name) if self.input_roles else ():
             if site.kind == "conv" and site.in_features != site.module.in_channels:  # type: ignore[operator]
                 raise ScionError(f"{self.name}: {site.name} sees patches; its input channels cannot be scaled alone")
             if site.rows is not None or site.role in self.output_roles:
@@ -87,4 +87,4 @@ class IA3(PEFTMethod):
                                  "not as both")
 
     def build(self, site: Site) -> Graft:
-        return ScaledInput(site) if site.role in self.inputs else ScaledOutput(site)
+        return ScaledInput(site) if site.role in self.input_roles else ScaledOutput(site)
