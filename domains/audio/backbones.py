@@ -12,15 +12,14 @@ https://arxiv.org/abs/2312.03694, where the feature is the mean over all tokens.
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from core import hub
 from core.backbone import Backbone
 from core.data.download import reachable
 from core.errors import ScionError, listed, nearest
@@ -53,6 +52,9 @@ ROLES = ("patch_embed", "embed", "norm", "block", "q", "k", "v", "o", "mlp.up", 
 NANO = Path(__file__).parent / "nano"
 """The small AST that ``make_nano.py`` trained: config.json and model.safetensors."""
 
+WANTED = hub.Wanted("an AST", list(SHAPES), NANO, "python -m domains.audio.make_nano (half an hour)")
+"""What is looked for by name."""
+
 
 class AST(Backbone):
     """AST as a backbone: filterbank [batch, frames, 128] in, the mean of all final tokens [batch, dim] out.
@@ -82,7 +84,7 @@ class AST(Backbone):
                 raise ScionError(f"backbone.{key}: {value} is too small, at least {least} wanted")
         note = None
         if name == "auto":
-            name, note = _auto()
+            name, note = hub.auto(DEFAULT, reachable)
         model, kind = _pretrained(name) if pretrained else (_random(name), "random")
         config = model.config
         _fit(model, frames or config.max_length, frequency_stride or config.frequency_stride,
@@ -153,7 +155,7 @@ def _random(name: str) -> Model:
         config._attn_implementation = "sdpa"
         model = ASTModel(config)
     except Exception as error:  # of a folder's config.json, which may hold anything
-        raise ScionError(f"backbone.name: {name!r}: its config.json gives no AST ({_line(error)})") from None
+        raise ScionError(f"backbone.name: {name!r}: its config.json gives no AST ({hub.first_line(error)})") from None
     embeddings = model.embeddings
     # transformers leaves these zero, for a checkpoint to fill; AST's authors draw them
     for table in (embeddings.position_embeddings, embeddings.cls_token, embeddings.distillation_token):
@@ -161,91 +163,14 @@ def _random(name: str) -> Model:
     return model
 
 
-def _auto() -> tuple[str, str | None]:
-    """What ``auto`` resolves to, and the warning to keep with the results."""
-    from huggingface_hub import constants
-
-    if _cached(DEFAULT) or reachable(constants.ENDPOINT):
-        return DEFAULT, None
-    note = f"backbone.name auto: {DEFAULT} is not cached and the hub does not answer, so this is the built-in nano"
-    warnings.warn(note, stacklevel=3)
-    return "nano", note
-
-
-def _cached(name: str) -> bool:
-    from huggingface_hub import try_to_load_from_cache
-
-    try:
-        return all(isinstance(try_to_load_from_cache(name, file), str) for file in ("config.json", "model.safetensors"))
-    except ValueError:
-        raise ScionError(f"backbone.name: {name!r} is no name of a model on the hub, as OWNER/NAME") from None
-
-
 def _pretrained(name: str) -> tuple[Model, str]:
     """The model of that name with its weights, and where they came from: nano, local or hub."""
-    if name == "nano":
-        if not (NANO / "model.safetensors").is_file():
-            raise ScionError("backbone.name: nano's weights are missing here; make them by python -m "
-                             "domains.audio.make_nano (half an hour)")
-        return _load(NANO, name, f"its files in {NANO} are damaged"), "nano"
-    if os.path.exists(name) or name.startswith((".", "/", "~")):
-        folder = Path(os.path.expanduser(name))
-        if not (folder / "config.json").is_file():
-            raise ScionError(f"backbone.name: no config.json in the folder {folder}")
-        if not (folder / "model.safetensors").is_file() and not (folder / "model.safetensors.index.json").is_file():
-            raise ScionError(f"backbone.name: no model.safetensors in {folder} (pickled weights are not read; save "
-                             "them again with save_pretrained)")
-        return _load(folder, name, "not a readable AST checkpoint"), "local"
-    if name.count("/") != 1:
-        raise ScionError(f"backbone.name: {name!r} is neither auto, nano, a hub id (owner/name) nor a folder"
-                         f"{nearest(name, ['auto', *SHAPES])}")
-    if _cached(name):
-        return _load(name, name, "its cached copy is damaged", local_files_only=True), "hub"
-    from huggingface_hub import constants
-
-    if not reachable(constants.ENDPOINT):
-        raise ScionError(f"backbone.name: {name!r} is not in the cache and the hub does not answer; connect, or take "
-                         "a local folder or the built-in nano")
-    return _load(name, name, "not on the hub as an AST with safetensors"), "hub"
+    source = hub.find(name, WANTED, ask=reachable)
+    model = hub.load(source, WANTED, ["audio-spectrogram-transformer"], _model_class, attn_implementation="sdpa")
+    return model, source.kind
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' bar and its report of weights that were not asked for (the classifier on top)."""
-    from transformers.utils import logging
+def _model_class(_: str) -> Any:
+    from transformers import ASTModel
 
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()
-
-
-def _load(where: str | Path, name: str, otherwise: str, **options: Any) -> Model:
-    from transformers import ASTConfig, ASTModel
-
-    try:
-        # the type is asked for first: transformers would load any model into any class, with nothing but a warning
-        kind = ASTConfig.get_config_dict(where, **options)[0].get("model_type")
-        if kind != ASTConfig.model_type:
-            raise ScionError(f"backbone.name: {name!r} is a model of type {kind!r}; {ASTConfig.model_type!r} wanted")
-        with _quiet():
-            loaded: Any = ASTModel.from_pretrained(where, use_safetensors=True, attn_implementation="sdpa",
-                                                   output_loading_info=True, **options)
-        model, report = loaded
-    except ScionError:
-        raise
-    except Exception as error:  # from hub, config, safetensors or torch: whatever it was, the file cannot be used
-        raise ScionError(f"backbone.name: {name!r}: {otherwise} ({_line(error)})") from None
-    if report["missing_keys"]:
-        raise ScionError(f"backbone.name: {name!r} lacks {listed(sorted(report['missing_keys']), 3)}: not a whole AST")
-    return model
-
-
-def _line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else repr(error)
+    return ASTModel
