@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from core.data.download import reachable
 from core.errors import ScionError, listed, nearest
 
@@ -160,6 +162,18 @@ def _files_in(shards: Path) -> set[str]:
         return {"a damaged list"}
 
 
+def file_of(source: Source, name: str) -> Path | None:
+    """A file that lies beside a model, fetched if need be; None where there is none of that name."""
+    from transformers.utils.hub import cached_file
+
+    try:
+        found = cached_file(source.where, name, _raise_exceptions_for_missing_entries=False,
+                            _raise_exceptions_for_connection_errors=False, **source.options)
+    except OSError:  # the hub has no such model, or the folder may not be looked into
+        return None
+    return None if found is None else Path(found)
+
+
 def _nano(wanted: Wanted, folder: Path) -> Source:
     if not (folder / WEIGHTS).is_file():
         raise ScionError(f"backbone.name: nano's weights are missing here; make them by {wanted.nano_maker}")
@@ -209,7 +223,7 @@ def load(source: Source, wanted: Wanted, types: Sequence[str], class_of: Callabl
     except (ScionError, ModuleNotFoundError):  # the latter where transformers is not installed
         raise
     except Exception as error:  # from hub, config, safetensors or torch: whatever it was, the file cannot be used
-        raise ScionError(f"backbone.name: {source.name!r}: {source.problem} ({first_line(error)})") from None
+        raise _unusable(source, error) from None
     missing = sorted(name for name in report["missing_keys"] if may_lack is None or not may_lack(name))
     if missing:
         raise ScionError(f"backbone.name: {source.name!r} lacks {listed(missing, 3)}: not a whole {wanted.bare_title}")
@@ -217,11 +231,22 @@ def load(source: Source, wanted: Wanted, types: Sequence[str], class_of: Callabl
 
 
 def model_type(source: Source) -> str:
-    """transformers' name for the kind of a source's model, of its config.json alone."""
+    """transformers' name for the kind of a source's model, of its config.json alone.
+
+    Raises:
+        ScionError: that cannot be read.
+    """
     from transformers import PreTrainedConfig
 
-    found: dict[str, Any] = PreTrainedConfig.get_config_dict(source.where, **source.options)[0]
+    try:
+        found: dict[str, Any] = PreTrainedConfig.get_config_dict(source.where, **source.options)[0]
+    except Exception as error:  # from the hub or json: whatever it was, the file cannot be used
+        raise _unusable(source, error) from None
     return found.get("model_type")  # type: ignore[return-value]
+
+
+def _unusable(source: Source, error: Exception) -> ScionError:
+    return ScionError(f"backbone.name: {source.name!r}: {source.problem} ({first_line(error)})")
 
 
 def check_type(source: Source, kind: str, types: Sequence[str], wanted: Wanted) -> None:
@@ -234,6 +259,15 @@ def check_type(source: Source, kind: str, types: Sequence[str], wanted: Wanted) 
         return
     few = " or ".join(map(repr, types)) if len(types) < 4 else wanted.title
     raise ScionError(f"backbone.name: {source.name!r} is a model of type {kind!r}; {few} wanted")
+
+
+def transformers() -> Any:
+    """The library, imported on the CPU: it imports torchaudio, which keeps a constant tensor that must not be a meta
+    one, as it would be where a model is built without values."""
+    with torch.device("cpu"):
+        import transformers
+
+    return transformers
 
 
 @contextmanager
