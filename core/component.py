@@ -60,8 +60,9 @@ def class_and_arguments(value: Any, key: str) -> dict[str, Any]:
                          f"{{...}}}}, or {{class: {name}, {next(iter(rest))}: ...}}")
     arguments = value.get("init_args") if "class_path" in value else rest
     # On a command line a stack looks like a list of values of an axis, and is often written like one.
-    if key == "peft" and isinstance(name, str) and "," in name:
+    is_list = key.partition("[")[0] in ("peft", "callbacks", "loggers")
+    if is_list and isinstance(name, str) and "," in name:
         names = ", ".join(part.strip() for part in name.split(","))
-        raise ScionError(f"{key}: {short(name)} must be the name of a class; a stack of methods is written "
-                         f"[{cut(names)}]")
+        several = "a stack of methods is" if key.startswith("peft") else "several are"
+        raise ScionError(f"{key}: {short(name)} must be the name of a class; {several} written [{cut(names)}]")
     return {"class_path": name, "init_args": {} if arguments is None else arguments}

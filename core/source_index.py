@@ -16,8 +16,14 @@ class SourceClass(NamedTuple):
 
     @property
     def bases(self) -> set[str]:
-        """Names of its parents, as they are written."""
-        return {base.id for base in self.node.bases if isinstance(base, ast.Name)}
+        """Names of its parents, without the modules that they are written with."""
+        found = set()
+        for base in self.node.bases:
+            if isinstance(base, ast.Name):
+                found.add(base.id)
+            elif isinstance(base, ast.Attribute):
+                found.add(base.attr)
+        return found
 
 
 def public_classes(folder: Path, package: str) -> dict[str, SourceClass]:

@@ -17,6 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 import lightning.pytorch as L
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loops.evaluation_loop import RestartStage as ValidationRestart
 from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.loops.training_epoch_loop import RestartStage as BatchRestart
@@ -77,6 +78,16 @@ class ExactResume(L.Callback):
             go_on_with_loops(trainer)
             part_random_states(trainer.global_rank)
 
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.resume is None:
+            return
+        # The checkpoint was the last one: Lightning leaves the training out, and with it what stands at its end.
+        self.resume = None
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if not isinstance(callback, ProgressBar):  # it has shown nothing that it could end
+                callback.on_train_end(trainer, pl_module)
+        pl_module.on_train_end()
+
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if "optimizer_states" in checkpoint:  # else it holds weights only, from which no run goes on
             own = pl_module.running_state() if isinstance(pl_module, KeepsRunningState) else {}
@@ -99,12 +110,14 @@ def save(trainer: L.Trainer, checkpoint: dict[str, Any], own: dict[str, Any] | N
     resume["loader"] = loader.state_dict() if hasattr(loader, "state_dict") else None
     resume["processes"] = gather({"random_states": random_states(), **(own or {})}, trainer)
     resume["step"], resume["within_epoch"] = trainer.global_step, _within_epoch(trainer)
+    resume["should_stop"] = bool(trainer.should_stop)
     resume["logged"] = {name: value.detach().cpu().clone() for name, value in trainer.callback_metrics.items()}
 
 
 def restore(trainer: L.Trainer, resume: dict[str, Any]) -> dict[str, Any]:
     """Go on where `save` was called; gives back what this process had added. To be called when training starts."""
     go_on_with_loops(trainer)
+    trainer.should_stop = resume.get("should_stop", False)  # a callback has ended the training with this very epoch
     loader: Any = trainer.train_dataloader
     if resume["loader"] is not None and hasattr(loader, "load_state_dict"):
         loader.load_state_dict(resume["loader"])

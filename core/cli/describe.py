@@ -11,6 +11,9 @@ from typing import Any
 from core.cli.failures import says_what_failed
 from core.errors import ScionError, printable
 
+CLASS_KEYS = ("class", "class_path", "backbone", "task", "data", "peft", "methods", "callbacks", "loggers")
+"""Keys under which the name of a class can stand."""
+
 
 @says_what_failed
 def describe(config: str, overrides: list[str], as_json: bool, trust: bool = False) -> int:
@@ -90,5 +93,5 @@ def _classes_named(node: Any, key: str = "") -> Iterator[str]:
     elif isinstance(node, list):
         for value in node:
             yield from _classes_named(value, key)
-    elif isinstance(node, str) and key in ("class", "class_path", "backbone", "task", "data", "peft", "methods"):
+    elif isinstance(node, str) and key in CLASS_KEYS:
         yield node

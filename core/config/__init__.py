@@ -28,6 +28,8 @@ from core.config.grid import Point, label, points
 from core.config.overrides import assign
 from core.config.schema import KEYS, STAGE_KEYS, component, normal
 from core.config.trainer_checks import OUR_ARGUMENTS, check_optimizer, check_trainer
+from core.config.trainer_parts import LOGGED, make_callbacks, make_loggers
 
-__all__ = ["KEYS", "OUR_ARGUMENTS", "STAGE_KEYS", "Point", "assign", "check_optimizer", "check_trainer", "component",
-           "dump", "find", "find_class", "label", "make", "normal", "parse", "points", "read", "rehearse", "typed"]
+__all__ = ["KEYS", "LOGGED", "OUR_ARGUMENTS", "STAGE_KEYS", "Point", "assign", "check_optimizer", "check_trainer",
+           "component", "dump", "find", "find_class", "label", "make", "make_callbacks", "make_loggers", "normal",
+           "parse", "points", "read", "rehearse", "typed"]

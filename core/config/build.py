@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import inspect
 import re
+from collections.abc import Collection
 from typing import Any
 
 from core.component import cut, short
@@ -27,17 +28,40 @@ def find_class(name: str, key: str, domain: str) -> type:
         from core.peft import method_class  # start-up time
 
         return method_class(name)
-    if key == "model.task":
-        home = "core.tasks"
-    elif domain:
-        home = f"domains.{domain}"
-    else:
+    homes = _homes(key, domain)
+    if not homes:
         raise ScionError(f"{key}: {name!r} by its bare name needs a domain; write `domain: audio`, or the full path")
-    module = _module(home, key)
-    known = list(getattr(module, "__all__", ()))
-    if name in known:
-        return _imported(f"{home}.{name}", key)
-    raise ScionError(f"{key}: no class is called {short(name)}{nearest(name, known)}; there are {listed(known)}")
+    known: dict[str, list[str]] = {}
+    for home in homes:
+        module = _module(home, key)
+        known[home] = list(getattr(module, "__all__", ()))
+        if name in known[home]:
+            return _imported(f"{home}.{name}", key)
+    raise ScionError(f"{key}: no class is called {short(name)}{_elsewhere(name, key, known)}")
+
+
+CORES = {"model.task": "core.tasks", "callbacks": "core.callbacks", "loggers": "core.loggers"}
+LIGHTNINGS = {"callbacks": "lightning.pytorch.callbacks", "loggers": "lightning.pytorch.loggers"}
+"""Where bare names under a key are looked up before the domain, and behind it."""
+
+
+def _homes(key: str, domain: str) -> list[str]:
+    """The packages in which a bare name under ``key`` is looked up, in order."""
+    homes = [CORES.get(key, ""), f"domains.{domain}" if domain else "", LIGHTNINGS.get(key, "")]
+    return [home for home in homes if home]
+
+
+def _elsewhere(name: str, key: str, known: dict[str, list[str]]) -> str:
+    """What is said of a name that no home has: the nearest one, and what there is in each."""
+    from core.peft import registry  # start-up time
+
+    if key in LIGHTNINGS and name in registry():
+        return f": {name} is a method; write it under peft"
+    every = [one for names in known.values() for one in names]
+    if len(known) == 1:
+        return f"{nearest(name, every)}; there are {listed(every)}"
+    parts = [f"{listed(names, 40)} in {home}" for home, names in known.items() if names]
+    return f"{nearest(name, every)}; there are {'; '.join(parts)}"
 
 
 def _module(name: str, key: str) -> Any:
@@ -96,7 +120,21 @@ def make(part: dict[str, Any], key: str, domain: str, base: type, **linked: Any)
     cls = find_class(part["class_path"], key, domain)
     if not issubclass(cls, base):
         raise ScionError(f"{key}: {part['class_path']} is no {base.__name__}")
-    arguments = {**linked, **typed(cls, part["init_args"], key)}
+    return construct(cls, {**linked, **typed(cls, part["init_args"], key)}, part["init_args"], key)
+
+
+def construct(cls: type, arguments: dict[str, Any], given: dict[str, Any], key: str) -> Any:
+    """``cls(**arguments)``, with what the constructor refuses in one line.
+
+    Args:
+        cls: a class.
+        arguments: checked already.
+        given: those of them that are written down, for the message.
+        key: where they are.
+
+    Raises:
+        ScionError: the class refuses its arguments, in whatever way.
+    """
     try:
         return cls(**arguments)
     except ScionError as error:
@@ -107,13 +145,19 @@ def make(part: dict[str, Any], key: str, domain: str, base: type, **linked: Any)
             text = f"{key}: {text}"
         raise ScionError(text) from None
     except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
-        written = [f"{name}={shown(value)}" for name, value in part["init_args"].items()]
-        given = listed(written, 6)
-        raise ScionError(f"{key}: {cls.__name__}({given}) cannot be made ({first_line_of(error)})") from error
+        written = [f"{name}={shown(value)}" for name, value in given.items()]
+        call = f"{cls.__name__}({listed(written, 6)})"
+        raise ScionError(f"{key}: {call} cannot be made ({first_line_of(error)})") from error
 
 
-def typed(cls: Any, arguments: dict[str, Any], key: str) -> dict[str, Any]:
+def typed(cls: Any, arguments: dict[str, Any], key: str, others: Collection[str] = ()) -> dict[str, Any]:
     """``arguments`` converted to the types that ``cls``'s constructor declares.
+
+    Args:
+        cls: the class.
+        arguments: as they are written.
+        key: where they are.
+        others: arguments that the class needs and gets otherwise.
 
     Raises:
         ScionError: names the argument that ``cls`` does not have, lacks, or cannot take.
@@ -124,7 +168,7 @@ def typed(cls: Any, arguments: dict[str, Any], key: str) -> dict[str, Any]:
             raise ScionError(f"{key}.{cut(name)}: {cls.__name__} has no option {short(name)}"
                              f"{called(name, known)}; it has {listed(known, 40)}")
     for name, parameter in known.items():
-        if name not in arguments and _is_required(parameter):
+        if name not in arguments and name not in others and _is_required(parameter):
             raise ScionError(f"{key}.{name}: {cls.__name__} needs it")
     left_out = frozenset(known) - set(arguments)
     try:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from core.component import cut, short
 from core.config.build import find_class, make, typed
 from core.config.trainer_checks import check_length, check_optimizer, check_trainer
+from core.config.trainer_parts import check_trainer_parts
 from core.errors import ScionError, called, listed
 from core.json_types import shown
 
@@ -170,6 +171,8 @@ def rehearse(points: Iterable[Point]) -> None:
         if once("peft", config["peft"], domain, "stages" in config):
             methods = [make(part, "peft", domain, PEFTMethod) for part in _methods(config)]
             _check_own_stages(methods, "stages" in config)
+        if once("callbacks", config.get("callbacks"), config.get("loggers"), config["select"], domain):
+            check_trainer_parts(config, domain)
         if once("data", config["data"], domain):
             make(config["data"], "data", domain, DataModule)
         task = config["model"].get("task")

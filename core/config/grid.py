@@ -20,14 +20,15 @@ from core.config.build import choices
 from core.config.checks import check_points
 from core.config.document import find, parse, read
 from core.config.overrides import Change, CommandLine, assign, command_line, in_order, path_of, whole_first
-from core.config.schema import COMPONENTS, Over, Per, check, check_whole, component, normal, normal_value
+from core.config.schema import COMPONENTS, LISTS, Over, Per, check, check_whole, component, normal, normal_value
 from core.errors import ScionError, listed, nearest
 from core.json_types import shown
 
 LONGEST = 240
 """Bytes of a point's folder name; a file system takes 255, and locks and numbers are added."""
 MOST_POINTS = 5000
-SETTINGS = ("model", "data", "peft", "optimizer", "lr_scheduler", "trainer", "seed_everything", "stages", "select")
+SETTINGS = ("model", "data", "peft", "callbacks", "loggers", "optimizer", "lr_scheduler", "trainer", "seed_everything",
+            "stages", "select")
 """Keys that ``per`` can set."""
 NO_AXES = ("over", "per", "run_dir")
 """Keys that say where and how often, and not what is run."""
@@ -71,6 +72,8 @@ class Point:
     def hash(self) -> str:
         """12 digits of what determines the results; where they are written does not."""
         kept = {key: value for key, value in self.config.items() if key not in ("run_dir", "over")}
+        if not kept.get("callbacks"):  # none is what a configuration has that does not say so
+            kept.pop("callbacks", None)
         text = json.dumps(kept, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -126,7 +129,7 @@ def _check_axis(axis: str, values: list[Any]) -> None:
     if first_word in NO_AXES:
         raise ScionError(f"--over {axis}: {first_word} is no axis; it is the same for all runs")
     if axis in COMPONENTS:  # a table shows a class by its name, without the module
-        values = [label(component(value, axis)) for value in values]
+        values = [_component_label(axis, value) for value in values]
     seen: set[str] = set()
     for value in values:
         identity = json.dumps(_same(value), sort_keys=True)
@@ -258,10 +261,17 @@ class Grid:
 
 def _value_label(change: Change) -> Any:
     """The value of an axis as a table shows it."""
-    value = change.value
     if change.key in COMPONENTS:
-        value = component(value, change.key)
-    return label(value)
+        return _component_label(change.key, change.value)
+    return label(change.value)
+
+
+def _component_label(key: str, value: Any) -> Any:
+    """A class, or several, as a table shows them."""
+    found = component(value, key)
+    if key in LISTS:
+        return " + ".join(label(one) for one in found) or "none"
+    return label(found)
 
 
 def _says(text: str, value: Any) -> bool:

@@ -8,6 +8,8 @@ KEYS = {
     "model.checkpointing": "whether activations are recomputed in backward instead of kept",
     "data": "the datamodule: a class of the domain, with arguments",
     "peft": "the method, or a list of methods: a class of `lightning methods`, with arguments",
+    "callbacks": "other callbacks of Lightning's Trainer, in order: classes of core.callbacks, the domain or Lightning",
+    "loggers": "what writes down what is logged: classes of Lightning, with arguments (default TensorBoardLogger)",
     "optimizer": "the optimizer, by its name in torch.optim",
     "lr_scheduler": "the learning rate over the run, step by step",
     "trainer": "arguments of Lightning's Trainer, and checkpoint_every_n_steps",

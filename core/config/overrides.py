@@ -11,7 +11,17 @@ from typing import Any
 
 from core.component import short
 from core.config.document import parse
-from core.config.schema import COMPONENTS, KEYS, STAGE_KEYS, component, normal_stage, normal_value, place_of
+from core.config.schema import (
+    COMPONENTS,
+    KEYS,
+    LISTS,
+    STACKS,
+    STAGE_KEYS,
+    component,
+    normal_stage,
+    normal_value,
+    place_of,
+)
 from core.errors import ScionError, listed, nearest
 from core.json_types import shown
 
@@ -254,10 +264,13 @@ def _leaf(method: dict[str, Any]) -> str:
 
 def _into(node: Any, part: str, before: list[str], key: str) -> Any:
     """What is under ``part`` in ``node``, made where there is nothing."""
-    if isinstance(node, list) and before == ["peft"]:  # a stack: the method of that name, or the last one
+    if not before and part in LISTS and not node.get(part):
+        raise ScionError(f"--{key}: there are no {part} of which to set one; write --{part} NAME before it")
+    if isinstance(node, list) and before and before[0] in STACKS and len(before) == 1:  # that of the name, or the last
         named = [one for one in node if part in (_leaf(one), one["init_args"].get("name"))]
         if len(named) > 1:
-            raise ScionError(f"--{key}: {len(named)} methods are called {part!r}; give each a name of its own (name: "
+            what = "methods" if before == ["peft"] else before[0]
+            raise ScionError(f"--{key}: {len(named)} {what} are called {part!r}; give each a name of its own (name: "
                              "...) and set it by that")
         if named:
             return named[0]
@@ -278,7 +291,7 @@ def _set(node: Any, parts: list[str], value: Any, append: bool, key: str) -> Non
     last = parts[-1]
     slot = ".".join(parts)
     place = ".".join(parts[:-1])
-    if isinstance(node, list) and place == "peft":
+    if isinstance(node, list) and place in STACKS:
         node = node[-1]
     if isinstance(node, dict) and "class_path" in node and slot not in COMPONENTS:
         if last in ("class_path", "init_args"):
@@ -301,12 +314,13 @@ def _appended(node: dict[str, Any], last: str, value: Any, slot: str, key: str) 
     """The present list with one value more, or with those of a list."""
     present = node.get(last)
     more = value if isinstance(value, list) else [value]
-    if slot == "peft":
+    if slot in STACKS:
         if present is None:
             present = []
         elif not isinstance(present, list):
             present = [present]
-        return [*present, *(component(one, slot) for one in more)]
+        place = f"{slot}[{len(present)}]" if slot in LISTS else slot
+        return [*present, *(component(one, place) for one in more)]
     if not isinstance(present, list):
         what = "says nothing of it" if present is None else f"has {shown(present)} there"
         raise ScionError(f"--{key}+=: the configuration {what}, and not a list; write the whole list with --{key}")

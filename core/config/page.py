@@ -10,6 +10,7 @@ from typing import Any
 
 from core.config import Point, dump, find_class
 from core.config.keys import KEYS
+from core.config.schema import STACKS
 from core.config.trainer_checks import SET_BY_RUN
 from core.report.cards import argument_help, arguments, sections
 
@@ -56,11 +57,11 @@ def _fields(point: Point, key: str) -> Iterator[Field]:
         if not component:  # only the task may be left out
             component = {"class_path": "Classification", "init_args": {}}
         yield from _of_component(component, key, point.domain)
-    elif key == "peft":
-        peft = point.config["peft"]
-        methods = peft if isinstance(peft, list) else [peft]
-        for number, component in enumerate(methods):
-            place = "peft" if len(methods) == 1 else f"peft.{number}"
+    elif key in STACKS:
+        given = point.config.get(key, [])
+        components = given if isinstance(given, list) else [given]
+        for number, component in enumerate(components):
+            place = key if len(components) == 1 else f"{key}.{number}"
             yield from _of_component(component, place, point.domain)
     elif key in ("optimizer", "lr_scheduler"):
         from core.config.optimizer import OptimizerSettings, ScheduleSettings  # imports torch and lightning

@@ -35,6 +35,8 @@ Seed = Annotated[int, Rule(lambda value: 0 <= value < 2**32, "a whole number fro
 
 Stack = Annotated[list[Component], Rule(bool, "a list of methods; an empty one would train nothing: LinearProbe is the "
                                               "method that trains the head alone")]
+Components = list[Component]
+"""Callbacks or loggers; an empty list is none."""
 
 
 class Model(TypedDict):
@@ -89,6 +91,8 @@ class Stage(TypedDict, total=False):
     model: Model
     data: Component
     peft: Component | Stack
+    callbacks: Components
+    loggers: Components
     optimizer: Optimizer
     lr_scheduler: Schedule
     trainer: dict[str, Any]
@@ -106,6 +110,8 @@ class Configuration(TypedDict):
     model: Model
     data: Component
     peft: Component | Stack
+    callbacks: NotRequired[Components]
+    loggers: NotRequired[Components]
     optimizer: Optimizer
     lr_scheduler: Schedule
     trainer: dict[str, Any]
@@ -142,7 +148,11 @@ def place_of(word: str, known: tuple[str, ...]) -> str:
 
 KEYS = tuple(fields_of(Configuration))
 STAGE_KEYS = tuple(fields_of(Stage))
-COMPONENTS = ("model.backbone", "model.task", "data", "peft")
+LISTS = ("callbacks", "loggers")
+"""Keys that are a list of classes, in normal form always."""
+STACKS = ("peft", *LISTS)
+"""Keys that may be a list of classes."""
+COMPONENTS = ("model.backbone", "model.task", "data", *STACKS)
 DEFAULTS: dict[str, Any] = {"optimizer": {}, "lr_scheduler": {}, "trainer": {}, "seed_everything": 0, "select": "last"}
 
 
@@ -203,18 +213,33 @@ def _check_trainers(config: dict[str, Any]) -> None:
 
 
 def component(value: Any, key: str) -> Any:
-    """A class and its arguments in normal form (`core.component`); a list for a stack of methods.
+    """A class and its arguments in normal form (`core.component`); a list for a stack of methods, and for callbacks and
+    loggers.
 
     Raises:
         ScionError: the value names no class, or has keys beside ``class_path`` that would be dropped.
     """
-    if isinstance(value, list) and key.rpartition(".")[2] == "peft":
+    slot = key.rpartition(".")[2]
+    if slot in LISTS:
+        return _normal_list(value, key)
+    if isinstance(value, list) and slot == "peft":
         stack = [component(one, f"{key}[{i}]") for i, one in enumerate(value)]
         check(stack, Stack, key)
         return stack
     found = class_and_arguments(value, key)
     check(found, Component, key)
     return {"class_path": found["class_path"], "init_args": dict(found["init_args"])}
+
+
+def _normal_list(value: Any, key: str) -> Any:
+    """Callbacks or loggers in normal form: one without brackets is a list of one, null an empty list."""
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        value = [value]
+    found = [component(one, f"{key}[{i}]") for i, one in enumerate(value)]
+    check(found, Components, key)
+    return found
 
 
 def normal_value(slot: str, value: Any) -> Any:

@@ -24,8 +24,8 @@ OUR_ARGUMENTS = ("checkpoint_every_n_steps",)
 """Arguments under ``trainer`` that Lightning does not know: a checkpoint within the epoch."""
 
 SET_BY_RUN = {
-    "callbacks": "the methods are those of the key peft; other callbacks go with a Trainer of your own",
-    "logger": "it writes history.json, log.txt, curves.png and a folder for TensorBoard",
+    "callbacks": "the methods are those of the key peft, other callbacks those of the key callbacks",
+    "logger": "it writes history.json, log.txt, curves.png and what the key loggers names",
     "plugins": "its checkpoints have one of their own", "default_root_dir": "its folder is --run_dir",
     "barebones": "it could not write its checkpoints", "model_registry": "it writes into its folder alone"}
 """Arguments of the Trainer that a run sets itself, or cannot do with, and why."""

@@ -41,6 +41,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             ScionError: it cannot be written; the file that was there before is still there.
         """
+        for callback, state in checkpoint.get("callbacks", {}).items():
+            _check_plain(state, callback)
         stamped = {**checkpoint, STAMP: self.stamp}
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -50,6 +52,25 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             if Path(path).exists():
                 kept = "; the one before is kept, and the same command goes on from it"
             raise ScionError(f"{path}: the checkpoint cannot be written ({_why(error)}){kept}") from None
+
+
+PLAIN = (torch.Tensor, bool, int, float, complex, str, bytes, type(None), torch.Size, torch.dtype, torch.device)
+"""What a checkpoint holds beside lists and mappings: `read_checkpoint` makes no other objects."""
+
+
+def _check_plain(state: Any, callback: str) -> None:
+    """Refuse a callback's state that could be written and not read again."""
+    if isinstance(state, dict):
+        for key, value in state.items():
+            _check_plain(key, callback)
+            _check_plain(value, callback)
+    elif isinstance(state, (list, tuple, set)):
+        for value in state:
+            _check_plain(value, callback)
+    elif type(state) not in PLAIN and not isinstance(state, torch.Tensor):
+        name = callback.partition("{")[0]
+        raise ScionError(f"callbacks: the state of {name} holds an {type(state).__name__}, which a checkpoint cannot "
+                         "bring back; its state_dict() may give tensors, numbers, text, lists and mappings of them")
 
 
 def _why(error: Exception) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import lightning.pytorch as L
 
 from core.adapters.load import read_adapter, restore
-from core.config import Point
+from core.config import Point, make_callbacks
 from core.data import DataModule
 from core.errors import ScionError, listed
 from core.files import write_json
@@ -98,7 +98,8 @@ def _fit(point: Point, stage: Stage, folder: RunFolder, assembly: Assembly, is_l
 
     # By hand and not by the Trainer: what an earlier stage left comes below this one's methods.
     methods = _attach(stage, folder, tuner, assembly.methods)
-    trainer = make_trainer(stage.config, home, [*methods, history, checkpoints], stamp)
+    callbacks = make_callbacks(stage.config, point.domain, data.validation_set is not None)
+    trainer = make_trainer(stage.config, home, [*methods, *callbacks, history, checkpoints], stamp, point.domain)
     _train(trainer, assembly, checkpoints, stamp)
     if takes_best:
         _take_best(tuner, checkpoints, stamp)

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from core.config import dump
+from core.config import LOGGED, dump
 from core.errors import ScionError
 from core.files import locked, read_json, write_atomically, write_json
 
@@ -31,6 +31,8 @@ STAGE_FILES = ("done.json",)
 INSIDE = {"adapter": ("adapter.safetensors", "adapter.json"), "checkpoints": ("*.ckpt",),
           "tensorboard": ("events.out.tfevents.*", "hparams.yaml")}
 """The folders of a run or a stage, and what is in them."""
+LOGGERS = {"CSVLogger": ("metrics.csv", "hparams.yaml"), "TensorBoardLogger": INSIDE["tensorboard"]}
+"""What loggers write below their own folder in `LOGGED`; any other one may write anything there."""
 STAGES = "stages"
 
 State = Literal["new", "unfinished", "other"]
@@ -79,7 +81,7 @@ class RunFolder:
 
     def _check_places(self) -> None:
         """Refuse what stands where a run writes and is not its own: a link would lead out of the folder."""
-        folders = [self.path / STAGES, *(home / name for home in homes(self.path) for name in INSIDE)]
+        folders = [self.path / STAGES, *(home / name for home in homes(self.path) for name in (*INSIDE, LOGGED))]
         wrong = [place for place in folders if place.is_symlink() or (os.path.lexists(place) and not place.is_dir())]
         log = self.path / "log.txt"
         if os.path.lexists(log) and not stat.S_ISREG(os.lstat(log).st_mode):
@@ -109,6 +111,8 @@ class RunFolder:
         record = self._record()
         found = [record["config_hash"]] if record else []
         for file in ours:
+            if LOGGED in file.relative_to(self.path).parts:
+                continue
             if file.name == "done.json":
                 found.append(str(read_done(file).get("config_hash", "")))
             elif file.suffix == ".ckpt" and not record:  # metrics.json is gone: the checkpoint says whose it is
@@ -117,7 +121,7 @@ class RunFolder:
 
     def has_checkpoint(self) -> bool:
         """Whether there is something to go on from."""
-        return any(file.suffix == ".ckpt" for file in our_files(self.path))
+        return any(file.suffix == ".ckpt" and file.parent.name == "checkpoints" for file in our_files(self.path))
 
     # ------------------------------------------------------------------------------ writing
 
@@ -185,6 +189,8 @@ class RunFolder:
         for home in homes(self.path):
             for name in INSIDE:
                 _remove_empty(home / name)
+            for folder in reversed(_folders_below(home / LOGGED)):
+                _remove_empty(folder)
             if home != self.path:
                 _remove_empty(home)
         _remove_empty(self.path / STAGES)
@@ -223,6 +229,27 @@ def our_files(path: Path) -> list[Path]:
         for name, patterns in INSIDE.items():
             found += [file for file in _inside(home / name)
                       if file.name[0] != "." and any(fnmatch.fnmatch(file.name, pattern) for pattern in patterns)]
+        found += _logged_files(home / LOGGED)
+    return found
+
+
+def _logged_files(logged: Path) -> list[Path]:
+    """What loggers have written, each into a folder of its own."""
+    found: list[Path] = []
+    for folder in _folders_below(logged)[1:]:
+        logger = folder.relative_to(logged).parts[0]
+        patterns = LOGGERS.get(logger, ("*",))
+        found += [file for file in _inside(folder) if any(fnmatch.fnmatch(file.name, name) for name in patterns)]
+    return found
+
+
+def _folders_below(folder: Path) -> list[Path]:
+    """A folder and all in it, each before what it holds; none behind a link."""
+    if folder.is_symlink() or not folder.is_dir():
+        return []
+    found = [folder]
+    for inner in sorted(folder.iterdir()):
+        found += _folders_below(inner)
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import signal
 import sys
 import time
@@ -13,8 +14,8 @@ from typing import Any
 import lightning.pytorch as L
 from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
 
-from core.config import OUR_ARGUMENTS
-from core.errors import Interrupted, ScionError
+from core.config import OUR_ARGUMENTS, make_loggers
+from core.errors import Interrupted, ScionError, listed, nearest
 from core.training.checkpoints import AtomicCheckpointIO, RunCheckpoints
 from core.training.finetuner import FineTuner
 
@@ -95,9 +96,18 @@ def make_checkpoints(config: dict[str, Any], folder: Path, selects: tuple[str, s
     return RunCheckpoints(folder, arguments.get("checkpoint_every_n_steps"), best, last=writes)
 
 
-def make_trainer(config: dict[str, Any], home: Path, callbacks: list[L.Callback], stamp: dict[str, Any]) -> L.Trainer:
-    from lightning.pytorch.loggers import TensorBoardLogger
+def make_trainer(config: dict[str, Any], home: Path, callbacks: list[L.Callback], stamp: dict[str, Any],
+                 domain: str = "") -> L.Trainer:
+    """The Trainer of a run, or of a stage.
 
+    Args:
+        config: of the run or the stage.
+        home: its folder.
+        callbacks: in order; what the screen shows is added behind them.
+        stamp: what checkpoints say of the run.
+        domain: where bare names of loggers are looked up.
+    """
+    loggers = make_loggers(config, domain, home)
     arguments = {key: value for key, value in config["trainer"].items()
                  if key not in (*OUR_ARGUMENTS, "enable_checkpointing")}
     shows = arguments.pop("enable_progress_bar", None) is not False
@@ -106,8 +116,8 @@ def make_trainer(config: dict[str, Any], home: Path, callbacks: list[L.Callback]
     arguments = {"devices": 1, "log_every_n_steps": 10, "num_sanity_val_steps": 0, "enable_model_summary": False,
                  **arguments}
     try:
-        return L.Trainer(callbacks=callbacks, logger=TensorBoardLogger(save_dir=home, name="tensorboard", version=""),
-                         plugins=[AtomicCheckpointIO(stamp)], default_root_dir=home, enable_progress_bar=has_bar,
+        return L.Trainer(callbacks=callbacks, logger=loggers, plugins=[AtomicCheckpointIO(stamp)],
+                         default_root_dir=home, enable_progress_bar=has_bar,
                          enable_checkpointing=True, **arguments)
     except Exception as error:  # Lightning refuses bad values by exceptions of many kinds
         raise ScionError(f"trainer: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
@@ -129,3 +139,12 @@ def call_trainer(trainer: L.Trainer, work: Callable[[], Any]) -> Any:
         raise Interrupted.last() from None
     except MisconfigurationException as error:
         raise ScionError(f"trainer: {str(error).splitlines()[0]}") from None
+    except RuntimeError as error:
+        pattern = r"conditioned on metric `(.*?)` which is not available.*following: (.*)"  # EarlyStopping's words
+        never = re.search(pattern, str(error), re.DOTALL)
+        if never is None:
+            raise
+        monitor = never.group(1)
+        logged = re.findall("`(.*?)`", never.group(2))
+        raise ScionError(f"callbacks.monitor: EarlyStopping waits for {monitor!r}, which is never logged"
+                         f"{nearest(monitor, logged)}; logged are {listed(sorted(logged), 30)}") from None
