@@ -96,6 +96,23 @@ def test_the_domain_by_the_command(examples: Path, override: tuple[str, ...]) ->
     assert metrics["metrics"]["test"]["accuracy"] > 0.5  # 1/3 by chance
 
 
+def test_the_domains_command(examples: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = examples / "red.npy"
+    np.save(file, np.stack([np.full((8, 8), value) for value in (1, 0.25, 0)]))
+    assert main(["palette", str(file)]) == 0
+    assert capsys.readouterr().out == f"{file} 1.00 0.25 0.00\n"
+    assert main(["colours", "palette", str(file), "--digits=0"]) == 0
+    assert capsys.readouterr().out == f"{file} 1 0 0\n"
+    refused = ((["--digits", "-1"], "--digits: -1 is negative"), (["--digit", "1"], "did you mean '--digits'"))
+    for words, told in refused:
+        assert main(["palette", str(file), *words]) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert told in line
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "  colours:\n    palette  print the mean colour of pictures" in capsys.readouterr().out
+
+
 # ------------------------------------------------------------------------------------------------- in a copy of Scion
 
 
@@ -144,6 +161,9 @@ def test_a_method_a_task_and_a_data_set(copy: Path, tmp_path: Path) -> None:
     add(copy, "core/tasks/margin.py")
     assert changed(before, state(copy)) == {"core/tasks/margin.py"}
     before = state(copy)
+    add(copy, "core/callbacks/slow_steps.py")
+    assert changed(before, state(copy)) == {"core/callbacks/slow_steps.py"}
+    before = state(copy)
     add(copy, "domains/audio/yard.py")
     add(copy, "domains/audio/yard.yaml")
     published = copy / "domains" / "audio" / "__init__.py"
@@ -153,7 +173,8 @@ def test_a_method_a_task_and_a_data_set(copy: Path, tmp_path: Path) -> None:
 
     write_yard(tmp_path / "yard")
     words = ["run", "domains/audio/yard.yaml", "--data.root", str(tmp_path / "yard"), "--model.backbone.name", "nano",
-             "--model.task", "Margin", "--peft", "Scale", "--trainer.max_epochs", "1"]
+             "--model.task", "Margin", "--peft", "Scale", "--trainer.max_epochs", "1", "--callbacks", "SlowSteps",
+             "--callbacks.factor", "2"]
     environment = {**os.environ, "PYTHONPATH": str(copy), "SCION_CACHE": str(tmp_path / "cache")}
     words += ["--run_dir", str(tmp_path / "run")]
     done = subprocess.run([sys.executable, "-m", "core", *words], cwd=copy, env=environment, capture_output=True,
@@ -162,4 +183,6 @@ def test_a_method_a_task_and_a_data_set(copy: Path, tmp_path: Path) -> None:
     record = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert record["data"]["source"] == "real" and "Yard" in record["data"]["name"]
     assert {"accuracy", "kappa", "loss"} <= set(record["metrics"]["test"])
+    [row] = json.loads((tmp_path / "run" / "history.json").read_text())
+    assert 0 <= row["train/slow_steps"] < 10
     assert [method["class"] for method in record["peft"]] == ["Scale"] and record["parameters"]["method"] > 0

@@ -7,7 +7,7 @@ import contextlib
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 DESCRIPTION = """\
@@ -81,6 +81,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("files", nargs="+", help="files to label, or folders of them")
     sub.add_argument("--json", action="store_true", help="print JSON")
     sub.add_argument("--trust", action="store_true", help="the run is your own: it may name any class by its full path")
+    main.set_defaults(names=tuple(commands.choices))
     return main
 
 
@@ -153,12 +154,15 @@ def _apart(words: list[str]) -> tuple[list[str], list[str]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code: 0, 2 for what went wrong, 130 or 143 when interrupted."""
-    from core.errors import Interrupted, ScionError, bad_input, interruptible, one_line  # start-up time
-
     main_parser = parser()
+    names = main_parser.get_default("names")
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words  # wherever it stands
     words = [word for word in words if word != "--debug"]
+    if words and not words[0].startswith("-") and words[0] not in names:
+        return _guarded(words[0], lambda: _call_domains(words, names), debug)
+    if not words or words[0] in ("--help", "-h"):
+        main_parser.epilog = _domains_help(names)
     own, keys = _apart(words) if words[:1] in (["run"], ["describe"], ["test"]) else (words, [])
     asks = [word for word in own if word in ("--help", "-h")]
     if words[:1] == ["run"] and asks and len(own) > 1 + len(asks):
@@ -177,16 +181,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         main_parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if getattr(arguments, "run_dir", None) == "":
         main_parser.error("argument --run_dir: the name of a folder is missing")
+    return _guarded(arguments.command, lambda: _dispatch(arguments, rest), debug)
+
+
+def _guarded(command: str, work: Callable[[], int], debug: bool) -> int:
+    """Do the work of a command; whatever goes wrong is one line and an exit code."""
+    from core.errors import Interrupted, ScionError, bad_input, interruptible, one_line  # start-up time
+
+    begin = f"lightning {one_line(command)}"
     try:
         with interruptible(), _brief_warnings():
-            return _dispatch(arguments, rest)
+            return work()
     except BrokenPipeError:  # whoever reads our output, a `head` for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (KeyboardInterrupt, Exception) as error:
         stop = Interrupted.behind(error)
         if stop is not None:
-            print(f"lightning {arguments.command}: {one_line(stop)}", file=sys.stderr)
+            print(f"{begin}: {one_line(stop)}", file=sys.stderr)
             return stop.code
         if debug:
             import traceback
@@ -195,8 +207,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
         known = error if isinstance(error, ScionError) else bad_input(error)
         text = known or f"unexpected {type(error).__name__}: {error} (--debug shows where; please report it)"
-        print(f"lightning {arguments.command}: {one_line(text)}", file=sys.stderr)
+        print(f"{begin}: {one_line(text)}", file=sys.stderr)
         return 2
+
+
+def _call_domains(words: list[str], names: Sequence[str]) -> int:
+    """Call a command that is none of the core's."""
+    from core.cli.domain_commands import call  # start-up time
+
+    return call(words, names)
+
+
+def _domains_help(names: Sequence[str]) -> str:
+    """The commands of domains; what is wrong with their tables goes to the other stream."""
+    from core.cli.domain_commands import help_text, read_tables  # start-up time
+
+    tables = read_tables(names)
+    for problem in tables.problems:
+        print(f"lightning: {problem}", file=sys.stderr)
+    return help_text(tables)
 
 
 def _fields_of(own: list[str], keys: list[str]) -> int:
