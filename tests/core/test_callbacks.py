@@ -334,6 +334,14 @@ def test_the_default_is_tensorboard(point_of: PointOf, tmp_path: Path) -> None:
     assert own.save_dir == "elsewhere"
 
 
+def test_no_logger_at_all(point_of: PointOf, tmp_path: Path) -> None:
+    run.execute(point_of("--loggers", "null", "--trainer.max_epochs", "1"), tmp_path / "run")
+    assert not (tmp_path / "run" / "tensorboard").exists() and not (tmp_path / "run" / "logged").exists()
+    with pytest.raises(ScionError, match="LearningRateMonitor` callback with `Trainer` that has no logger"):
+        run.execute(point_of("--loggers", "null", "--callbacks", "LearningRateMonitor"), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
 def test_an_argument_of_the_package(point_of: PointOf, tmp_path: Path) -> None:
     """What the logger does not know and hands on to its package, as TensorBoardLogger and WandbLogger do."""
     from core.config import make_loggers
