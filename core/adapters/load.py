@@ -9,12 +9,12 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule
 from torch import nn
 
+from core.adapters.filling import Content, load_tensors
 from core.adapters.huggingface.convert import from_peft, is_peft
 from core.adapters.reading import (
     ModelRecord,
     Saved,
     attach,
-    load_tensors,
     method_of,
     open_adapter,
     read_adapter,
@@ -36,8 +36,9 @@ def load_adapter(source: str | Path, model: nn.Module, base: Literal["same", "an
 
     Args:
         source: an adapter folder, a run folder, a Lightning checkpoint, or an adapter folder of Hugging Face peft.
-        model: the same backbone that the methods were saved from, plain; or the LightningModule around it, into which
-            what was beside the backbone (a head) is loaded too.
+        model: the same backbone that the methods were saved from, plain, under whatever head (``BertModel`` for what
+            was trained in ``BertForMaskedLM``); or the LightningModule around it, into which what was beside the
+            backbone (a head) is loaded too.
         base: ``any`` carries them to other weights of the same shapes, with a warning. Where a method moved the base's
             own tensors, the file holds their values; to carry the change of them, give the base that it was trained on
             (an ``nn.Module``) instead.
@@ -50,7 +51,8 @@ def load_adapter(source: str | Path, model: nn.Module, base: Literal["same", "an
             model is untouched then.
 
     Warns:
-        UserWarning: the file has tensors of what was beside the backbone, and ``model`` is only the backbone.
+        UserWarning: the file has tensors of what was beside the backbone, and ``model`` is only the backbone; or such
+            as lie apart from it (a language-model head, a pooler), which ``model`` has not.
     """
     if is_peft(source):
         return from_peft(source, model)
@@ -109,6 +111,7 @@ def _tell_of_rest(saved: Saved, where: str) -> None:
                       f"{whole}", stacklevel=3)
 
 
-__all__ = ["FORMAT", "OUTSIDE", "RECORD", "TENSORS", "ModelRecord", "Saved", "adapter_bytes", "attach", "base_names",
-           "fingerprint", "keep_only_owned", "load_adapter", "load_tensors", "method_of", "methods_on", "open_adapter",
-           "read_adapter", "refusal", "rehearse", "restore", "save_adapter", "split_checkpoint", "versions"]
+__all__ = ["FORMAT", "OUTSIDE", "RECORD", "TENSORS", "Content", "ModelRecord", "Saved", "adapter_bytes", "attach",
+           "base_names", "fingerprint", "keep_only_owned", "load_adapter", "load_tensors", "method_of", "methods_on",
+           "open_adapter", "read_adapter", "refusal", "rehearse", "restore", "save_adapter", "split_checkpoint",
+           "versions"]

@@ -7,29 +7,27 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
-import torch
 from torch import Tensor, nn
 
 from core import peft
+from core.adapters.filling import Content, load_tensors, names_in
 from core.adapters.rehearsal import hollow, is_small, largest, reach, rehearsing, twin
-from core.anatomy import dissect
+from core.anatomy import Anatomy, dissect
 from core.errors import ScionError, listed, one_line
 from core.files import read_json
-from core.graft import Graft
 from core.json_types import Digest, check
 from core.method import Home, PEFTMethod, Spec, check_structure, decode_extra_state, uncompiled
 from core.method.bases import check_base
 from core.method.beside import OUTSIDE, ModelRecord
-from core.method.contents import live_tensors, packings_on
-from core.method.fingerprint import fingerprint
-from core.method.saving import FORMAT, RECORD, TENSORS
+from core.method.described import Base, BaseRecord
+from core.method.saving import FORMAT, FROM_ROOT, RECORD, TENSORS
 from core.record import check_arguments
-from core.tensors import check_fit, check_values, checksum, read_checkpoint, read_tensors
+from core.tensors import check_fit, checksum, read_checkpoint, read_tensors
 
 LARGEST_RECORD = 16 * 2**20
 """Bytes of an adapter's record."""
@@ -47,17 +45,13 @@ def read_adapter(source: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]
     return saved.record, saved.tensors
 
 
-# Written as a call, for class is a keyword of Python.
-BaseRecord = TypedDict("BaseRecord", {"class": str, "fingerprint": Digest})
-"""Which model the methods belong to."""
-
-
 class Record(TypedDict):
     """What adapter.json holds."""
 
     format: int
     methods: list[Spec]
     base: BaseRecord
+    apart: NotRequired[list[str]]
     versions: NotRequired[dict[str, str]]
     model: NotRequired[ModelRecord]
     unfrozen: NotRequired[list[str]]
@@ -104,9 +98,9 @@ def open_adapter(source: str | Path) -> Saved:
     record = read_json(path / RECORD, LARGEST_RECORD)
     if not isinstance(record, dict) or not {"format", "methods", "base"} <= record.keys():
         raise ScionError(f"{path / RECORD}: damaged, or not an adapter's record")
-    if record["format"] != FORMAT:
+    if record["format"] not in (FROM_ROOT, FORMAT):
         raise ScionError(f"{path / RECORD}: format {one_line(record['format'])[:40]} is unknown; this version reads "
-                         f"{FORMAT}")
+                         f"{FROM_ROOT} and {FORMAT}")
     check_record(record, str(path / RECORD))
     return Saved(record, read_tensors(path / TENSORS), path / TENSORS)
 
@@ -209,7 +203,9 @@ def split_checkpoint(state: dict[str, Any], where: str, made: bool = False) -> t
             tensors[name.removeprefix(prefix)] = tensor
     specs = [_without_base(record) for record in records.values()]
     first = next(iter(records.values()))  # all methods of a root have one base
-    record: dict[str, Any] = {"format": FORMAT, "methods": specs, "base": {"class": "", "fingerprint": first["base"]}}
+    # A checkpoint goes back into the module that wrote it: its names begin at the root.
+    base = {"class": "", "fingerprint": first["base"]}
+    record: dict[str, Any] = {"format": FROM_ROOT, "methods": specs, "base": base}
     record["beside"] = prefix.removesuffix(".")
     record["unfrozen"] = [name for name in tensors if not name.startswith("peft.")]
     if not made:
@@ -219,7 +215,7 @@ def split_checkpoint(state: dict[str, Any], where: str, made: bool = False) -> t
 
 def _without_base(record: dict[str, Any]) -> dict[str, Any]:
     """A method's record in a checkpoint, where each names the base, as an adapter folder has it."""
-    return {key: value for key, value in record.items() if key != "base"}
+    return {key: value for key, value in record.items() if key not in ("base", "described")}
 
 
 # ------------------------------------------------------------------------------------------------- making again
@@ -241,25 +237,25 @@ def restore(record: dict[str, Any], tensors: dict[str, Tensor], model: nn.Module
     model = uncompiled(model)
     check_base(model, where)
     anatomy = dissect(model)
-    heads = anatomy.head_names()
-    print_now = fingerprint(model, without=heads)
-    expected = record["base"]["fingerprint"]
-    other = print_now != expected
+    from_root = record["format"] == FROM_ROOT
+    content = Content.of(record, tensors, anatomy)
+    here = base_of(anatomy)
+    print_now, expected = here.fingerprint(from_root), record["base"]["fingerprint"]
+    other = not here.agrees(record["base"], from_root)
     if other and base != "same":
-        tensors = _carried(tensors, model, heads, base, expected, where)
+        content = _carried(content, anatomy, base, record, where)
         warnings.warn(f"{where}: carried from base {expected} to {print_now}", stacklevel=3)
     done: list[PEFTMethod] = []
     try:
-        unfrozen = record.get("unfrozen", ())
-        rehearse(record["methods"], tensors, model, where, unfrozen)
-        attach(record["methods"], model, done)
-        load_tensors(done, tensors, where, write=False, unfrozen=unfrozen)
+        rehearse(content, model, where)
+        attach(content.specs, model, done)
+        load_tensors(done, content, where, write=False)
         # Refused only now: what does not fit on another base says more than that it is another.
         if other and base == "same":
             raise ScionError("all names and shapes fit")
         if check_whole is not None:
             check_whole()
-        load_tensors(done, tensors, where, unfrozen=unfrozen)
+        load_tensors(done, content, where)
     except Exception as error:
         for method in reversed(done):
             method.remove()
@@ -268,7 +264,24 @@ def restore(record: dict[str, Any], tensors: dict[str, Tensor], model: nn.Module
             what = (f"the adapter belongs to another base (fingerprint {expected}, here {print_now}; {what}); load it "
                     "onto the backbone it was trained on, or pass base='any' to carry it over")
         raise ScionError(f"{where}: {what}") from (None if isinstance(error, ScionError) else error)
+    if here.has_other_pooler(record["base"]) and not _brings_pooler(content, anatomy):
+        warnings.warn(f"{where}: the pooler here has other values than the one that the adapter was trained beside (it "
+                      "is random where a checkpoint has none): what reads it gives other outputs", stacklevel=3)
     return done
+
+
+def base_of(anatomy: Anatomy) -> Base:
+    """The base that a model is, as it was before the first method."""
+    home = getattr(anatomy.root, "peft", None)
+    known = home.base if isinstance(home, Home) else None
+    return known or Base.of(anatomy)
+
+
+def _brings_pooler(content: Content, anatomy: Anatomy) -> bool:
+    """Whether the file holds the pooler's own tensors."""
+    poolers = anatomy.stem.get("pool", ())
+    names = [content.names.in_file(name) for site in poolers for name in site.parameter_names]
+    return set(names) <= content.tensors.keys()
 
 
 def attach(specs: list[Spec], model: nn.Module, done: list[PEFTMethod]) -> None:
@@ -290,170 +303,73 @@ def refusal(error: Exception) -> ScionError:
     return ScionError(f"cannot be built as it is recorded ({type(error).__name__}: {reason})")
 
 
-def rehearse(specs: list[Spec], tensors: dict[str, Tensor], model: nn.Module, where: str,
-             unfrozen: Iterable[str] = ()) -> None:
+def rehearse(content: Content, model: nn.Module, where: str) -> None:
     """Refuse what would be larger than the tensors of the file, without building it: see `core.adapters.rehearsal`.
 
     Raises:
         ScionError: a tensor that the methods would have is not in the file, or has another shape there.
     """
-    structures = [spec.get("structure", {}) for spec in specs]
-    factor = max(reach(spec["config"]) for spec in specs) * largest(structures)
+    structures = [spec.get("structure", {}) for spec in content.specs]
+    factor = max(reach(spec["config"]) for spec in content.specs) * largest(structures)
     if is_small(factor, model):
         return
     hollow_model = twin(model)
     if hollow_model is None:
         return
-    count = len(tensors) + len(list(model.parameters()))
+    count = len(content.tensors) + len(list(model.parameters()))
     done: list[PEFTMethod] = []
     with rehearsing(count):
-        attach(specs, hollow_model, done)
-        own = {name: tensor for name, tensor in tensors.items() if not name.startswith(OUTSIDE)}
-        load_tensors(done, hollow(own), where, write=False, unfrozen=unfrozen)
+        attach(content.specs, hollow_model, done)
+        load_tensors(done, replace(content, tensors=hollow(content.tensors)), where, write=False)
 
 
-def _carried(tensors: dict[str, Tensor], model: nn.Module, heads: set[str], base: Literal["any"] | nn.Module | str,
-             expected: str, where: str) -> dict[str, Tensor]:
-    """``tensors`` for another base: of the base's own tensors the change is carried, not the value."""
+def _carried(content: Content, anatomy: Anatomy, base: Literal["any"] | nn.Module | str, record: dict[str, Any],
+             where: str) -> Content:
+    """The content for another base: of the base's own tensors the change is carried, not the value."""
+    names, model = content.names, anatomy.root
     buffers = {name for name, _ in model.named_buffers()}  # statistics go as they are
-    as_they_are = heads | buffers
-    moved = [name for name in tensors if not name.startswith(("peft.", OUTSIDE)) and name not in as_they_are]
+    as_they_are = {names.in_file(name) for name in anatomy.head_names() | buffers}
+    here = {names.in_file(name): parameter for name, parameter in model.named_parameters()}
+    moved: list[str] = []
+    for name, tensor in content.tensors.items():
+        if name.startswith("peft.") or name in as_they_are:
+            continue
+        if name in here:
+            check_fit(tensor, here[name], name, where)
+            moved.append(name)
+        elif name not in content.apart:
+            raise ScionError(f"{where}: {name} is {list(tensor.shape)} in the file, absent here")
     if not moved:
-        return tensors
-    here = dict(model.named_parameters())
-    for name in moved:
-        if name not in here:
-            raise ScionError(f"{where}: {name} is {list(tensors[name].shape)} in the file, absent here")
-        check_fit(tensors[name], here[name], name, where)
+        return content
     if not isinstance(base, nn.Module):
         raise ScionError(f"{where}: holds values of its base's own tensors ({listed(moved, 2)}), not the change of "
                          "them, so that alone it cannot be carried to another base; pass base=<the backbone it was "
                          "trained on>")
-    trained_on = uncompiled(base)
-    if fingerprint(trained_on, without=dissect(trained_on).head_names()) != expected:
-        raise ScionError(f"{where}: the module given as base is not the one that the adapter was trained on "
-                         f"(fingerprint {expected})")
-    start = dict(trained_on.named_parameters())
+    start = _start(base, moved, record, where)
     changed: dict[str, Tensor] = {}
     for name in moved:
+        tensor = content.tensors[name]
         # In float64, so that the difference of two float32 numbers is exact enough to be added again.
-        change = tensors[name].double().cpu() - _wide(start[name])
+        change = tensor.double().cpu() - _wide(start[name])
         value = _wide(here[name]) + change
-        changed[name] = value.to(tensors[name].dtype)
-    return {**tensors, **changed}
+        changed[name] = value.to(tensor.dtype)
+    return replace(content, tensors={**content.tensors, **changed})
+
+
+def _start(base: nn.Module, moved: list[str], record: dict[str, Any], where: str) -> dict[str, Tensor]:
+    """The values that these tensors had before training, from the base that an adapter was trained on."""
+    trained_on = dissect(uncompiled(base))
+    if not base_of(trained_on).agrees(record["base"], record["format"] == FROM_ROOT):
+        raise ScionError(f"{where}: the module given as base is not the one that the adapter was trained on "
+                         f"(fingerprint {record['base']['fingerprint']})")
+    names = names_in(record, trained_on)
+    start = {names.in_file(name): parameter.detach() for name, parameter in trained_on.root.named_parameters()}
+    absent = [name for name in moved if name not in start]
+    if absent:
+        raise ScionError(f"{where}: the module given as base has no {listed(absent, 2)}, whose change is to be carried")
+    return start
 
 
 def _wide(parameter: Tensor) -> Tensor:
     """A parameter's values in float64."""
     return parameter.detach().double().cpu()
-
-
-# ------------------------------------------------------------------------------------------------- filling
-
-
-@dataclass(frozen=True)
-class _Packed:
-    """A tensor that a method stores in another form than it uses it, with that form's parts."""
-
-    packing: Graft
-    parts: dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class _Places:
-    """Where the tensors of a file belong."""
-
-    live: dict[str, Tensor]
-    """The methods' tensors in use, by their names in the root."""
-    packed: dict[str, _Packed]
-    """Those of them that the file has in their stored form."""
-    into: dict[str, Tensor]
-    """By the names that the file must have: tensors that take the file's values, or the parts of packed ones."""
-    beside: list[str]
-    """Parameters of the base among them that no method owns."""
-
-
-def load_tensors(methods: list[PEFTMethod], tensors: dict[str, Tensor], where: str = "", write: bool = True,
-                 unfrozen: Iterable[str] = ()) -> None:
-    """Copy saved tensors into attached methods; all are checked before any is written.
-
-    Missing and extra tensors are refused, those of another shape or kind of numbers, and values that are not finite or
-    out of range. ``unfrozen`` names parameters of the base that were trained beside the methods: where the file has
-    them, they are written into the base.
-    """
-    given = {name: tensor for name, tensor in tensors.items() if not name.startswith(OUTSIDE)}
-    places = _places(methods, given, unfrozen)
-    _check_places(places.into, given, where)
-    if not write:
-        return
-    limits = _limits(methods)
-    for name, tensor in places.into.items():
-        check_values(given[name], tensor, name, where, limits.get(name))
-    _fill(places, given, where)
-    for method in methods:
-        method.prepared = True
-    if places.beside:
-        warnings.warn(f"{where}: {listed(places.beside, 3)} of the base was trained beside the methods and is written "
-                      "into it; remove() does not take that back", stacklevel=3)
-
-
-def _places(methods: list[PEFTMethod], given: dict[str, Tensor], unfrozen: Iterable[str]) -> _Places:
-    """Where the tensors of a file belong that holds these methods, and ``unfrozen`` parameters of the base."""
-    root = methods[0].need_root()
-    home: Home = root.peft  # type: ignore[assignment]
-    parameters = dict(root.named_parameters())
-    live: dict[str, Tensor] = {}
-    later: set[str] = set()
-    for method in methods:
-        live |= live_tensors(method)
-        later |= method.buffers_at_start.keys() - given.keys()
-    packed: dict[str, _Packed] = {}
-    for name, packing in packings_on(methods[0]).items():
-        if name in live and name not in given:  # a checkpoint holds the form in use
-            packed[name] = _Packed(packing, packing.pack(live[name]))
-    into = {name: tensor for name, tensor in live.items() if name not in packed}
-    for name, stored in packed.items():
-        into |= {f"{name}.{part}": tensor for part, tensor in stored.parts.items()}
-    # Files of earlier versions lack the base's buffers.
-    into = {name: tensor for name, tensor in into.items() if name not in later}
-    into |= {name: parameters[name].detach() for name in home.heads if name in given}
-    beside = [name for name in unfrozen if name in given and name in parameters and name not in into]
-    into |= {name: parameters[name].detach() for name in beside}
-    return _Places(live, packed, into, beside)
-
-
-def _check_places(into: dict[str, Tensor], given: dict[str, Tensor], where: str) -> None:
-    """Refuse a file that lacks a tensor, has one too many, or one that does not fit its place."""
-    missing = sorted(into.keys() - given.keys())
-    extra = sorted(given.keys() - into.keys())
-    if missing:
-        raise ScionError(f"{where}: tensors are missing: {listed(missing, 4)}")
-    if extra:
-        raise ScionError(f"{where}: tensors that no method here has: {listed(map(one_line, extra), 4)}")
-    for name, tensor in into.items():
-        check_fit(given[name], tensor, name, where)
-
-
-def _limits(methods: list[PEFTMethod]) -> dict[str, int]:
-    """The limits of whole numbers in the methods' tensors, by the tensors' names in the root."""
-    limits: dict[str, int] = {}
-    for method in methods:
-        for path, graft in method.module.named_modules():
-            if isinstance(graft, Graft):
-                limits |= {f"{method.prefix}{path}.{name}": limit for name, limit in graft.limits().items()}
-    return limits
-
-
-@torch.no_grad()
-def _fill(places: _Places, given: dict[str, Tensor], where: str) -> None:
-    """Write the file's tensors; packed ones are unpacked and checked first, while nothing is written yet."""
-    unpacked: dict[str, Tensor] = {}
-    for name, stored in places.packed.items():
-        unpacked[name] = torch.empty_like(places.live[name])
-        parts = {part: given[f"{name}.{part}"] for part in stored.parts}
-        stored.packing.unpack(parts, unpacked[name])
-        check_values(unpacked[name], places.live[name], name, where)
-    for name, tensor in places.into.items():
-        tensor.copy_(given[name])
-    for name, tensor in unpacked.items():
-        places.live[name].copy_(tensor)

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from core import peft
-from core.adapters.reading import method_of, read_adapter, refusal, rehearse
+from core.adapters.filling import Content
+from core.adapters.reading import base_of, method_of, read_adapter, refusal, rehearse
 from core.anatomy import Anatomy
 from core.component import Component, class_and_arguments
 from core.errors import ScionError, listed
 from core.graft import Graft
 from core.json_types import check
-from core.method import AddsLoss, OwnOptimizer, PEFTMethod, Plan, key_of
-from core.method.fingerprint import fingerprint
+from core.method import AddsLoss, OwnOptimizer, PEFTMethod, Plan, Spec, key_of
+from core.method.described import named_in_module
+from core.method.saving import FROM_ROOT
 from core.record import plain
 from core.tensors import check_fit, check_values
 
@@ -28,11 +31,19 @@ class Trained(NamedTuple):
     """What a folder holds of a trained method."""
 
     folder: str
-    base: str
-    """The fingerprint of its base."""
+    record: dict[str, Any]
     tensors: dict[str, Tensor]
-    """By their names in the method's module."""
-    spec: dict[str, Any]
+    """By their names in the method's module, as the file has them."""
+    spec: Spec
+
+    @property
+    def from_root(self) -> bool:
+        """Whether the file counts from the root, as those of earlier versions do."""
+        return self.record["format"] == FROM_ROOT
+
+    def on(self, anatomy: Anatomy) -> Content:
+        """What the file means for this model."""
+        return Content.of({**self.record, "methods": [self.spec]}, self.tensors, anatomy)
 
 
 class SideBySide(AddsLoss, PEFTMethod):
@@ -115,7 +126,7 @@ class SideBySide(AddsLoss, PEFTMethod):
                              "begins with, and cannot take part")
         prefix = f"peft.{key_of(spec['name'])}."
         own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        self.trained[method.name] = Trained(folder, record["base"]["fingerprint"], own, spec)
+        self.trained[method.name] = Trained(folder, record, own, spec)
         return method
 
     # --------------------------------------------------------------------------------- attaching
@@ -129,13 +140,12 @@ class SideBySide(AddsLoss, PEFTMethod):
         """Refuse trained methods of another base."""
         if not self.trained or any(p.is_meta for p in anatomy.root.parameters()):
             return
-        home: Any = getattr(anatomy.root, "peft", None)
-        # where methods are attached already the base is changed, and its fingerprint was taken before
-        here = fingerprint(anatomy.root, anatomy.head_names()) if home is None else home.fingerprint
+        here = base_of(anatomy)
         for trained in self.trained.values():
-            if trained.base != here:
-                raise ScionError(f"{self.name}: {trained.folder} belongs to another base (fingerprint {trained.base}, "
-                                 f"here {here})")
+            saved = trained.record["base"]
+            if not here.agrees(saved, trained.from_root):
+                raise ScionError(f"{self.name}: {trained.folder} belongs to another base (fingerprint "
+                                 f"{saved['fingerprint']}, here {here.fingerprint(trained.from_root)})")
 
     def feature_dim(self, dim: int, anatomy: Anatomy) -> int:
         widths = {method.name: method.feature_dim(dim, anatomy) for method in self.methods}
@@ -158,8 +168,9 @@ class SideBySide(AddsLoss, PEFTMethod):
             method.fill(branch, own)
             method.module = branch
             if method.name in self.trained:
-                method.restructure(self.trained[method.name].spec.get("structure", {}))
-                self._load(method.name, branch)
+                content = self.trained[method.name].on(anatomy)
+                method.restructure(content.specs[0].get("structure", {}))
+                self._load(method.name, branch, content)
             if not method.is_trained:
                 branch.requires_grad_(False)
             module.add_module(key_of(method.name), branch)
@@ -168,17 +179,18 @@ class SideBySide(AddsLoss, PEFTMethod):
     def _rehearse(self, name: str, anatomy: Anatomy) -> None:
         """Refuse a trained method that would be larger than its file (see `core.adapters.rehearsal`)."""
         trained = self.trained[name]
-        spec: Any = {**trained.spec, "name": "rehearsed"}
+        content = trained.on(anatomy)
+        spec: Any = {**content.specs[0], "name": "rehearsed"}
         tensors = {f"peft.rehearsed.{key}": tensor for key, tensor in trained.tensors.items()}
         try:
-            rehearse([spec], tensors, anatomy.root, trained.folder)
+            rehearse(replace(content, specs=[spec], tensors=tensors), anatomy.root, trained.folder)
         except Exception as error:
             what = str(refusal(error)).removeprefix(f"{trained.folder}: ")
             raise ScionError(f"{self.name}: {trained.folder}: {what}") from error
 
-    def _load(self, name: str, branch: nn.Module) -> None:
+    def _load(self, name: str, branch: nn.Module, content: Content) -> None:
         """Copy a trained method's tensors into its branch; what a graft packs may be packed in the file, or plain."""
-        folder, tensors = self.trained[name].folder, self.trained[name].tensors
+        folder, tensors = self.trained[name].folder, named_in_module(content.tensors, branch, content.names)
         into = {key: tensor for key, tensor in branch.state_dict().items() if not key.endswith("_extra_state")}
         grafts = {path: graft for path, graft in branch.named_modules() if isinstance(graft, Graft)}
         packed: dict[str, tuple[Graft, Tensor]] = {}

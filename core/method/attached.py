@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from core.anatomy import dissect
 from core.errors import ScionError, listed
-from core.method.fingerprint import fingerprint
+from core.method.described import Base, key_of
 from core.method.other_libraries import end_watch, watch_saving
 
 if TYPE_CHECKING:
@@ -30,9 +31,10 @@ class Home(nn.Module):
         """Whether ``.to(bfloat16)`` leaves the methods' tensors as they are: so within a Trainer, whose true
         half-precision plugins convert the whole module, while small updates need float32."""
         self._root = [root]  # in a list, so that the root is not registered as a child
-        heads = anatomy.head_names()
-        self.heads = sorted(heads)
-        self.fingerprint = fingerprint(root, without=heads)
+        self.heads = sorted(anatomy.head_names())
+        self.base: Base | None = Base.of(anatomy)
+        """The base before the first method; None where its values arrive later."""
+        self.fingerprint = self.base.whole
         self.without_values = any(p.is_meta for p in root.parameters())
         self.head = head
         self.flags = {name: p.requires_grad for name, p in root.named_parameters()}
@@ -96,6 +98,10 @@ class Home(nn.Module):
         """What the methods are attached to."""
         return self._root[0]
 
+    def base_now(self) -> Base:
+        """The base before the first method, or as it is where that is not known."""
+        return self.base or Base.of(dissect(self.root))
+
     def owned(self) -> set[str]:
         """Names (in the root) of base tensors that a run must save: what methods move, and what else is trained now (a
         head, parts that were unfrozen since)."""
@@ -135,12 +141,6 @@ def home_in(model: nn.Module) -> tuple[str, nn.Module] | None:
         if isinstance(module._modules.get("peft"), Home):
             return name, module
     return None
-
-
-def key_of(name: str) -> str:
-    """A name as a key of nn.Module children: no dots, no clash with the module's own attributes."""
-    key = name.replace(".", "-")
-    return f"{key}_" if hasattr(nn.Module, key) or key in ("training", "methods", "method", "heads", "flags") else key
 
 
 # ------------------------------------------------------------------------------------------------- checkpoints

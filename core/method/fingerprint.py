@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,17 @@ class Fingerprint(str):
     __hash__ = str.__hash__  # sets are not asked whether two bases are the same
 
 
+@dataclass(frozen=True)
+class Sample:
+    """What is looked at of one tensor."""
+
+    shape: tuple[int, ...]
+    early: Tensor
+    """The values that the first digest is made of."""
+    even: Tensor
+    """Those of the other two."""
+
+
 def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> Fingerprint:
     """Digests of a model's tensors: names, shapes and a sample of the values.
 
@@ -44,17 +56,28 @@ def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> Fingerprint:
     do not count. On the meta device there are no values to read.
     """
     skip = set(without)
-    heads: list[bytes] = []
-    early: list[Tensor] = []
-    even: list[Tensor] = []
+    return fingerprint_of({name: part for name, part in sampled(model).items() if name not in skip})
+
+
+def sampled(model: nn.Module) -> dict[str, Sample]:
+    """A sample of each of the model's tensors, by name, without anything under ``peft``."""
+    samples: dict[str, Sample] = {}
     for name, tensor in model.state_dict().items():
-        if name in skip or name.startswith("peft.") or name.endswith("_extra_state"):
+        if name.startswith("peft.") or name.endswith("_extra_state"):
             continue
-        heads.append(f"{name}{tuple(tensor.shape)}".encode())
         flat = torch.empty(0, device="cpu") if tensor.is_meta else tensor.detach().reshape(-1)
         step = flat.numel() // SAMPLES
-        early.append((flat[:step * SAMPLES:step] if step > 1 else flat[:SAMPLES]).to("cpu", torch.float32))
-        even.append(flat[places(flat.numel()).to(flat.device)].to("cpu", torch.float32))
+        early = (flat[:step * SAMPLES:step] if step > 1 else flat[:SAMPLES]).to("cpu", torch.float32)
+        even = flat[places(flat.numel()).to(flat.device)].to("cpu", torch.float32)
+        samples[name] = Sample(tuple(tensor.shape), early, even)
+    return samples
+
+
+def fingerprint_of(samples: Mapping[str, Sample]) -> Fingerprint:
+    """The fingerprint of tensors with these names, from their samples."""
+    heads = [f"{name}{sample.shape}".encode() for name, sample in samples.items()]
+    early = [sample.early for sample in samples.values()]
+    even = [sample.even for sample in samples.values()]
     return Fingerprint("-".join((_digest(heads, early, torch.bfloat16)[:16], _digest(heads, even, torch.bfloat16)[:12],
                                  _digest(heads, even, torch.float16)[:12])))
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from core.anatomy import Site
+from core.anatomy import Anatomy, Site
 from core.errors import ScionError
+from core.method.described import APART
 
 
 def at_least(least: float, who: str, **options: Any) -> None:
@@ -73,3 +74,16 @@ def linear_only(who: str, sites: Iterable[Site], everywhere: Iterable[Site]) -> 
             roles = dict.fromkeys(other.role for other in everywhere if other.kind != "module")
             raise ScionError(f"{who}: {site.name} ({type(site.module).__name__}) has no linear weight; roles that "
                              f"have one: {', '.join(roles)}")
+
+
+def excluded(who: str, roles: Iterable[str], anatomy: Anatomy) -> list[Site]:
+    """The sites that a method leaves out by an option ``exclude``.
+
+    To leave out a language-model head, a pooler or a task head is in order where there is none: a method goes from
+    classes of a family that have it to classes that have not.
+
+    Raises:
+        ScionError: any other role that the model does not have.
+    """
+    present = [role for role in roles if role in anatomy.roles or role not in APART]
+    return anatomy.sites(present, None, who) if present else []

@@ -1,7 +1,7 @@
 """Saving methods in an adapter folder.
 
 It holds ``adapter.safetensors`` (the tensors) and ``adapter.json`` (how to make the methods again, and which base they
-belong to).
+belong to). Both count from the described model, so that an adapter goes wherever that stands.
 """
 
 from __future__ import annotations
@@ -12,16 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from core.anatomy import dissect
 from core.errors import ScionError, listed
 from core.method.attached import Home
+from core.method.described import FileNames, Names, parameter_names, structure_in_file
 from core.method.training_checks import check_model
 from core.tensors import write_with_record
 
 if TYPE_CHECKING:
     from core.method import PEFTMethod
 
-FORMAT = 1
+FORMAT = 2
+"""Names of tensors, the structures and the fingerprint are those of the described model (`core.method.described`)."""
+FROM_ROOT = 1
+"""The format of earlier versions, which counted from the module that was given to `attach`."""
 TENSORS = "adapter.safetensors"
 RECORD = "adapter.json"
 
@@ -55,31 +58,50 @@ def save_adapter(methods: list[PEFTMethod], folder: str | Path, extra: dict[str,
         tensors.update(method.tensors())
     parameters = dict(root.named_parameters())
     # A head inside the backbone belongs to no method; it is saved with them where it was trained.
-    tensors.update({name: parameters[name].detach() for name in home.heads if parameters[name].requires_grad})
+    heads = [name for name in home.heads if name in parameters]  # a tied weight has one name among them
+    tensors.update({name: parameters[name].detach() for name in heads if parameters[name].requires_grad})
     unfrozen = home.unfrozen()
     tensors.update(unfrozen)
-    tensors.update(extra or {})
+    base = home.base_now()
+    names = FileNames(base.names, home.methods.values())
+    apart = {names.of(name) for name in tensors if names.is_apart(name)}
+    specs = _specs(methods, base.names, apart)
+    in_file = {names.of(name): tensor for name, tensor in tensors.items()}
+    in_file.update(extra or {})
     record: dict[str, Any] = {
         "format": FORMAT,
-        "methods": [method.spec() for method in methods],
-        "base": {"class": dissect(root).family, "fingerprint": home.fingerprint},
+        "methods": specs,
+        "base": base.record(),
         "versions": versions(),
     }
+    if apart:
+        record["apart"] = sorted(apart)
     if model:
         record["model"] = model
     if beside:
         record["beside"] = beside
     if unfrozen:
-        record["unfrozen"] = sorted(unfrozen)
+        record["unfrozen"] = sorted(names.of(name) for name in unfrozen)
     target = Path(folder)
     try:
-        write_with_record(target / TENSORS, tensors, target / RECORD, record)
+        write_with_record(target / TENSORS, in_file, target / RECORD, record)
     except ScionError:  # a ValueError as well, and not the one that is meant below
         raise
     except ValueError:
         raise ScionError(f"{folder}: an argument of {listed(method.name for method in methods)} is no finite number, "
                          "which an adapter cannot record") from None
     return target
+
+
+def _specs(methods: list[PEFTMethod], names: Names, apart: set[str]) -> list[dict[str, Any]]:
+    """The methods' records with structures in a file's names; those apart from the backbone are added to ``apart``."""
+    known = parameter_names(methods[0].need_root())
+    found: list[dict[str, Any]] = []
+    for method in methods:
+        spec = method.spec()
+        spec["structure"] = structure_in_file(spec["structure"], names, known, apart)
+        found.append(spec)
+    return found
 
 
 @functools.cache  # a dozen milliseconds, and every adapter asks

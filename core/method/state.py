@@ -13,6 +13,7 @@ from core.files import parse_json
 from core.json_types import Digest, Name, check, check_fields
 from core.method.attached import Home
 from core.method.definition import MethodDefinition
+from core.method.described import BaseRecord
 from core.record import plain, signature
 
 if TYPE_CHECKING:
@@ -22,8 +23,8 @@ Spec = TypedDict("Spec", {"class": str, "name": Name, "config": dict[str, Any],
                           "structure": NotRequired[dict[str, Any]]})
 """What `spec_of` gives, and files hold."""
 Own = TypedDict("Own", {"class": str, "name": Name, "config": dict[str, Any], "structure": NotRequired[dict[str, Any]],
-                        "base": Digest})
-"""A method's record in a checkpoint: its spec, and its base's fingerprint."""
+                        "base": Digest, "described": NotRequired[BaseRecord]})
+"""A method's record in a checkpoint: its spec, and its base's fingerprint, also that of the described model alone."""
 LARGEST_STATE = 16 * 2**20
 """Bytes of such a record."""
 
@@ -39,6 +40,8 @@ class MethodModule(nn.Module):
         home = getattr(self.method.root, "peft", None)
         record = self.method.spec()
         record["base"] = home.fingerprint if isinstance(home, Home) else ""
+        if isinstance(home, Home) and home.base is not None:
+            record["described"] = home.base.record()
         return torch.frombuffer(bytearray(json.dumps(record).encode()), dtype=torch.uint8).clone()
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -48,6 +51,7 @@ class MethodModule(nn.Module):
             raise ScionError(f"the checkpoint holds {saved['class']} where {type(self.method).__name__} is attached")
         if home.without_values:  # built on the meta device: the values arrive with this very checkpoint
             home.fingerprint, home.without_values = saved["base"], False
+            home.base = home.base_now().as_recorded(saved["base"], saved.get("described"))
         if saved["base"] != home.fingerprint:
             raise ScionError(f"{self.method.name} was trained on another base ({saved['base']}) than this one "
                              f"({home.fingerprint}): build the same backbone with the same weights")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from core.adapters.load import (
+    Content,
     Saved,
     attach,
     load_tensors,
@@ -14,6 +15,7 @@ from core.adapters.load import (
     restore,
 )
 from core.adapters.rehearsal import SMALL, hollow, largest, reach, rehearsing
+from core.anatomy import dissect
 from core.backbone import Backbone
 from core.errors import ScionError
 from core.method.beside import OUTSIDE
@@ -81,9 +83,9 @@ def _rehearse(saved: Saved, where: str) -> None:
     with rehearsing(len(saved.tensors) + USUAL):
         backbone = hollow_backbone(model["backbone"], model["seed"])
         tuner = _around_backbone(model, backbone)
-        tensors = hollow({name: tensor for name, tensor in saved.tensors.items() if not name.startswith(OUTSIDE)})
-        attach(saved.record["methods"], backbone, done := [])
-        load_tensors(done, tensors, where, write=False, unfrozen=saved.record.get("unfrozen", ()))
+        content = Content.of(saved.record, hollow(saved.tensors), dissect(backbone))
+        attach(content.specs, backbone, done := [])
+        load_tensors(done, content, where, write=False)
         _prepare_head(tuner)
         load_outside(tuner, hollow(saved.tensors), where, write=False)
 

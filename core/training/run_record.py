@@ -138,7 +138,7 @@ def _metrics(point: Point, stages: list[Stage], results: list[StageResult], outc
         "config_hash": point.hash,
         "select": point.config["select"],
         "data": dict(data.origin),
-        "backbone": {**tuner.backbone.origin, "fingerprint": home.fingerprint},
+        "backbone": {**tuner.backbone.origin, "fingerprint": home.base_now().described},
         "peft": [method.spec() for method in tuner.methods],
         "parameters": outcome.parameters,
         "adapter_bytes": adapter_bytes(path / "adapter"),

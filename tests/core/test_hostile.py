@@ -196,13 +196,14 @@ WRONG = (None, True, 3, -1.5, "x", [], [1], {}, {"a": 1}, "\x1b[31m\n\ud800")
 @pytest.mark.parametrize("path", [
     "format", "methods", "methods.0", "methods.0.class", "methods.0.name", "methods.0.config", "methods.0.structure",
     "methods.0.config.rank", "methods.0.config.targets", "methods.0.config.dropout", "methods.0.config.layers",
-    "methods.0.config.head", "methods.0.config.trainable", "base", "base.class", "base.fingerprint", "versions",
-    "model", "sha256"])
+    "methods.0.config.head", "methods.0.config.trainable", "base", "base.class", "base.fingerprint",
+    "base.stacks", "base.pooler", "apart", "versions", "model", "sha256"])
 def test_wrong_types(adapter: Path, path: str) -> None:
     record = record_of(adapter)
     fine = {"methods.0.structure": ({},), "methods.0.config.rank": (3,), "methods.0.config.targets": (None,),
             "methods.0.config.layers": (None,), "methods.0.config.trainable": (True,), "base.class": ("x", WRONG[-1]),
-            "methods.0.config.dropout": (), "versions": ({},), "methods.0.name": ("x",)}
+            "methods.0.config.dropout": (), "versions": ({},), "methods.0.name": ("x",),
+            "base.stacks": ({},), "base.pooler": (), "apart": ([],)}
     for value in WRONG:
         if path == "methods.0.config.rank" or value not in fine.get(path, ()) or type(value) is bool and value not in (
                 fine.get(path, ())):

@@ -20,6 +20,7 @@ from core import dissect, load_adapter
 from core.adapters.load import RECORD, TENSORS, adapter_bytes, keep_only_owned
 from core.errors import ScionError
 from core.method import PEFTMethod, methods_on
+from core.method.described import FileNames, Names
 from core.record import plain
 from tests.artifacts.make_artifacts import STORED, WORDS, artifact_cells, expected_outputs, folder_of
 from tests.methods import Cell
@@ -104,8 +105,9 @@ def test_adapter_file(cell: Cell, tmp_path: Path) -> None:
     method.save(tmp_path)
     tensors = load_file(tmp_path / TENSORS)
     packed = {name.rpartition(".")[0] for name in tensors}
-    assert set(tensors) == set(method.tensors()) and set(method.trainable()) <= set(tensors) | packed
-    assert same({name: tensor.detach() for name, tensor in method.tensors().items()}, tensors)
+    names = FileNames(Names.of(dissect(model)), [method])
+    assert {names.of(name) for name in method.trainable()} <= set(tensors) | packed
+    assert same({names.of(name): tensor.detach() for name, tensor in method.tensors().items()}, tensors)
     assert all(tensor.dtype in (torch.float32, torch.int32, torch.uint8) for tensor in tensors.values())
     stored = method.counts()["stored"]
     assert stored == _numbers(tensors)

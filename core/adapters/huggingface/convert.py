@@ -13,10 +13,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from core.adapters.filling import Content, load_tensors
 from core.adapters.huggingface.form import BASE, CONFIG, MODEL, TENSORS, Inexpressible, LoRAShapedForm, PeftForm
 from core.adapters.huggingface.forms import all_forms, form_of
 from core.adapters.huggingface.wrapped import WrappedModel
-from core.adapters.reading import load_tensors, open_adapter, refusal, restore
+from core.adapters.reading import open_adapter, refusal, restore
 from core.adapters.rehearsal import hollow, is_small, reach, rehearsing, twin
 from core.errors import ScionError, listed, one_line
 from core.files import read_json, write_json
@@ -232,7 +233,7 @@ def from_peft(folder: str | Path, model: nn.Module, name: str | None = None) -> 
         form.refuse(config, where)
         _rehearse(form, cls, config, given, root, where, name)
         tensors = _build(form, cls, config, given, root, where, name, done)
-        load_tensors(done, tensors, where)
+        load_tensors(done, Content([], tensors), where)
     except Exception as error:
         # In reverse: each put back what it found, and a later one may stand on an earlier one's change.
         for method in reversed(done):
@@ -285,7 +286,7 @@ def _rehearse(form: PeftForm, cls: type[PEFTMethod], config: dict[str, Any], ten
     done: list[PEFTMethod] = []
     with rehearsing(count):
         found = _build(form, cls, config, hollow(tensors), hollow_root, where, name, done)
-        load_tensors(done, found, where, write=False)
+        load_tensors(done, Content([], found), where, write=False)
 
 
 def _read_head(given: dict[str, Tensor], wrapped: WrappedModel, config: dict[str, Any]) -> dict[str, Tensor]:
