@@ -21,6 +21,7 @@ from core.method.attached import Home
 from core.method.bases import check_base, check_quantized, check_sites
 from core.method.beside import OUTSIDE, path_of, tensors_beside
 from core.method.options import linear_only
+from core.method.other_libraries import sentence_backbone
 from core.method.plan import Plan
 from core.method.saving import save_adapter
 from core.method.state import MethodModule, spec_of
@@ -318,6 +319,7 @@ def copy_on_cpu(tensor: Tensor) -> Tensor:
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
-    """The module inside ``torch.compile``'s wrapper, whose names are those without it."""
+    """The module inside ``torch.compile``'s wrapper, whose names are those without it; of a model of
+    sentence-transformers, which is a row of modules, the transformer in it."""
     inner = getattr(model, "_orig_mod", model)
-    return inner if isinstance(inner, nn.Module) else model
+    return sentence_backbone(inner if isinstance(inner, nn.Module) else model)

@@ -4,18 +4,52 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as L
 from torch import nn
 
+from core.anatomy.description import class_names
 from core.errors import ScionError, listed
 
 SAVERS = ("transformers", "sentence_transformers", "diffusers")
 """Packages whose functions with ``save`` in their names write a model that only they read."""
 DEPTH = 60
 """Frames to look back for them."""
+ROW = ("sentence_transformers.base.model:BaseModel", "sentence_transformers.SentenceTransformer:SentenceTransformer")
+"""Classes of sentence-transformers (of versions 6 and before) that run modules in a row."""
+IN_ROW = ("sentence_transformers.base.modules.transformer:Transformer",
+          "sentence_transformers.models.Transformer:Transformer")
+"""Those of the modules in it that hold a model of transformers, as ``auto_model``."""
+
+
+def sentence_backbone(model: nn.Module) -> nn.Module:
+    """The transformers model in a ``SentenceTransformer`` or ``CrossEncoder``, under its classifier where it has one;
+    any other model itself.
+
+    Raises:
+        ScionError: there is none in it, or several.
+    """
+    if not _is_one_of(model, ROW):
+        return model
+    holders = {path: module for path, module in model.named_modules() if _is_one_of(module, IN_ROW)}
+    kind = type(model).__name__
+    if not holders:
+        raise ScionError(f"{kind} holds no transformer (its modules are {listed(_kinds(model))}), and no method can "
+                         "stand on those")
+    if len(holders) > 1:
+        raise ScionError(f"{kind} holds several transformers ({listed(holders)}): give attach the auto_model of one")
+    [holder] = holders.values()
+    return holder.auto_model  # type: ignore[return-value]
+
+
+def _is_one_of(module: nn.Module, names: Sequence[str]) -> bool:
+    return any(name in names for name in class_names(module))
+
+
+def _kinds(model: nn.Module) -> list[str]:
+    return [type(child).__name__ for child in model.children()]
 
 
 # ------------------------------------------------------------------------------------------------- saving
