@@ -153,6 +153,15 @@ class Anatomy:
             raise ScionError(f"{who}targets {wanted} match nothing in the layers {sorted(keep)} of {self.family}")
         return found
 
+    def paths(self, roles: Sequence[str], asker: str = "") -> list[str]:
+        """Paths of all modules that play these roles, for those that are to be left out; none without a role."""
+        found: list[str] = []
+        for site in self.sites(roles, None, asker) if roles else []:
+            found.append(site.path)
+            for path, part in site.whole:
+                found += [f"{path}.{name}" if name else path for name, _ in part.named_modules()]
+        return found
+
     def _staged(self) -> set[str]:
         """The roles with a stage before them, where blocks have one."""
         found: set[str] = set()

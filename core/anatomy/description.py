@@ -96,6 +96,15 @@ def family(*class_names: str) -> Callable[[Describer], Describer]:
     return register
 
 
+LANGUAGE_HEADS: dict[str, tuple[str, ...]] = {}
+
+
+def language_head(class_name: str, *children: str) -> None:
+    """Say which children of the language model ``"module:Class"`` are its pretrained head, where that has several: they
+    are no task head. The map to the vocabulary is found without this (``get_output_embeddings``)."""
+    LANGUAGE_HEADS[class_name] = children
+
+
 def class_names(module: nn.Module) -> list[str]:
     """The names under which a description of this module can be registered, the most special one first."""
     return [f"{cls.__module__}:{cls.__qualname__}" for cls in type(module).__mro__]

@@ -9,7 +9,7 @@ from torch import nn
 
 from core.anatomy import families, torch_attention  # noqa: F401  (families enter the table)
 from core.anatomy.anatomy import Anatomy, Block, Site, Stack
-from core.anatomy.description import FAMILIES, BlockDescription, Describer, Description, class_names
+from core.anatomy.description import FAMILIES, LANGUAGE_HEADS, BlockDescription, Describer, Description, class_names
 from core.anatomy.layout import NORMS, ROLES, Heads, Rows
 from core.errors import ScionError, listed, nearest
 
@@ -81,6 +81,16 @@ _BESIDE = {"lm_head": "lm_head", "cls": "lm_head", "embed_out": "lm_head",
 """What is beside a backbone in a library's own wrapper and comes pretrained with it: name -> role."""
 
 
+def _role_beside(wrapper: nn.Module, name: str, projection: str) -> str:
+    """The role of a wrapper's child beside the backbone, where ``projection`` is the path to the vocabulary's map."""
+    if name in _BESIDE:
+        return _BESIDE[name]
+    parts: set[str] = {projection.partition(".")[0]}  # the child that is the map, or holds it
+    for class_name in class_names(wrapper):
+        parts.update(LANGUAGE_HEADS.get(class_name, ()))
+    return "lm_head" if name in parts else "head"
+
+
 def _wrappers(model: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
     """The wrappers around a backbone, with their paths, from the root inwards."""
     parts = path.split(".") if path else []
@@ -89,14 +99,15 @@ def _wrappers(model: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
         yield wrapper_path, model.get_submodule(wrapper_path)
 
 
-def _projection(around: Any, head: nn.Module) -> str:
-    """Path, in a language-model head, of its map to the vocabulary, where the head holds more and its model says it."""
-    if not hasattr(around, "get_output_embeddings"):
+def _projection(wrapper: Any) -> str:
+    """Path, from a language model, of its map to the vocabulary, where the model says which module that is."""
+    if not hasattr(wrapper, "get_output_embeddings"):
         return ""
-    output = around.get_output_embeddings()
-    for name, module in head.named_modules():
-        if module is output:
-            return name
+    output = wrapper.get_output_embeddings()
+    for path, module in wrapper.named_modules():
+        # DeBERTa's newer head multiplies by the embedding itself, and names a map that leads elsewhere.
+        if module is output and len(module.weight) == len(wrapper.get_input_embeddings().weight):
+            return path
     return ""
 
 
@@ -209,16 +220,30 @@ class _Dissection:
         return stem
 
     def _add_heads(self, stem: dict[str, list[Site]], path: str, wrapper: nn.Module) -> None:
-        """What is beside the backbone in a wrapper is its head."""
+        """What is beside the backbone in a wrapper is its head: a task's, or a pretrained language model's."""
         inside = self.path[len(path):].lstrip(".")
         backbone = inside.partition(".")[0]  # the wrapper's child that is the backbone, or holds it
+        projection = _projection(wrapper)
+        parts: list[str] = []  # of a language-model head
         for name, child in wrapper.named_children():
             if name in ("peft", backbone) or not _has_parameters(child):
                 continue
-            role = _BESIDE.get(name, "head")
-            projection = _projection(wrapper, child) if role == "lm_head" else ""
-            site = self.site(name, role, path, name, projection)
-            stem.setdefault(role, []).append(site)
+            role = _role_beside(wrapper, name, projection)
+            if role == "lm_head":
+                parts.append(name)
+            else:
+                stem.setdefault(role, []).append(self.site(name, role, path, name))
+        for site in self._language_heads(path, parts, projection):
+            stem.setdefault("lm_head", []).append(site)
+
+    def _language_heads(self, path: str, parts: list[str], projection: str) -> list[Site]:
+        """A language-model head as one site, its map to the vocabulary; each part is one where none has that map."""
+        holder = projection.partition(".")[0]
+        if holder not in parts:
+            return [self.site(name, "lm_head", path, name) for name in parts]
+        paths = [_joined(path, name) for name in parts]
+        whole = tuple((part, self.modules[part]) for part in paths)
+        return [self.site(holder, "lm_head", path, projection, whole=whole)]
 
     # --------------------------------------------------------------------------------- blocks and stacks
 

@@ -32,7 +32,7 @@ ROLES: dict[str, str] = {
     "position_bias": "the attention's table of relative positions, a parameter",
     "embed": "output of the embedding", "patch_embed": "projection of the patches",
     "downsample": "projection between two stages", "pool": "pooler", "head": "task head",
-    "lm_head": "a language-model head's map to the vocabulary",
+    "lm_head": "a language-model head: methods act at its map to the vocabulary, `exclude` leaves out the whole",
     "projection": "map of a tower's feature into a space that towers share",
     "feature": "output of the whole module that methods are attached to",
 }

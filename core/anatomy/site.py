@@ -44,6 +44,8 @@ class SitePlace:
     """What a norm adds to its weight before it multiplies."""
     by_weight: bool = False
     """The map is never called as a module: a graft here acts by what it would write into the weight."""
+    whole: tuple[tuple[str, nn.Module], ...] = ()
+    """Of a language-model head all its parts, with their paths; the site itself is its map to the vocabulary."""
 
     @property
     def kind(self) -> str:
@@ -81,6 +83,11 @@ class SitePlace:
             return [self.weight_name] if self.bias is None else [self.weight_name, self.bias_name]
         if self.parameter != "weight":
             return [self.weight_name]
+        if self.whole:
+            names = []
+            for path, part in self.whole:
+                names += [f"{path}.{name}" for name, _ in part.named_parameters()]
+            return names
         return [self._in_root(name) for name, _ in self.module.named_parameters()]
 
     @property

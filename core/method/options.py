@@ -76,8 +76,8 @@ def linear_only(who: str, sites: Iterable[Site], everywhere: Iterable[Site]) -> 
                              f"have one: {', '.join(roles)}")
 
 
-def excluded(who: str, roles: Iterable[str], anatomy: Anatomy) -> list[Site]:
-    """The sites that a method leaves out by an option ``exclude``.
+def excluded(who: str, roles: Iterable[str], anatomy: Anatomy) -> list[str]:
+    """The paths of the modules that a method leaves out by an option ``exclude``.
 
     To leave out a language-model head, a pooler or a task head is in order where there is none: a method goes from
     classes of a family that have it to classes that have not.
@@ -86,4 +86,4 @@ def excluded(who: str, roles: Iterable[str], anatomy: Anatomy) -> list[Site]:
         ScionError: any other role that the model does not have.
     """
     present = [role for role in roles if role in anatomy.roles or role not in APART]
-    return anatomy.sites(present, None, who) if present else []
+    return anatomy.paths(present, who)

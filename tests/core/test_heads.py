@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from core.anatomy import dissect
-from core.peft import BitFit, LoRA  # type: ignore[attr-defined]
+from core.peft import LTSFT, BitFit, LoRA  # type: ignore[attr-defined]
 from tests.models import VOCABULARY, WIDTH, batch
 
 
@@ -48,6 +48,89 @@ def test_head_of_a_masked_language_model_is_its_projection(wrapped: bool) -> Non
     method.remove()
     biases = sum(p.numel() for name, p in model.named_parameters() if name.endswith("bias"))
     assert BitFit().attach(model).counts()["method"] == biases
+
+
+def language_model(kind: str) -> Any:
+    """A tiny language model of transformers, wider than its embedding where the family can be."""
+    import transformers
+
+    name = kind.replace("ForMaskedLM", "").replace("ForCausalLM", "").replace("LMHeadModel", "")
+    config = getattr(transformers, f"{name}Config")(vocab_size=VOCABULARY, **SIZES.get(name, SIZE))
+    with torch.random.fork_rng(devices=[]):
+        return getattr(transformers, kind)(config).eval()
+
+
+SIZE = {"hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": WIDTH,
+        "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
+SIZES: dict[str, dict[str, Any]] = {
+    "Albert": {**SIZE, "embedding_size": WIDTH // 2},
+    "GPT2": {"n_embd": WIDTH, "n_layer": 1, "n_head": 4},
+    "CodeGen": {"n_embd": WIDTH, "n_layer": 1, "n_head": 4, "rotary_dim": 4},
+}
+LANGUAGE_MODELS = {
+    "BertForMaskedLM": "bert", "BertLMHeadModel": "bert", "RobertaForMaskedLM": "roberta",
+    "RobertaForCausalLM": "roberta", "XLMRobertaForMaskedLM": "roberta", "CamembertForMaskedLM": "roberta",
+    "AlbertForMaskedLM": "albert", "GPT2LMHeadModel": "transformer", "GPTNeoXForCausalLM": "gpt_neox",
+    "CodeGenForCausalLM": "transformer", "LlamaForCausalLM": "model", "MistralForCausalLM": "model",
+    "Qwen2ForCausalLM": "model", "GemmaForCausalLM": "model", "Starcoder2ForCausalLM": "model",
+}
+"""Language models, and what each calls its backbone."""
+
+
+@pytest.mark.parametrize("kind", LANGUAGE_MODELS)
+def test_whole_head_of_a_language_model(kind: str) -> None:
+    """Transform, norm, bias and the map to the vocabulary are one role, which is left out as a whole, never trained
+    unasked, and no task head."""
+    model = language_model(kind)
+    backbone = f"{LANGUAGE_MODELS[kind]}."
+    names = {name for name, _ in model.named_parameters()}
+    beside = {name for name in names if not name.startswith(backbone)}
+    anatomy = dissect(model)
+    (site,) = anatomy.sites("lm_head")
+    assert site.module is model.get_output_embeddings() and site.out_features == VOCABULARY
+    assert beside == set(site.parameter_names) & names and anatomy.head_names() == set()
+    for chosen in ({"exclude": ("lm_head",)}, {"layers": (0,)}):
+        method = LTSFT(density=0.1, **chosen).attach(model)
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert trained and not trained & beside
+        method.remove()
+    method = LoRA(rank=2, targets=("mlp.up",)).attach(model)
+    assert method.counts()["head"] == 0
+    assert not any(p.requires_grad for name, p in model.named_parameters() if name in beside)
+
+
+def test_biases_of_a_language_model_s_head_are_left_out() -> None:
+    model = language_model("BertForMaskedLM")
+    inside = sum(p.numel() for name, p in model.bert.named_parameters() if name.endswith("bias"))
+    assert BitFit(exclude=("lm_head",)).attach(model).counts()["method"] == inside
+
+
+def test_a_classifier_beside_a_language_model_is_a_task_head() -> None:
+    """A child that the language model does not name as its map to the vocabulary, and that no family describes."""
+    import transformers
+
+    model = language_model("AlbertForMaskedLM")
+    model.classifier = nn.Linear(WIDTH, 3)
+    assert dissect(model).head_names() == {"classifier.weight", "classifier.bias"}
+    twofold = transformers.AlbertForPreTraining(model.config)
+    heads = dissect(twofold).head_names()
+    assert heads == {"sop_classifier.classifier.weight", "sop_classifier.classifier.bias"}
+
+
+def test_masked_numbers_of_mbert() -> None:
+    """Language masks (Litschko et al. 2022) on mBERT leave norms and the language-model head out."""
+    import transformers
+
+    config = transformers.BertConfig(vocab_size=105_879)
+    with torch.device("meta"):
+        model = transformers.BertForMaskedLM(config)
+    norms = ("norm1", "norm2", "norm")
+    counts = []
+    for exclude in (norms, (*norms, "lm_head")):
+        method = LTSFT(density=0.1, exclude=exclude).attach(model)
+        counts.append(sum(p.numel() for p in model.parameters() if p.requires_grad))
+        method.remove()
+    assert counts == [167_425_431, 166_727_424]
 
 
 @pytest.mark.parametrize("wrapped", [False, True])

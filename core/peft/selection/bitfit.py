@@ -35,7 +35,7 @@ class BitFit(PEFTMethod):
         self.roles, self.exclude = None if targets is None else tuple(targets), tuple(exclude)
 
     def base_parameters(self, anatomy: Anatomy) -> list[str]:
-        left_out = {site.path for site in excluded(self.name, self.exclude, anatomy)}
+        left_out = set(excluded(self.name, self.exclude, anatomy))
         if self.roles is None:
             keep = anatomy.layer_indices(self.layers, self.name)
             other = tuple(f"{block.path}." for block in anatomy.blocks if block.index not in keep)

@@ -39,7 +39,7 @@ class FullFineTuning(PEFTMethod):
 
 def all_parameters(anatomy: Anatomy, layers: Sequence[int] | None, exclude: Sequence[str], asker: str) -> list[str]:
     """Names of the backbone's parameters: all, or those of some blocks; never a task head's, nor of roles left out."""
-    left_out = tuple(f"{site.path}." for site in excluded(asker, exclude, anatomy))
+    left_out = tuple(f"{path}." for path in excluded(asker, exclude, anatomy))
     inside = tuple(f"{anatomy.blocks[i].path}." for i in sorted(anatomy.layer_indices(layers, asker)))
     return [name for name, _ in anatomy.root.named_parameters()
             if name not in anatomy.head_names() and not name.startswith(("peft.", *left_out))
