@@ -210,6 +210,75 @@ def _codegen(width: int = WIDTH) -> nn.Module:
                                       eos_token_id=0))
 
 
+def _distilbert(width: int = WIDTH) -> nn.Module:
+    from transformers import DistilBertConfig, DistilBertModel
+
+    return DistilBertModel(DistilBertConfig(vocab_size=VOCABULARY, dim=width, n_layers=2, n_heads=4,
+                                            hidden_dim=2 * width, max_position_embeddings=32))
+
+
+def _encoder(name: str, width: int = WIDTH, **changes: Any) -> nn.Module:
+    import transformers
+
+    config = getattr(transformers, f"{name}Config")(**{
+        "vocab_size": VOCABULARY, "hidden_size": width, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "intermediate_size": 2 * width, "max_position_embeddings": 32, **changes})
+    model = getattr(transformers, f"{name}Model")(config)
+    if getattr(model, "pooler", None) is not None:
+        model.pooler = None
+    return model
+
+
+DEBERTA = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8,
+           "norm_rel_ebd": "layer_norm", "position_biased_input": False, "type_vocab_size": 0}
+"""As in the published models, but for `share_att_key`, under which the maps of queries and keys run twice a forward."""
+MODERNBERT = {"global_attn_every_n_layers": 2, "local_attention": 8, "pad_token_id": 0, "bos_token_id": 0,
+              "eos_token_id": 0, "cls_token_id": 0, "sep_token_id": 0}
+
+
+def _dinov2(width: int = WIDTH, **changes: Any) -> nn.Module:
+    from transformers import Dinov2Config, Dinov2Model
+
+    return Dinov2Model(Dinov2Config(**{
+        "hidden_size": width, "num_hidden_layers": 2, "num_attention_heads": 4, "mlp_ratio": 3, "image_size": 32,
+        "patch_size": 8, "use_swiglu_ffn": True, "use_mask_token": False, **changes}))
+
+
+def _timm_dinov2(width: int = WIDTH) -> nn.Module:
+    import timm
+
+    return timm.create_model("vit_small_patch14_reg4_dinov2", img_size=32, patch_size=8, embed_dim=width, depth=2,
+                             num_heads=4, num_classes=0)
+
+
+class _Speech(nn.Module):
+    """Whisper on one input: sound, and with it a sentence that its values choose."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, sound: Tensor) -> Tensor:
+        ids = 1 + (sound[:, :12, 0] > 0).long()
+        return self.model(sound, decoder_input_ids=ids).last_hidden_state
+
+
+def whisper_config(width: int = WIDTH, **changes: Any) -> Any:
+    from transformers import WhisperConfig
+
+    return WhisperConfig(**{
+        "vocab_size": VOCABULARY, "d_model": width, "num_mel_bins": 16, "encoder_layers": 2, "decoder_layers": 2,
+        "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 2 * width,
+        "decoder_ffn_dim": 2 * width, "max_source_positions": 9, "max_target_positions": 32, "use_cache": False,
+        "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0, "decoder_start_token_id": 1, **changes})
+
+
+def _whisper(width: int = WIDTH) -> nn.Module:
+    from transformers import WhisperModel
+
+    return _Speech(WhisperModel(whisper_config(width)))
+
+
 def _uniform(size: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return (torch.rand(size, *shape, generator=generator) - 0.5) * 3.4  # unit variance
 
@@ -225,6 +294,13 @@ def _ids(size: int, generator: torch.Generator) -> Tensor:
 def _padded_ids(size: int, generator: torch.Generator) -> Tensor:
     ids = _ids(size, generator)
     ids[1::2, -4:] = 0
+    return ids
+
+
+def _ids_padded_by_one(size: int, generator: torch.Generator) -> Tensor:
+    """MPNet's padding is 1, whatever its configuration says."""
+    ids = torch.randint(2, VOCABULARY, (size, 12), generator=generator)
+    ids[1::2, -4:] = 1
     return ids
 
 
@@ -281,6 +357,14 @@ EVERY_FAMILY: dict[str, Family] = {
     "gemma": Family(functools.partial(_decoder, "Gemma", num_key_value_heads=1, head_dim=16), _ids,
                     token=-1, rounding=1.3),
     "starcoder2": Family(functools.partial(_decoder, "Starcoder2", num_key_value_heads=2), _ids, token=-1),
+    "distilbert": Family(_distilbert, _padded_ids, padding=0),
+    "electra": Family(functools.partial(_encoder, "Electra", embedding_size=WIDTH // 2), _padded_ids, padding=0),
+    "mpnet": Family(functools.partial(_encoder, "MPNet"), _ids_padded_by_one, padding=1),  # shared relative positions
+    "deberta": Family(functools.partial(_encoder, "DebertaV2", **DEBERTA), _padded_ids, padding=0),  # own attention
+    "modernbert": Family(functools.partial(_encoder, "ModernBert", **MODERNBERT), _padded_ids, padding=0),  # fused
+    "dinov2": Family(_dinov2, _images),  # scaled sublayers, gated MLP
+    "timm_dinov2": Family(_timm_dinov2, _images),  # scaled sublayers, registers
+    "whisper": Family(_whisper, lambda size, generator: _uniform(size, (16, 18), generator), token=-1),  # sound, text
 }
 """All: the long tier's invariants meet them, and each method walks through each once (tests/core/test_cells.py)."""
 

@@ -23,9 +23,11 @@ WIDE = {"targets": ("q", "k", "v", "o", "mlp.up", "mlp.down")}
 FEW = {"layers": (0,), "exclude": ("q", "k", "v", "mlp.up", "mlp.down")}
 NOT_LINEAR: tuple[tuple[Config, str], ...] = (({"targets": ("mlp.up", "block")}, "linear weight"),
                                               ({"targets": ("mlp.upp",)}, "'mlp.up'"))
-CAUSAL = ("llama", "t5", "clip", "clip_text", "gpt2", "gpt_neox", "codegen", "mistral", "qwen2", "gemma", "starcoder2")
+CAUSAL = ("llama", "t5", "clip", "clip_text", "gpt2", "gpt_neox", "codegen", "mistral", "qwen2", "gemma", "starcoder2",
+          "whisper")
 """Families in which, at least in one stack, a token sees only those before it."""
 NO_ATTENTION = {"timm_convnext": "there is no attention that could read more keys, queries or streams"}
+NO_CALL = {"deberta": "its scores need positions, which further keys, queries and streams do not have"}
 NO_PLACE_FOR_TOKENS = {"timm_swin": "its states are a map, in which there is no place for further tokens"}
 
 

@@ -47,9 +47,9 @@ class Block:
         call = sublayer.replace("attention", "attend")
         if call in self.sites:
             return self.sites[call]
-        # Where attention is not torch's call there is no such site, but the query's map reads the same states.
-        query = sublayer.replace("attention", "q")
-        return self.sites[query]
+        # Where attention is not torch's call there is no such site, but the values' map reads the same states (the maps
+        # of queries and keys may read relative positions besides), and across stacks the queries' map.
+        return self.sites["v" if sublayer == "attention" else "cross.q"]
 
     def beside(self, sublayer: str) -> Site:
         """The site whose input is the residual stream that a sublayer's output is added to."""

@@ -105,6 +105,16 @@ def language_head(class_name: str, *children: str) -> None:
     LANGUAGE_HEADS[class_name] = children
 
 
+Attributes = Callable[[Any], dict[str, Any]]
+READERS: dict[str, tuple[str, Attributes]] = {}
+
+
+def reads_parameter(class_name: str, child: str, attributes: Attributes) -> None:
+    """Say that a module ``"module:Class"`` reads the parameter of a child without calling the child, so that a graft
+    there would do nothing, and which attributes it must have to call it instead."""
+    READERS[class_name] = (child, attributes)
+
+
 def class_names(module: nn.Module) -> list[str]:
     """The names under which a description of this module can be registered, the most special one first."""
     return [f"{cls.__module__}:{cls.__qualname__}" for cls in type(module).__mro__]

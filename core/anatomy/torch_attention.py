@@ -1,4 +1,4 @@
-"""torch's own attention and transformer layers, which reach their parts without calling them.
+"""torch's own attention and transformer layers, which do not call their parts, and attention written out.
 
 ``nn.MultiheadAttention`` never calls its output projection, keeps the maps of queries, keys and values in one
 parameter, and ``nn.TransformerEncoderLayer`` computes all of itself in one kernel where nothing needs a gradient.
@@ -9,12 +9,16 @@ changed.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function
+
+from core.anatomy.description import READERS, class_names
 
 Setting = tuple[nn.Module, str, Any]
 """A module, the name of an attribute, and the value that it must have while a graft is active."""
@@ -32,6 +36,10 @@ def settings(modules: Mapping[str, nn.Module], path: str) -> list[Setting]:
             found.append((module, "activation_relu_or_gelu", 0))  # the fused kernel knows only these two activations
         elif isinstance(module, nn.TransformerEncoder):
             found.append((module, "use_nested_tensor", False))  # nested tensors go through the fused kernel only
+        for class_name in class_names(module):
+            child, attributes = READERS.get(class_name, ("", None))
+            if attributes is not None and path == f"{outer_path}.{child}".lstrip("."):
+                found += [(module, name, value) for name, value in attributes(module).items()]
     return found
 
 
@@ -136,3 +144,29 @@ def _as_summand(mask: Tensor, like: Tensor) -> Tensor:
         return mask.to(like.dtype)  # it is a summand already
     zeros = torch.zeros(mask.shape, dtype=like.dtype, device=like.device)
     return zeros.masked_fill_(mask, float("-inf"))
+
+
+def written_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
+                      dropout_p: float = 0.0, is_causal: bool = False, *, scale: float | None = None,
+                      enable_gqa: bool = False) -> Tensor:
+    """What torch's attention call computes, as libraries write it out: equal to them to the bit, and a call that can be
+    rewritten all the same.
+
+    Args:
+        query: [batch, heads, queries, width].
+        key: [batch, heads, keys, width].
+        value: [batch, heads, keys, width].
+        attn_mask: added to the scores; the arguments behind ``dropout_p`` are torch's and not made use of.
+    """
+    given = (query, key, value)
+    if has_torch_function(given):  # a rewriter is active
+        return handle_torch_function(written_attention, given, *given, attn_mask=attn_mask, dropout_p=dropout_p)
+    scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
+    if attn_mask is not None:
+        scores = scores + attn_mask
+    weights = F.dropout(scores.softmax(-1), dropout_p)
+    return weights @ value
+
+
+ATTENTION_CALLS = (F.scaled_dot_product_attention, written_attention)
+"""The calls that the verb ``attend`` rewrites."""

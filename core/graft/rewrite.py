@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
+from core.anatomy.torch_attention import ATTENTION_CALLS
 from core.errors import ScionError
 from core.graft.arguments import rows_of_samples, with_hidden_in
 from core.graft.graft import Attention, Graft
@@ -35,9 +36,9 @@ class CallRewriter(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (),
                            kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        if self.attend and func is F.scaled_dot_product_attention:
+        if self.attend and func in ATTENTION_CALLS:
             self.reached = True
-            return attend_with(self.attend, self.x, self.keys_of, *args, **kwargs)
+            return attend_with(self.attend, self.x, self.keys_of, func, *args, **kwargs)
         given = [*_flat((*args, *kwargs.values()))]
         met = [entry for entry in self.effective if any(argument is entry.frozen for argument in given)]
         if not met:
@@ -224,16 +225,16 @@ def _put_named(kwargs: dict[str, Any], met: list[Effective], variant: int | None
 # ------------------------------------------------------------------------------------------------- attention
 
 
-def attend_with(grafts: list[Graft], x: Tensor, keys_of: KeysOf, query: Tensor, key: Tensor, value: Tensor,
-                attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False, *,
-                scale: float | None = None, enable_gqa: bool = False) -> Tensor:
-    """``scaled_dot_product_attention`` with ``grafts`` around it; ``x`` is the attention module's input."""
+def attend_with(grafts: list[Graft], x: Tensor, keys_of: KeysOf, attend: Callable[..., Tensor], query: Tensor,
+                key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+                is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False) -> Tensor:
+    """torch's attention call, or one like it, with ``grafts`` around it; ``x`` is the attention module's input."""
     if is_causal and attn_mask is None:
         # A graft may add keys: causality must be in the mask, where it can be extended.
         attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
 
     def base(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, False, scale=scale, enable_gqa=enable_gqa)
+        return attend(q, k, v, mask, dropout_p, False, scale=scale, enable_gqa=enable_gqa)
 
     def chain(some: list[Graft], x: Tensor) -> Attention:
         attention = Attention(base, keys_of)
@@ -283,7 +284,7 @@ class _CatchKeys(TorchFunctionMode):
         self.found = found
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if func is not F.scaled_dot_product_attention:
+        if func not in ATTENTION_CALLS:
             return func(*args, **(kwargs or {}))
         names = ("query", "key", "value")
         given = {**dict(zip(names, args, strict=False)), **(kwargs or {})}

@@ -37,7 +37,8 @@ ROWS = {
             "bert": "BertModel", "roberta": "RobertaModel", "albert": "AlbertModel", "t5": "T5Model",
             "llama": "LlamaModel", "mistral": "MistralModel", "qwen2": "Qwen2Model", "gemma": "GemmaModel",
             "starcoder2": "Starcoder2Model", "gpt2": "GPT2Model", "gpt_neox": "GPTNeoXModel", "codegen": "CodeGenModel",
-            "clip_text": "CLIPTextModel"}.items()},
+            "clip_text": "CLIPTextModel", "distilbert": "DistilBertModel", "electra": "ElectraModel",
+            "mpnet": "MPNetModel", "deberta": "DebertaV2Model", "modernbert": "ModernBertModel"}.items()},
     ),
 }
 

@@ -70,6 +70,7 @@ ROWS = {
         refused={
             **NO_ATTENTION,
             "albert": "one layer runs many times, so that there is no ladder of layers beside it",
+            "deberta": "its relative positions are embedded as wide as the blocks, and would not fit thinner ones",
             "timm_eva": "its rotary positions are made for one width of head, and end in the attention",
             "codegen": "its rotary positions are made for one width of head, and end in the attention",
             "clip": "the vision tower's final norm sees the pooled token alone, not the sequence",

@@ -14,7 +14,7 @@ from core.peft import method_class
 from tests.models import batch, make, t5_config
 from tests.papers.decoding import a_cache_changes_nothing
 from tests.papers.explicit import gate_attention
-from tests.rows import NO_ATTENTION, Row, Variant, prefix_count
+from tests.rows import NO_ATTENTION, NO_CALL, Row, Variant, prefix_count
 from tests.toolkit import EVERYTHING, distance, outputs, randomize
 
 
@@ -40,7 +40,7 @@ ROWS = {
         bad=(({"tokens": 0}, "tokens 0"), ({"bottleneck": 0}, "bottleneck 0"), ({"scale": 0}, "scale 0")),
         random=True, commutes=None, operators=30, saved=0.9,
         artifact={"tokens": 1, "reparametrize": False, "bottleneck": 1},
-        refused={**NO_ATTENTION},
+        refused={**NO_ATTENTION, **NO_CALL},
     ),
 }
 

@@ -14,7 +14,7 @@ from core.errors import ScionError
 from core.peft import method_class
 from tests.models import batch, make
 from tests.papers.sites import bert_base
-from tests.rows import NO_ATTENTION, Row, Variant, prefix_count
+from tests.rows import NO_ATTENTION, NO_CALL, Row, Variant, prefix_count
 from tests.toolkit import distance, outputs, randomize
 
 ROWS = {
@@ -28,7 +28,7 @@ ROWS = {
         bad=(({"tokens": 0}, "tokens 0"), ({"reparametrize": -1}, "reparametrize -1")),
         random=True, operators=13, saved=0.71,
         artifact={"tokens": 1},
-        refused={**NO_ATTENTION},
+        refused={**NO_ATTENTION, **NO_CALL},
     ),
 }
 

@@ -9,7 +9,7 @@ import torch
 
 from core.peft import method_class
 from tests.models import WIDTH, batch, make
-from tests.rows import NO_ATTENTION, Row, Variant, prefix_count
+from tests.rows import NO_ATTENTION, NO_CALL, Row, Variant, prefix_count
 from tests.toolkit import distance, outputs, randomize
 
 ROWS = {
@@ -20,7 +20,7 @@ ROWS = {
         bad=(({"tokens": 0}, "tokens 0"), ({"dropout": 1.0}, "dropout 1"), ({"targets": ("q",)}, "no attention")),
         random=True, operators=20, saved=0.75,
         artifact={"tokens": 1},
-        refused={**NO_ATTENTION},
+        refused={**NO_ATTENTION, **NO_CALL},
     ),
 }
 

@@ -28,9 +28,8 @@ def layernorms_count(anatomy: Anatomy, method: Any) -> int:
 def biases_count(anatomy: Anatomy, method: Any) -> int:
     if method.roles is not None:
         return sum(site.module.bias.numel() for site in anatomy.sites(method.roles, method.layers))  # type: ignore
-    modules = {id(site.module): site.module for site in anatomy.all_sites() if isinstance(
-        getattr(site.module, "bias", None), nn.Parameter)}
-    return sum(module.bias.numel() for module in modules.values())  # type: ignore[operator]
+    modules = [module for module in anatomy.root.modules() if isinstance(getattr(module, "bias", None), nn.Parameter)]
+    return sum(module.bias.numel() for module in modules)  # type: ignore[operator]
 
 
 ROWS = {
@@ -56,7 +55,8 @@ ROWS = {
             "llama": "no module of LlamaModel has a bias, so there is nothing to train",
             "t5": "no module of T5Model has a bias, so there is nothing to train",
             "mistral": "no module of MistralModel has a bias, so there is nothing to train",
-            "gemma": "no module of GemmaModel has a bias, so there is nothing to train"},
+            "gemma": "no module of GemmaModel has a bias, so there is nothing to train",
+            "modernbert": "no module of ModernBertModel has a bias, so there is nothing to train"},
     ),
     "FullFineTuning": Row(
         {"all": Variant()},

@@ -13,7 +13,7 @@ from core.errors import ScionError
 from core.peft import method_class
 from tests.models import batch, make
 from tests.papers.explicit import gate_attention
-from tests.rows import CAUSAL, NO_ATTENTION, Row, Variant, bottleneck_count, prefix_count
+from tests.rows import CAUSAL, NO_ATTENTION, NO_CALL, Row, Variant, bottleneck_count, prefix_count
 from tests.toolkit import distance, outputs, randomize
 
 
@@ -32,7 +32,7 @@ ROWS = {
         bad=(({"tokens": 0}, "tokens 0"), ({"rank": 0}, "rank 0"), ({"reduction": 0}, "reduction 0")),
         random=True, commutes=False, operators=40, saved=0.95,
         artifact={"tokens": 1, "reparametrize": False, "rank": 1},
-        refused={**NO_ATTENTION, **dict.fromkeys(CAUSAL, (
+        refused={**NO_ATTENTION, **NO_CALL, **dict.fromkeys(CAUSAL, (
             "its gates are means over the sequence, and a causal model may not see what is to come"))},
     ),
 }

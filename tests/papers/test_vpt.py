@@ -16,7 +16,7 @@ from core.peft import method_class
 from tests.models import Pooled, batch, make, spread
 from tests.papers.decoding import LANGUAGE_MODELS, a_cache_changes_nothing, later_tokens_are_not_seen
 from tests.papers.explicit import SPECIAL, insert
-from tests.rows import NO_ATTENTION, Row, Variant, prompts_count
+from tests.rows import NO_ATTENTION, NO_CALL, Row, Variant, prompts_count
 from tests.toolkit import EVERYTHING, distance, outputs, randomize
 
 ROWS = {
@@ -29,7 +29,7 @@ ROWS = {
         bad=(({"tokens": 0}, "tokens 0"), ({"dropout": 1.0}, "dropout 1"), ({"deep": False, "dropout": 0.1}, "deep")),
         random=True, commutes=None, operators=40, saved=0.9,
         artifact={"tokens": 1},
-        refused={**NO_ATTENTION},
+        refused={**NO_ATTENTION, **NO_CALL},
     ),
 }
 

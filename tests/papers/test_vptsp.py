@@ -26,7 +26,7 @@ from core.training.head_files import outside
 from core.training.load_run import load_run
 from core.training.run_record import count, save_run_adapter
 from tests.models import batch, make
-from tests.rows import NO_ATTENTION, Row, Variant
+from tests.rows import NO_ATTENTION, NO_CALL, Row, Variant
 from tests.toolkit import distance, outputs, randomize, seeded, trainer
 
 
@@ -41,7 +41,8 @@ def vptsp_count(anatomy: Anatomy, method: Any) -> int:
 ROWS = {
     "VPTSP": Row(
         {"prompts": Variant({"tokens": 4}, learns={"lr": 1e-2}, refused=dict.fromkeys(
-            ("llama", "t5", "mistral", "gemma"), "it has no bias to train; the other variant trains none")),
+            ("llama", "t5", "mistral", "gemma", "modernbert"),
+            "it has no bias to train; the other variant trains none")),
          "falling": Variant({"tokens": 3, "step": 1, "class_depth": 1, "biases": False, "gate": "gru"},
                             moves_base=False, learns={"tokens": 20, "lr": 1e-2})},
         trained=vptsp_count,
@@ -51,7 +52,7 @@ ROWS = {
              ({"step": -1}, "step -1")),
         random=True, commutes=None, operators=40, saved=0.9,
         artifact={"tokens": 1, "biases": False},
-        refused={**NO_ATTENTION},
+        refused={**NO_ATTENTION, **NO_CALL},
     ),
 }
 

@@ -21,7 +21,7 @@ from core.tasks import Classification
 from core.training.load_run import load_run
 from tests.core.test_commands import base, config, sounds  # noqa: F401
 from tests.models import FAMILIES, WIDTH, batch, make, with_head
-from tests.rows import NO_ATTENTION, Row, Variant
+from tests.rows import NO_ATTENTION, NO_CALL, Row, Variant
 from tests.toolkit import EVERYTHING, distance, loader, outputs, randomize, same, saved_bytes, snapshot, trainer, uneven
 
 
@@ -53,7 +53,7 @@ ROWS = {
         artifact={},
         refused={
             "timm_swin": "its blocks cut a map into windows, each with keys of its own; queries are no map",
-            **NO_ATTENTION},
+            **NO_ATTENTION, **NO_CALL},
     ),
 }
 

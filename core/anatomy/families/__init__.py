@@ -1,5 +1,12 @@
 """The anatomies that Scion knows, by the library they come from: one small function a family (see `core.anatomy`)."""
 
-from core.anatomy.families import timm, torch_nn, transformers, transformers_t5
+from core.anatomy.families import (
+    timm,
+    torch_nn,
+    transformers,
+    transformers_encoders,
+    transformers_t5,
+    transformers_whisper,
+)
 
-__all__ = ["timm", "torch_nn", "transformers", "transformers_t5"]
+__all__ = ["timm", "torch_nn", "transformers", "transformers_encoders", "transformers_t5", "transformers_whisper"]

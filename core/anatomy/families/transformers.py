@@ -142,6 +142,14 @@ def _clip_blocks(model: Any, before: str = "", stage: str = "", **rest: Any) -> 
         f"{MODELS}.camembert.modeling_camembert:CamembertModel")
 def bert(model: Any) -> Description:
     """BERT and what is built like it: RoBERTa, XLM-RoBERTa, CamemBERT."""
+    stem: dict[str, str | list[str]] = {"embed": "embeddings", "norm": "embeddings.LayerNorm"}
+    if model.pooler is not None:
+        stem["pool"] = "pooler.dense"
+    return Description(bert_blocks(model), stem, text="")
+
+
+def bert_blocks(model: Any) -> list[BlockDescription]:
+    """The blocks of BERT, which other models have as well."""
     roles: dict[str, Where] = {"q": "attention.self.query", "k": "attention.self.key", "v": "attention.self.value"}
     roles["o"] = "attention.output.dense"
     roles |= {"mlp.up": "intermediate.dense", "mlp.down": "output.dense"}
@@ -150,11 +158,7 @@ def bert(model: Any) -> Description:
     roles |= {"norm1": "attention.output.LayerNorm", "norm2": "output.LayerNorm"}
     own = "attention.self"
     widths = {f"{own}.attention_head_size": 1, f"{own}.all_head_size": 1, f"{own}.scaling": -0.5}
-    blocks = blocks_of(model, "encoder.layer", roles, pre_norm=False, widths=widths)
-    stem: dict[str, str | list[str]] = {"embed": "embeddings", "norm": "embeddings.LayerNorm"}
-    if model.pooler is not None:
-        stem["pool"] = "pooler.dense"
-    return Description(blocks, stem, text="")
+    return blocks_of(model, "encoder.layer", roles, pre_norm=False, widths=widths)
 
 
 @family(f"{MODELS}.albert.modeling_albert:AlbertModel")

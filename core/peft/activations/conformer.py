@@ -128,7 +128,8 @@ class ConformerAdapter(PEFTMethod):
         assert sublayer.block is not None
         block = anatomy.blocks[sublayer.block]
         entry, gate = block.into(sublayer.role), block.sites.get("mlp.gate")
-        if entry.role == "q" or (entry.role == "mlp.up" and gate is not None and gate.module is not entry.module):
+        is_gated = entry.role == "mlp.up" and gate is not None and gate.module is not entry.module
+        if is_gated or entry.role in ("v", "cross.q"):
             raise ScionError(f"{self.name}: the {sublayer.role} of {anatomy.family} reads its input in several maps, "
                              "so that parallel='before' has no one place there")
         return renamed(entry, rows=None)

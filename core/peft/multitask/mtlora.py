@@ -250,8 +250,8 @@ class MTLoRA(PEFTMethod):
                 raise ScionError(f"{self.name}: block {block.index} of {anatomy.family} {why}, so that streams would "
                                  "part and meet again")
             if not block.pre_norm and "attend" not in block.sites:
-                raise ScionError(f"{self.name}: attention of block {block.index} has no place where the streams could "
-                                 "be parted; build the model with sdpa attention")
+                raise ScionError(f"{self.name}: {anatomy.family} does not have the role 'attend', where the streams "
+                                 "could be parted (where attention is torch's, build the model with sdpa attention)")
             for role in OWN:
                 if role in block.sites and block.sites[role].rows is not None:
                     raise ScionError(f"{self.name}: {block.index}.{role} is part of a fused map, whose rows the "

@@ -441,7 +441,7 @@ def prune(block: Block, hidden: Tensor, importance: Importance, ratio: int) -> t
     if "cross.q" in sites:
         sublayers.append(("cross.norm", lambda h: attention("cross.", h)))
     for norm, sublayer in (*sublayers, ("norm2", mlp)):
-        if block.pre_norm:
+        if block.pre_norm and norm in sites:  # ModernBERT's first block has none at its attention
             keep[norm] = (hidden, None)
         hidden = sublayer(hidden)
         if not block.pre_norm:
