@@ -54,7 +54,7 @@ def language_model(kind: str) -> Any:
     """A tiny language model of transformers, wider than its embedding where the family can be."""
     import transformers
 
-    name = kind.replace("ForMaskedLM", "").replace("ForCausalLM", "").replace("LMHeadModel", "")
+    name = kind.partition("For")[0].removesuffix("LMHeadModel")
     config = getattr(transformers, f"{name}Config")(vocab_size=VOCABULARY, **SIZES.get(name, SIZE))
     with torch.random.fork_rng(devices=[]):
         return getattr(transformers, kind)(config).eval()
@@ -66,6 +66,13 @@ SIZES: dict[str, dict[str, Any]] = {
     "Albert": {**SIZE, "embedding_size": WIDTH // 2},
     "GPT2": {"n_embd": WIDTH, "n_layer": 1, "n_head": 4},
     "CodeGen": {"n_embd": WIDTH, "n_layer": 1, "n_head": 4, "rotary_dim": 4},
+    "DistilBert": {"dim": WIDTH, "n_layers": 1, "n_heads": 4, "hidden_dim": WIDTH},
+    "Electra": {**SIZE, "embedding_size": WIDTH // 2},
+    "ModernBert": {**SIZE, "cls_token_id": 0, "sep_token_id": 0},
+    "Whisper": {"d_model": WIDTH, "num_mel_bins": 16, "encoder_layers": 1, "decoder_layers": 1, "pad_token_id": 0,
+                "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": WIDTH,
+                "decoder_ffn_dim": WIDTH, "max_source_positions": 9, "max_target_positions": 32, "bos_token_id": 0,
+                "eos_token_id": 0, "decoder_start_token_id": 1},
 }
 LANGUAGE_MODELS = {
     "BertForMaskedLM": "bert", "BertLMHeadModel": "bert", "RobertaForMaskedLM": "roberta",
@@ -73,6 +80,9 @@ LANGUAGE_MODELS = {
     "AlbertForMaskedLM": "albert", "GPT2LMHeadModel": "transformer", "GPTNeoXForCausalLM": "gpt_neox",
     "CodeGenForCausalLM": "transformer", "LlamaForCausalLM": "model", "MistralForCausalLM": "model",
     "Qwen2ForCausalLM": "model", "GemmaForCausalLM": "model", "Starcoder2ForCausalLM": "model",
+    "DistilBertForMaskedLM": "distilbert", "MPNetForMaskedLM": "mpnet", "ElectraForMaskedLM": "electra",
+    "ElectraForCausalLM": "electra", "DebertaV2ForMaskedLM": "deberta", "ModernBertForMaskedLM": "model",
+    "WhisperForConditionalGeneration": "model", "WhisperForCausalLM": "model",
 }
 """Language models, and what each calls its backbone."""
 
@@ -88,6 +98,7 @@ def test_whole_head_of_a_language_model(kind: str) -> None:
     anatomy = dissect(model)
     (site,) = anatomy.sites("lm_head")
     assert site.module is model.get_output_embeddings() and site.out_features == VOCABULARY
+    assert beside or kind.startswith("Whisper")  # whose head is one tied map, and no more
     assert beside == set(site.parameter_names) & names and anatomy.head_names() == set()
     for chosen in ({"exclude": ("lm_head",)}, {"layers": (0,)}):
         method = LTSFT(density=0.1, **chosen).attach(model)

@@ -112,6 +112,8 @@ def _relative_embeddings(encoder: Any) -> Tensor:
     return encoder.LayerNorm(embedded) if "layer_norm" in encoder.norm_rel_ebd else embedded
 
 
+# The published heads are `cls`; the later form has no map to the vocabulary, but multiplies by the embedding itself.
+language_head(f"{_DEBERTA}:DebertaV2ForMaskedLM", "cls", "lm_predictions")
 reads_parameter(f"{_DEBERTA}:DebertaV2Encoder", "rel_embeddings",
                 lambda encoder: {"get_rel_embedding": functools.partial(_relative_embeddings, encoder)})
 
