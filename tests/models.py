@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from core.anatomy.families.transformers import _attention
+from core.anatomy.families.transformers_decoders import codegen_attention, gpt_neo_attention
 from core.random_state import seed_of
 
 WIDTH = 32
@@ -31,7 +32,7 @@ class Pooled(nn.Module):
     def __init__(self, model: nn.Module, token: int | None = 0, padding: int | None = None) -> None:
         super().__init__()
         self.model = model
-        self.decodes = hasattr(model, "decoder")
+        self.decodes = hasattr(model, "encoder") and hasattr(model, "decoder")
         self.token, self.padding = token, padding
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -279,6 +280,38 @@ def _whisper(width: int = WIDTH) -> nn.Module:
     return _Speech(WhisperModel(whisper_config(width)))
 
 
+def _decoder_of(name: str, width: int = WIDTH, **changes: Any) -> nn.Module:
+    """A decoder whose configuration has names of its own for what `_decoder` sets."""
+    import transformers
+
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=VOCABULARY, use_cache=False, bos_token_id=0, eos_token_id=0, pad_token_id=0, **changes)
+    return getattr(transformers, f"{name}Model")(config)
+
+
+def _opt(width: int = WIDTH, **changes: Any) -> nn.Module:
+    return _decoder("OPT", width, **{"ffn_dim": 2 * width, "word_embed_proj_dim": width, **changes})
+
+
+def _bloom(width: int = WIDTH) -> nn.Module:
+    return _decoder_of("Bloom", hidden_size=width, n_layer=2, n_head=4)
+
+
+def _gpt_neo(width: int = WIDTH) -> nn.Module:
+    return _decoder_of("GPTNeo", hidden_size=width, num_layers=2, num_heads=4, intermediate_size=2 * width,
+                       max_position_embeddings=32, attention_types=[[["global", "local"], 1]], window_size=5)
+
+
+def _gpt_bigcode(width: int = WIDTH, multi_query: bool = True) -> nn.Module:
+    return _decoder_of("GPTBigCode", n_embd=width, n_layer=2, n_head=4, n_inner=2 * width, n_positions=32,
+                       multi_query=multi_query)
+
+
+def _xglm(width: int = WIDTH) -> nn.Module:
+    return _decoder_of("XGLM", d_model=width, ffn_dim=2 * width, num_layers=2, attention_heads=4,
+                       max_position_embeddings=32)
+
+
 def _uniform(size: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return (torch.rand(size, *shape, generator=generator) - 0.5) * 3.4  # unit variance
 
@@ -365,6 +398,19 @@ EVERY_FAMILY: dict[str, Family] = {
     "dinov2": Family(_dinov2, _images),  # scaled sublayers, gated MLP
     "timm_dinov2": Family(_timm_dinov2, _images),  # scaled sublayers, registers
     "whisper": Family(_whisper, lambda size, generator: _uniform(size, (16, 18), generator), token=-1),  # sound, text
+    "qwen3": Family(functools.partial(_decoder, "Qwen3", num_key_value_heads=2, head_dim=8), _ids, token=-1),
+    "gemma2": Family(functools.partial(_decoder, "Gemma2", num_key_value_heads=2, head_dim=8, sliding_window=11,
+                                       query_pre_attn_scalar=8, attn_logit_softcapping=2.0), _ids, token=-1),
+    "gemma3": Family(functools.partial(_decoder, "Gemma3Text", num_key_value_heads=1, head_dim=16, sliding_window=11,
+                                       query_pre_attn_scalar=16, layer_types=["sliding_attention", "full_attention"]),
+                     _ids, token=-1),
+    "phi": Family(functools.partial(_decoder, "Phi"), _ids, token=-1),
+    "phi3": Family(functools.partial(_decoder, "Phi3", num_key_value_heads=2), _ids, token=-1),
+    "opt": Family(_opt, _padded_ids, token=-1, padding=0),
+    "bloom": Family(_bloom, _padded_ids, token=-1, padding=0),
+    "gpt_neo": Family(_gpt_neo, _ids, token=-1),
+    "gpt_bigcode": Family(_gpt_bigcode, _ids, token=-1),
+    "xglm": Family(_xglm, _ids, token=-1),
 }
 """All: the long tier's invariants meet them, and each method walks through each once (tests/core/test_cells.py)."""
 
@@ -427,10 +473,15 @@ def make(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, width: 
 
 
 def _compute_norms_in_double(model: nn.Module) -> None:
-    """Libraries compute RMSNorm, and CodeGen its attention, in float32 whatever comes in: put torch's in place."""
+    """Libraries compute RMSNorm, and some their attention, in float32 whatever comes in: put torch's in place."""
     for module in list(model.modules()):
-        if type(module).__name__ == "CodeGenAttention":
-            module._attn = functools.partial(_attention, nn.Dropout(0.0))  # type: ignore[assignment]
+        kind = type(module).__name__
+        if kind == "CodeGenAttention":
+            module._attn = functools.partial(codegen_attention, nn.Dropout(0.0))  # type: ignore[assignment]
+        elif kind == "GPTNeoSelfAttention":
+            module._attn = functools.partial(gpt_neo_attention, module)  # type: ignore[assignment]
+        elif kind in ("Gemma2Attention", "BloomAttention"):
+            module.__class__ = _with_own_softmax(type(module))
         for name, child in module.named_children():
             if type(child).__name__.endswith(("RMSNorm", "T5LayerNorm")) and not isinstance(child, nn.RMSNorm):
                 epsilon = getattr(child, "variance_epsilon", None) or child.eps
@@ -438,6 +489,24 @@ def _compute_norms_in_double(model: nn.Module) -> None:
                     child.weight.shape[0], epsilon, dtype=torch.float64)  # type: ignore[arg-type]
                 norm.weight = child.weight  # type: ignore[assignment]
                 setattr(module, name, norm)
+
+
+@functools.cache
+def _with_own_softmax(attention: type[nn.Module]) -> type[nn.Module]:
+    """An attention's class, with softmax in the type of its argument."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _OwnSoftmax():
+            return attention.forward(self, *args, **kwargs)
+
+    return type(attention.__name__, (attention,), {"forward": forward})
+
+
+class _OwnSoftmax(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.softmax:
+            kwargs = {**kwargs, "dtype": None}
+        return func(*args, **(kwargs or {}))
 
 
 class GemmaNorm(nn.RMSNorm):  # its name tells that it multiplies by 1 + weight, as in the library

@@ -24,10 +24,15 @@ FEW = {"layers": (0,), "exclude": ("q", "k", "v", "mlp.up", "mlp.down")}
 NOT_LINEAR: tuple[tuple[Config, str], ...] = (({"targets": ("mlp.up", "block")}, "linear weight"),
                                               ({"targets": ("mlp.upp",)}, "'mlp.up'"))
 CAUSAL = ("llama", "t5", "clip", "clip_text", "gpt2", "gpt_neox", "codegen", "mistral", "qwen2", "gemma", "starcoder2",
-          "whisper")
+          "qwen3", "gemma2", "gemma3", "phi", "phi3", "opt", "bloom", "gpt_neo", "gpt_bigcode", "xglm", "whisper")
 """Families in which, at least in one stack, a token sees only those before it."""
 NO_ATTENTION = {"timm_convnext": "there is no attention that could read more keys, queries or streams"}
-NO_CALL = {"deberta": "its scores need positions, which further keys, queries and streams do not have"}
+NO_CALL = {
+    "deberta": "its scores need positions, which further keys, queries and streams do not have",
+    "gemma2": "its scores are capped by a tanh before the softmax, so that they are not those of torch's attention",
+    "bloom": "its attention is written out amid its forward: there is no call that could read further keys",
+    "xglm": "its attention is written out amid its forward: there is no call that could read further keys"}
+"""Families that do not have the role ``attend``."""
 NO_PLACE_FOR_TOKENS = {"timm_swin": "its states are a map, in which there is no place for further tokens"}
 
 

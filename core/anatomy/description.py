@@ -43,6 +43,8 @@ class BlockDescription:
         repeats: how often a forward runs the block, where its weights serve several layers.
         grid: how its tokens lie, where they are a grid.
         causal: whether its tokens see only those before them.
+        flat: the sublayers (``attention``, ``mlp``) that get the tokens of all samples in one row: [batch * tokens,
+            dim].
     """
 
     path: str
@@ -64,6 +66,7 @@ class BlockDescription:
     repeats: int = 1
     grid: Grid | None = None
     causal: bool = False
+    flat: tuple[str, ...] = ()
 
 
 @dataclass

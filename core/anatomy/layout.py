@@ -22,6 +22,9 @@ ROLES: dict[str, str] = {
     "attention.branch": "what attention adds to the residual, where that lies otherwise than its output (windows)",
     "block": "a whole block, input and output",
     "norm1": "the block's norm at attention", "norm2": "the block's norm at the MLP",
+    "attention.norm": "a norm of the attention sublayer's output, before the residual is added",
+    "mlp.norm": "a norm of the MLP sublayer's output, before the residual is added",
+    "q.norm": "a norm of each head's queries", "k.norm": "a norm of each head's keys",
     "cross.q": "query projection of cross-attention", "cross.k": "key projection of cross-attention",
     "cross.v": "value projection of cross-attention", "cross.o": "output projection of cross-attention",
     "cross.attend": "the cross-attention call itself", "cross.norm": "the block's norm at cross-attention",
@@ -39,7 +42,7 @@ ROLES: dict[str, str] = {
 """Every role, with what plays it. A site in a block is named ``<block>.<role>``, any other ``<role>``. Where blocks
 come in several stages or stacks, ``<stage>.<role>`` means the role in one of them (``decoder.cross.k``)."""
 
-NORMS = ("norm", "norm1", "norm2", "cross.norm")
+NORMS = ("norm", "norm1", "norm2", "cross.norm", "attention.norm", "mlp.norm", "q.norm", "k.norm")
 """The roles that are norms."""
 
 

@@ -38,7 +38,10 @@ ROWS = {
             "llama": "LlamaModel", "mistral": "MistralModel", "qwen2": "Qwen2Model", "gemma": "GemmaModel",
             "starcoder2": "Starcoder2Model", "gpt2": "GPT2Model", "gpt_neox": "GPTNeoXModel", "codegen": "CodeGenModel",
             "clip_text": "CLIPTextModel", "distilbert": "DistilBertModel", "electra": "ElectraModel",
-            "mpnet": "MPNetModel", "deberta": "DebertaV2Model", "modernbert": "ModernBertModel"}.items()},
+            "mpnet": "MPNetModel", "deberta": "DebertaV2Model", "modernbert": "ModernBertModel",
+            "qwen3": "Qwen3Model", "gemma2": "Gemma2Model", "gemma3": "Gemma3TextModel",
+            "phi": "PhiModel", "phi3": "Phi3Model", "opt": "OPTDecoder", "bloom": "BloomModel",
+            "gpt_neo": "GPTNeoModel", "gpt_bigcode": "GPTBigCodeModel", "xglm": "XGLMModel"}.items()},
     ),
 }
 

@@ -63,6 +63,8 @@ ROWS = {
             "albert": "one layer runs many times: streams that part in it would enter it again",
             "codegen": "attention and MLP run side by side, so that streams part before and meet behind both",
             "modernbert": "gate and MLP are one fused map, whose rows the tasks' streams cannot share",
+            "phi": "attention and MLP run side by side, so that streams part before and meet behind both",
+            "phi3": "gate and MLP are one fused map, whose rows the tasks' streams cannot share",
             "timm_eva": "gate and MLP are one fused map, whose rows the tasks' streams cannot share"},
     ),
 }

@@ -56,7 +56,11 @@ ROWS = {
             "t5": "no module of T5Model has a bias, so there is nothing to train",
             "mistral": "no module of MistralModel has a bias, so there is nothing to train",
             "gemma": "no module of GemmaModel has a bias, so there is nothing to train",
-            "modernbert": "no module of ModernBertModel has a bias, so there is nothing to train"},
+            "modernbert": "no module of ModernBertModel has a bias, so there is nothing to train",
+            "qwen3": "no module of Qwen3Model has a bias, so there is nothing to train",
+            "gemma2": "no module of Gemma2Model has a bias, so there is nothing to train",
+            "gemma3": "no module of Gemma3TextModel has a bias, so there is nothing to train",
+            "phi3": "no module of Phi3Model has a bias, so there is nothing to train"},
     ),
     "FullFineTuning": Row(
         {"all": Variant()},

@@ -21,7 +21,7 @@ from tests.toolkit import EVERYTHING, distance, outputs, randomize
 
 ROWS = {
     "VPT": Row(
-        {"deep": Variant({"tokens": 4}, learns={"tokens": 20}),
+        {"deep": Variant({"tokens": 4}, learns={"tokens": 20}, refused=NO_CALL),
          "shallow": Variant({"tokens": 3, "deep": False}, refused={"timm_swin": "a map has no place for tokens"},
                             learns={"tokens": 20})},
         trained=prompts_count,

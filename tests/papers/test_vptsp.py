@@ -41,7 +41,7 @@ def vptsp_count(anatomy: Anatomy, method: Any) -> int:
 ROWS = {
     "VPTSP": Row(
         {"prompts": Variant({"tokens": 4}, learns={"lr": 1e-2}, refused=dict.fromkeys(
-            ("llama", "t5", "mistral", "gemma", "modernbert"),
+            ("llama", "t5", "mistral", "gemma", "modernbert", "qwen3", "gemma2", "gemma3", "phi3"),
             "it has no bias to train; the other variant trains none")),
          "falling": Variant({"tokens": 3, "step": 1, "class_depth": 1, "biases": False, "gate": "gru"},
                             moves_base=False, learns={"tokens": 20, "lr": 1e-2})},

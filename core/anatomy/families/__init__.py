@@ -4,9 +4,11 @@ from core.anatomy.families import (
     timm,
     torch_nn,
     transformers,
+    transformers_decoders,
     transformers_encoders,
     transformers_t5,
     transformers_whisper,
 )
 
-__all__ = ["timm", "torch_nn", "transformers", "transformers_encoders", "transformers_t5", "transformers_whisper"]
+__all__ = ["timm", "torch_nn", "transformers", "transformers_decoders", "transformers_encoders", "transformers_t5",
+           "transformers_whisper"]

@@ -1,16 +1,12 @@
-"""Families of transformers whose blocks are all alike; T5 is in `core.anatomy.families.transformers_t5`."""
+"""Families of transformers whose blocks are all alike: images, sound, encoders of text. Causal language models are in
+`core.anatomy.families.transformers_decoders`, T5 is in `core.anatomy.families.transformers_t5`."""
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
 from core.anatomy.description import BlockDescription, Description, Where, family
-from core.anatomy.layout import Grid, Rows
+from core.anatomy.layout import Grid
 
 MODELS = "transformers.models"
 
@@ -182,101 +178,3 @@ def albert(model: Any) -> Description:
     if model.pooler is not None:
         stem["pool"] = "pooler"
     return Description(blocks, stem, text="")
-
-
-# ------------------------------------------------------------------------------------------------- decoders of text
-
-
-@family(f"{MODELS}.llama.modeling_llama:LlamaModel", f"{MODELS}.mistral.modeling_mistral:MistralModel",
-        f"{MODELS}.qwen2.modeling_qwen2:Qwen2Model", f"{MODELS}.gemma.modeling_gemma:GemmaModel",
-        f"{MODELS}.starcoder2.modeling_starcoder2:Starcoder2Model")
-def llama(model: Any) -> Description:
-    """Llama and what is built like it: Mistral, Qwen2, Gemma, StarCoder2 (whose MLP has no gate)."""
-    roles: dict[str, Where] = {}
-    roles |= {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj"}
-    if hasattr(model.layers[0].mlp, "gate_proj"):
-        roles |= {"mlp.up": "mlp.up_proj", "mlp.gate": "mlp.gate_proj", "mlp.down": "mlp.down_proj"}
-    else:
-        roles |= {"mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"}
-    roles |= {"attend": "self_attn", "attention": "self_attn", "mlp": "mlp"}
-    roles |= {"norm1": "input_layernorm", "norm2": "post_attention_layernorm"}
-    widths = {"self_attn.head_dim": 1, "self_attn.scaling": -0.5}
-    blocks = blocks_of(model, "layers", roles, causal=True, cache="past_key_values", rotary="position_embeddings",
-                       widths=widths)
-    stem: dict[str, str | list[str]] = {"embed": "embed_tokens", "norm": "norm", "final_norm": "norm"}
-    # Gemma's norms multiply by 1 + weight, and their weights begin at zero.
-    is_gemma = type(model.norm).__name__.startswith("Gemma")
-    return Description(blocks, stem, final="norm", text="", norm_offset=1.0 if is_gemma else 0.0)
-
-
-@family(f"{MODELS}.gpt2.modeling_gpt2:GPT2Model")
-def gpt2(model: Any) -> Description:
-    """Its maps are transformers' Conv1D, with weights [in, out]."""
-    dim = model.config.hidden_size
-    roles: dict[str, Where] = {"qkv": "attn.c_attn"}
-    for i, role in enumerate("qkv"):
-        roles[role] = ("attn.c_attn", Rows(i * dim, (i + 1) * dim))
-    roles |= {"o": "attn.c_proj", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"}
-    roles |= {"attend": "attn", "attention": "attn", "mlp": "mlp"}
-    roles |= {"norm1": "ln_1", "norm2": "ln_2"}
-    widths = {"attn.head_dim": 1, "attn.embed_dim": 1, "attn.split_size": 1, "attn.scaling": -0.5}
-    blocks = blocks_of(model, "h", roles, causal=True, cache="past_key_values", widths=widths)
-    # The dropout is the one module behind the sum of the embeddings of tokens and of positions.
-    return Description(blocks, {"embed": "drop", "norm": "ln_f", "final_norm": "ln_f"}, final="ln_f", text="")
-
-
-@family(f"{MODELS}.gpt_neox.modeling_gpt_neox:GPTNeoXModel")
-def gpt_neox(model: Any) -> Description:
-    """Its fused projection holds query, key and value of the first head, then those of the second, and so on."""
-    heads = model.config.num_attention_heads
-    width = model.config.hidden_size // heads
-    roles: dict[str, Where] = {"qkv": "attention.query_key_value"}
-    for i, role in enumerate("qkv"):
-        roles[role] = ("attention.query_key_value", _every_third(i, heads, width))
-    roles |= {"o": "attention.dense", "mlp.up": "mlp.dense_h_to_4h", "mlp.down": "mlp.dense_4h_to_h"}
-    roles |= {"attend": "attention", "attention": "post_attention_dropout", "mlp": "post_mlp_dropout"}
-    roles |= {"norm1": "input_layernorm", "norm2": "post_attention_layernorm"}
-    widths = {"attention.head_size": 1, "attention.rotary_ndims": 1, "attention.scaling": -0.5}
-    blocks = blocks_of(model, "layers", roles, causal=True, cache="layer_past", rotary="position_embeddings",
-                       widths=widths)
-    norm = "final_layer_norm"
-    return Description(blocks, {"embed": "emb_dropout", "norm": norm, "final_norm": norm}, final=norm, text="")
-
-
-@family(f"{MODELS}.codegen.modeling_codegen:CodeGenModel")
-def codegen(model: Any) -> Description:
-    """Attention and MLP read one norm and run side by side. The fused projection was laid out for four accelerators:
-    each quarter of its rows holds the queries, the values and the keys of a quarter of the heads."""
-    heads = model.config.num_attention_heads
-    width = model.config.hidden_size // heads
-    quarter = heads // 4 * width
-    roles: dict[str, Where] = {"qkv": "attn.qkv_proj"}
-    for i, role in enumerate("qvk"):
-        roles[role] = ("attn.qkv_proj", _every_third(i, 4, quarter))
-    roles |= {"o": "attn.out_proj", "mlp.up": "mlp.fc_in", "mlp.down": "mlp.fc_out"}
-    roles |= {"attend": "attn", "attention": "attn", "mlp": "mlp", "norm1": "ln_1"}
-    blocks = blocks_of(model, "h", roles, causal=True, cache="layer_past")
-    for block, module in zip(blocks, model.h, strict=True):
-        # Its attention is written out as products and a softmax: a call is put there for `attend` to rewrite.
-        as_one_call = functools.partial(_attention, module.attn.attn_dropout)
-        block.while_active = {"attend": {"attn._attn": as_one_call}}
-    return Description(blocks, {"embed": "drop", "norm": "ln_f", "final_norm": "ln_f"}, final="ln_f", text="")
-
-
-def _every_third(first: int, count: int, size: int) -> Rows:
-    """The rows of every third of ``3 * count`` parts of ``size`` rows each, from the part ``first`` on."""
-    index: list[int] = []
-    for group in range(count):
-        part = 3 * group + first
-        index += range(part * size, (part + 1) * size)
-    return Rows(index=tuple(index))
-
-
-def _attention(dropout: nn.Dropout, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, None]:
-    """What CodeGenAttention._attn computes, as one call."""
-    # CodeGen turns queries and keys to float32 for its scores; torch's attention takes one type for all.
-    if mask is not None and mask.dtype != torch.bool:
-        mask = mask.to(v.dtype)
-    rate = dropout.p if dropout.training else 0.0
-    output = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, mask, rate)
-    return output, None

@@ -119,6 +119,9 @@ class ConformerAdapter(PEFTMethod):
         for site in found:
             if site.role not in ("attention", "mlp"):
                 raise ScionError(f"{self.name}: {site.name} is no sublayer: take 'attention' or 'mlp'")
+            if site.around is not None and site.role in site.around.described.flat:
+                raise ScionError(f"{self.name}: the {site.role} of {anatomy.family} gets the tokens of all samples in "
+                                 "one row, so that a convolution would run from one sample into the next")
         if self.parallel == "before":  # what enters a sublayer may be wider than a fused part: the whole module's input
             found = [self._entry(anatomy, site) for site in found]
         return [*found, anatomy.inputs] if any(site.around and site.around.causal for site in found) else found

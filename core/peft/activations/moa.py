@@ -39,7 +39,9 @@ class Adapters(Graft):
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         z = self.read().to(self.down.dtype)
-        return y + self.change(z.flatten(1, -2)).view_as(z).to(y.dtype)
+        # A flat sublayer gets [batch * tokens, dim].
+        tokens = z.flatten(1, -2) if z.dim() > 2 else z[:, None]
+        return y + self.change(tokens).view_as(z).to(y.dtype)
 
 
 class DenseMixture(Adapters):

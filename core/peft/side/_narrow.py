@@ -34,8 +34,9 @@ def narrow(block: Block, ratio: int, keep: Keep, leader: Block | None = None, nu
     cut = _cut(block, copied, keep)
     _check_rest(block, copied, keep, cut)
     for module in copied.modules():
-        if hasattr(module, "layer_idx"):
-            module.layer_idx = number  # type: ignore[assignment]
+        for name in ("layer_idx", "layer_id"):
+            if hasattr(module, name):
+                setattr(module, name, number)
     _set_widths(block, copied, ratio)
     return copied.requires_grad_(True)
 
@@ -57,16 +58,25 @@ def _cut(block: Block, copied: nn.Module, keep: Keep) -> set[int]:
     by_path.pop("", None)  # the block itself
     done: set[int] = set()
     for path, sites in by_path.items():
-        # Several sites at one path are parts of one fused weight, in the order of their rows.
-        sites.sort(key=lambda site: site.rows.start if site.rows else 0)
-        rows = []
-        for site in sites:
-            own = keep[site.role][0]
-            rows.append(own if site.rows is None else _indices(site)[own])
         module = copied.get_submodule(path)
-        slice_parameters(module, torch.cat(rows), keep[sites[0].role][1])
+        slice_parameters(module, _kept_rows(sites, keep), keep[sites[0].role][1])
         done |= {id(part) for part in module.modules()}
     return done
+
+
+def _kept_rows(sites: list[Site], keep: Keep) -> Tensor:
+    """The output rows that stay of one module, whose sites may be the parts of a fused weight."""
+    rows, places = [], []
+    for site in sites:
+        own = keep[site.role][0]
+        if site.rows is None:
+            return own
+        whole = _indices(site)
+        rows.append(whole[own])
+        # The thin weight is laid out as the whole one: parts one after the other, or head by head.
+        ratio = len(whole) // len(own)
+        places.append(whole[::ratio])
+    return torch.cat(rows)[torch.cat(places).argsort()]
 
 
 def _check_rest(block: Block, copied: nn.Module, keep: Keep, done: set[int]) -> None:

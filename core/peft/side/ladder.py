@@ -192,7 +192,7 @@ class LadderSideTuning(Prepared, PEFTMethod):
 
     tags = ("additive", ("side",))
     identity_at_start = False
-    needs = ("q", "k", "v", "o", "mlp.up", "mlp.down", "norm1", "norm2")
+    needs = ("q", "k", "v", "o", "mlp.up", "mlp.down", "norm1")
     inference_cost = "the side network runs along"
     recommended = {"lr": 3e-3, "weight_decay": 0.0}
 
@@ -426,6 +426,9 @@ def prune(block: Block, hidden: Tensor, importance: Importance, ratio: int) -> t
         out = top(score(f"{prefix}o", queries).sum(1), ratio)
         for role, rows in (("q", queries), ("k", keys), ("v", keys)):
             keep[prefix + role] = rows, hidden
+        for role in (f"{prefix}q.norm", f"{prefix}k.norm"):  # one for all heads, each thinner by the ratio
+            if role in sites:
+                keep[role] = top(importance(sites[role].full_weight), ratio), None
         keep[f"{prefix}o"] = out, queries
         return out
 
@@ -437,13 +440,21 @@ def prune(block: Block, hidden: Tensor, importance: Importance, ratio: int) -> t
         keep["mlp.down"] = (out, inner)
         return out
 
-    sublayers: list[tuple[str, Callable[[Tensor], Tensor]]] = [("norm1", lambda h: attention("", h))]
+    sublayers: list[tuple[str, str, Callable[[Tensor], Tensor]]] = []
+    sublayers.append(("norm1", "attention.norm", lambda h: attention("", h)))
     if "cross.q" in sites:
-        sublayers.append(("cross.norm", lambda h: attention("cross.", h)))
-    for norm, sublayer in (*sublayers, ("norm2", mlp)):
+        sublayers.append(("cross.norm", "", lambda h: attention("cross.", h)))
+    sublayers.append(("norm2", "mlp.norm", mlp))
+    entered = hidden
+    for norm, norm_behind, sublayer in sublayers:
+        if norm == "norm2" and norm not in sites:  # the MLP stands beside attention (Phi), behind one norm with it
+            hidden = sublayer(entered)
+            continue
         if block.pre_norm and norm in sites:  # ModernBERT's first block has none at its attention
             keep[norm] = (hidden, None)
         hidden = sublayer(hidden)
+        if norm_behind in sites:
+            keep[norm_behind] = (hidden, None)
         if not block.pre_norm:
             keep[norm] = (hidden, None)
     keep["block"] = (hidden, None)

@@ -83,6 +83,7 @@ class VPTSP(OwnLoss, PEFTMethod):
     readings = ("feature",)
     identity_at_start = False
     moves_base = True
+    needs = ("attend",)
     inference_cost = "every layer reads `tokens` more tokens"
     recommended = {"lr": 5e-4, "weight_decay": 0.0}
 
@@ -110,8 +111,6 @@ class VPTSP(OwnLoss, PEFTMethod):
     # --------------------------------------------------------------------------------- the model
 
     def sites(self, anatomy: Anatomy) -> list[Site]:
-        if "attend" not in anatomy.roles:
-            raise ScionError(f"{self.name} needs the role 'attend', which {anatomy.family} does not have")
         sites = anatomy.sites("attend", self.layers, self.name)
         return [site for number, site in enumerate(sites) if self._length(number) or self._class_length(number)]
 
