@@ -480,8 +480,8 @@ def _compute_norms_in_double(model: nn.Module) -> None:
             module._attn = functools.partial(codegen_attention, nn.Dropout(0.0))  # type: ignore[assignment]
         elif kind == "GPTNeoSelfAttention":
             module._attn = functools.partial(gpt_neo_attention, module)  # type: ignore[assignment]
-        elif kind in ("Gemma2Attention", "BloomAttention"):
-            module.__class__ = _with_own_softmax(type(module))
+        elif kind in ("Gemma2Attention", "BloomAttention", "XGLMAttention"):
+            module.__class__ = _in_double(type(module))
         for name, child in module.named_children():
             if type(child).__name__.endswith(("RMSNorm", "T5LayerNorm")) and not isinstance(child, nn.RMSNorm):
                 epsilon = getattr(child, "variance_epsilon", None) or child.eps
@@ -492,20 +492,24 @@ def _compute_norms_in_double(model: nn.Module) -> None:
 
 
 @functools.cache
-def _with_own_softmax(attention: type[nn.Module]) -> type[nn.Module]:
-    """An attention's class, with softmax in the type of its argument."""
+def _in_double(attention: type[nn.Module]) -> type[nn.Module]:
+    """An attention's class, for arguments in float64."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with _OwnSoftmax():
+        with _Double():
             return attention.forward(self, *args, **kwargs)
 
     return type(attention.__name__, (attention,), {"forward": forward})
 
 
-class _OwnSoftmax(TorchFunctionMode):
+class _Double(TorchFunctionMode):
+    """Softmax in the type of its argument; a new number (XGLM's lowest score) in float64, not in the default type."""
+
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         if func is nn.functional.softmax:
-            kwargs = {**kwargs, "dtype": None}
+            kwargs = {**(kwargs or {}), "dtype": None}
+        elif func is torch.full:
+            kwargs = {"dtype": torch.float64, **(kwargs or {})}
         return func(*args, **(kwargs or {}))
 
 
