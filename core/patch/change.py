@@ -66,3 +66,5 @@ class PatchData:
     adapter holds them. They replace as well."""
     model: dict[str, Any] = field(default_factory=dict)
     """How to build the backbone and the task of a `FineTuner`, as adapters record it."""
+    path: str | None = None
+    """Where the described model is in the module that the names begin at; None in patches of earlier versions."""

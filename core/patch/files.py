@@ -43,6 +43,8 @@ class PatchRecord(TypedDict):
     tensors: NotRequired[Shapes]
     """Names of all tensors in the file, with their shapes."""
     model: NotRequired[ModelRecord]
+    path: NotRequired[Signature]
+    """Where the described model is; base and architecture are those of that alone."""
     sha256: NotRequired[Digest]
 
 
@@ -63,6 +65,8 @@ def write_files(patch: PatchData, folder: str | Path) -> Path:
     record["tensors"] = {name: list(tensor.shape) for name, tensor in sorted(tensors.items())}
     if patch.model:
         record["model"] = patch.model
+    if patch.path is not None:
+        record["path"] = patch.path
     target = Path(folder)
     write_with_record(target / TENSORS, tensors, target / RECORD, record)
     return target
@@ -100,7 +104,8 @@ def read_files(folder: str | Path) -> PatchData:
     if "sha256" in record and checksum(path / TENSORS) != record["sha256"]:
         raise ScionError(f"{path / TENSORS}: not the tensors that {RECORD} was written with, for their checksums "
                          "differ; copy both files again")
-    return PatchData(changes, record["base"], head, record.get("architecture", ""), beside, record.get("model", {}))
+    return PatchData(changes, record["base"], head, record.get("architecture", ""), beside, record.get("model", {}),
+                     record.get("path"))
 
 
 def _taken(kind: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -22,13 +22,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from core.anatomy import dissect
 from core.errors import ScionError, listed
 from core.method import methods_on, uncompiled
 from core.method.beside import OUTSIDE, KnowsItsHead
-from core.method.fingerprint import Fingerprint, fingerprint
+from core.method.described import Base, Names
+from core.method.fingerprint import Fingerprint
 from core.patch.change import PatchData
 from core.patch.files import read_files, write_files
 from core.patch.take import architecture_of, take_from
@@ -74,6 +76,7 @@ class Patch(PatchData):
         if self.architecture and other.architecture and self.architecture != other.architecture:
             raise ScionError(f"the patches belong to two architectures, {self.architecture} and {other.architecture}")
         changes = dict(self.changes)
+        other = other.named_from(self.path)
         for name, change in other.changes.items():
             if name in changes and changes[name].shape != change.shape:
                 raise ScionError(f"the patches do not fit: {name} is {list(changes[name].shape)} and "
@@ -86,7 +89,8 @@ class Patch(PatchData):
         beside = {**self.beside, **other.beside}
         # The record of a model describes the head beside it, so it comes from the patch that has one.
         described = self if self.beside or not other.beside else other
-        return Patch(changes, base, head, architecture, beside, described.model)
+        path = other.path if self.path is None else self.path
+        return Patch(changes, base, head, architecture, beside, described.model, path)
 
     def __sub__(self, other: Patch) -> Patch:
         return self + (-other).without_head()
@@ -97,8 +101,40 @@ class Patch(PatchData):
 
     # --------------------------------------------------------------------------------- applying
 
+    def named_from(self, path: str | None) -> Patch:
+        """The patch under the names of a module that has the described model at ``path``."""
+        if self.path is None or path is None or path == self.path:
+            return self
+        here, there = Names(self.path), Names(path)
+
+        def renamed(parts: dict[str, Any]) -> dict[str, Any]:
+            return {there.in_root(here.in_file(name)) or name: part for name, part in parts.items()}
+
+        return replace(self, changes=renamed(self.changes), head=renamed(self.head), path=path)
+
+    def on(self, model: nn.Module) -> Patch:
+        """The patch under the names of ``model``, a backbone.
+
+        Warns:
+            UserWarning: what it changes outside the described model is not here, and left out.
+        """
+        if self.path is None:
+            return self
+        path = dissect(model).inputs.path
+        patch = self.named_from(path)
+        known, names = {name for name, _ in model.named_parameters()}, Names(path)
+        absent = {name for name in (*patch.changes, *patch.head) if name not in known and names.is_apart(name)}
+        if not absent:
+            return patch
+        warnings.warn(f"the patch's {listed(sorted(absent), 3)} lies apart from the backbone, {type(model).__name__} "
+                      "has no such tensors, and they are left out", stacklevel=3)
+        changes = {name: change for name, change in patch.changes.items() if name not in absent}
+        head = {name: tensor for name, tensor in patch.head.items() if name not in absent}
+        return replace(patch, changes=changes, head=head)
+
     def check(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """The parameters of the backbone ``model`` that the patch changes; each of its entries must fit one.
+        """The parameters of the backbone ``model`` that the patch changes; each of its entries must fit one. The patch
+        has the names of ``model`` (`on`).
 
         Raises:
             ScionError: a name that is missing, a shape that differs, another architecture though all names fit, values
@@ -114,15 +150,15 @@ class Patch(PatchData):
             if tuple(parameters[name].shape) != shape:
                 raise ScionError(f"the patch belongs to another architecture: {name} is {list(shape)} in the patch, "
                                  f"{list(parameters[name].shape)} here")
-        here = architecture_of(model)
+        from_root = self.path is None
+        here = architecture_of(model, from_root)
         if self.architecture and here != self.architecture:
             raise ScionError(f"the patch belongs to another architecture: {self.architecture}, and this is {here}; "
                              "class, names and shapes of all parameters must be the same")
         for name, change in self.changes.items():
             if not (_is_finite(change.up) and _is_finite(change.down)):
                 raise ScionError(f"the patch holds values that are not finite, at {name}")
-        anatomy = dissect(model)
-        base = fingerprint(model, without=anatomy.head_names())
+        base = Base.of(dissect(model)).fingerprint(from_root)
         if self.base and base != self.base:
             warnings.warn(f"the patch is carried from base {self.base} to {base}", stacklevel=3)
         return {name: parameters[name] for name in shapes}
@@ -152,7 +188,8 @@ class Patch(PatchData):
             raise ScionError("the model has methods attached: apply the patch before them")
         prefix, root = self._backbone_in(model)
         # Everything that may be refused comes before the first parameter is written.
-        places = {f"{prefix}{name}": parameter for name, parameter in self.check(root).items()}
+        patch = self.on(root)
+        places = {f"{prefix}{name}": parameter for name, parameter in patch.check(root).items()}
         around: dict[str, nn.Parameter] = {}
         if model is root:
             self.warn_of_head()
@@ -165,7 +202,7 @@ class Patch(PatchData):
             for name, parameter in places.items():
                 if keep:
                     before[name] = parameter.detach().clone()
-                self._write(name.removeprefix(prefix), parameter, scale)
+                patch._write(name.removeprefix(prefix), parameter, scale)
             places |= around
             self._write_beside(model, around)
         except BaseException:  # a key press in the middle as well
@@ -189,7 +226,10 @@ class Patch(PatchData):
         """The prefix of the names of the backbone's parameters in ``model``, and the backbone: ``model`` itself, or
         its ``.backbone`` or ``.model`` where it has a head beside that."""
         names = {name for name, _ in model.named_parameters()}
-        if names.issuperset([*self.changes, *self.head]):
+        has_own_names = names.issuperset([*self.changes, *self.head])
+        # What is in no LightningModule and brings no head beside it is a backbone, under whatever names.
+        is_backbone = self.path is not None and not self.beside and not isinstance(model, LightningModule)
+        if has_own_names or is_backbone:
             return "", model
         for name in ("backbone", "model"):
             inner = getattr(model, name, None)

@@ -13,6 +13,7 @@ from core.anatomy import dissect
 from core.errors import ScionError, listed
 from core.method import PEFTMethod, home_in, methods_on, uncompiled
 from core.method.beside import OUTSIDE, KnowsItsHead
+from core.method.described import Names
 from core.patch.change import Change, PatchData
 
 
@@ -28,7 +29,7 @@ def take_from(model: nn.Module, rank: int | None = None) -> PatchData:
     if any(method.root is not root for method in methods):
         raise ScionError("Patch.take: methods are attached to several modules in this model; give one of them")
     home = root.get_submodule("peft")
-    base = str(home.fingerprint)
+    base = str(home.base_now().described)  # type: ignore[operator, union-attr]
     heads = list(home.heads)  # type: ignore[arg-type]
     parameters = dict(root.named_parameters())
     trained = [name for name in heads if name in parameters and parameters[name].requires_grad]
@@ -51,7 +52,7 @@ def take_from(model: nn.Module, rank: int | None = None) -> PatchData:
     finally:
         for method in reversed(merged):
             method.unmerge()
-    patch = PatchData(changes, base, head, architecture)
+    patch = PatchData(changes, base, head, architecture, path=dissect(root).inputs.path)
     if around is root:
         return patch
     return replace(patch, **_surroundings(around, root))
@@ -73,18 +74,21 @@ def _difference(now: Tensor, start: Tensor) -> Change:
     return Change(change.float().cpu(), None, tuple(start.shape))
 
 
-def architecture_of(model: nn.Module) -> str:
-    """The class that a backbone is described as, and a digest of the names and shapes of all its parameters.
+def architecture_of(model: nn.Module, from_root: bool = False) -> str:
+    """The class that a backbone is described as, and a digest of the names and shapes of its parameters.
 
-    Two models of one architecture have the same, whatever their values. A task head and what methods have added do not
-    count.
+    Two models of one architecture have the same, whatever their values and whatever stands around them. What is apart
+    from the backbone (heads, a pooler) and what methods have added does not count. With ``from_root`` it is that of
+    earlier versions, with all but a task head.
     """
     anatomy = dissect(model)
-    heads = anatomy.head_names()
+    heads, names = anatomy.head_names(), Names.of(anatomy)
     parts: list[str] = []
     for name, parameter in model.named_parameters():
-        if name not in heads and not name.startswith("peft."):
-            parts.append(f"{name}{list(parameter.shape)}")
+        is_apart = name in heads if from_root else names.is_apart(name)
+        if not is_apart and not name.startswith("peft."):
+            own = name if from_root else names.in_file(name)
+            parts.append(f"{own}{list(parameter.shape)}")
     # Sorted, for the order in which a class makes its modules says nothing about their weights.
     text = "\n".join([anatomy.family, *sorted(parts)])
     digest = hashlib.sha256(text.encode()).hexdigest()

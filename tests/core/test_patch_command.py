@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from core import dissect
 from core.backbone import Backbone
 from core.cli import main
 from core.errors import ScionError
@@ -106,7 +107,7 @@ def test_patches_of_earlier_versions_load(tmp_path: Path) -> None:
 
 
 def test_another_architecture_is_refused_though_all_names_fit() -> None:
-    """Another base of the same architecture is a warning, one with another block or another class an error."""
+    """Another base of the same architecture is a warning, one with another block or parameter an error."""
     model = make("bert")
     trained(model, layers=(0,))
     patch = Patch.take(model)
@@ -114,7 +115,7 @@ def test_another_architecture_is_refused_though_all_names_fit() -> None:
         patch.apply(make("bert", seed=1))
     shorter, other = make("bert"), make("bert")
     del shorter.get_submodule("model.encoder.layer" if hasattr(shorter, "model") else "encoder.layer")[1]  # type: ignore[operator]
-    other.register_parameter("extra", nn.Parameter(torch.zeros(2)))
+    other.get_submodule(dissect(other).inputs.path).register_parameter("extra", nn.Parameter(torch.zeros(2)))
     for wrong in (shorter, other):
         values = snapshot(wrong)
         with pytest.raises(ScionError, match=r"another architecture: \S*Bert\S* \w{16}, and this is \S*Bert\S* \w{16}"):

@@ -19,6 +19,7 @@ from core.compose import Fuse, Route
 from core.errors import ScionError
 from core.method import methods_on
 from core.method.described import Names
+from core.patch import Patch
 from core.peft import LTSFT, BitFit, FullFineTuning, LanguageAdapter, LoRA, Pfeiffer
 from tests.models import WIDTH, t5_config
 from tests.toolkit import randomize, seeded
@@ -303,3 +304,21 @@ def test_names() -> None:
         False, True, True]
     assert Names().in_file("a.w") == "a.w" and Names().in_root("around.cls.w") is None
     assert Names("model", from_root=True).in_file("model.a") == "model.a"
+
+
+def test_a_patch_travels(tmp_path: Path) -> None:
+    """Taken under a language-model head, applied to the bare encoder and under a classifier in a wrapper."""
+    original = _make("BertForMaskedLM")
+    _train(LoRA(rank=2), model := copy.deepcopy(original))
+    Patch.take(model).save(tmp_path)
+    patch = Patch.load(tmp_path)
+    merged = copy.deepcopy(original)
+    patch.apply(merged)
+    for other in (_twin("BertModel", original), Wrapped(_twin("BertForSequenceClassification", original))):
+        before = _states(other)
+        applied = patch.apply(other)
+        assert torch.equal(_states(other), _states(merged)) and not torch.equal(before, _states(other))
+        applied.remove()
+        assert torch.equal(_states(other), before)
+    with pytest.warns(UserWarning, match="carried from base"):
+        patch.apply(_make("BertModel", seed=1))

@@ -12,7 +12,7 @@ from core.errors import ScionError
 from core.graft import Graft
 from core.json_types import Count
 from core.method import PEFTMethod
-from core.patch import Patch
+from core.patch import Change, Patch
 
 
 class PatchGraft(Graft):
@@ -54,6 +54,9 @@ class PortLLM(PEFTMethod):
     structure_types = {"changes": dict[str, list[list[Count]]]}
     start_only = ("patch",)  # the adapter holds the numbers, wherever the folder is by then
 
+    changes: dict[str, Change]
+    """Those of the patch, by their names on this model."""
+
     def __init__(self, patch: str = "", scale: float = 1.0, **common: Any) -> None:
         super().__init__(**common)
         self.patch, self.scale = patch, scale
@@ -63,16 +66,19 @@ class PortLLM(PEFTMethod):
             raise ScionError(f"PortLLM: {error}") from None
 
     def check(self, anatomy: Anatomy) -> None:
-        self.taken.check(anatomy.root)
+        self.taken.on(anatomy.root).check(anatomy.root)
         self.taken.warn_of_head()
         if self.taken.head:
             raise ScionError(f"{self.name}: {self.patch} brings a task head of its own; apply it with Patch.apply")
 
+    def numbers(self, anatomy: Anatomy) -> dict[str, Any]:
+        return {"changes": self.taken.on(anatomy.root).changes}
+
     def sites(self, anatomy: Anatomy) -> list[Site]:
-        return parameter_sites(anatomy.root, self.taken.changes)
+        return parameter_sites(anatomy.root, self.taken.on(anatomy.root).changes)
 
     def build(self, site: Site) -> Graft:
-        change = self.taken.changes[site.name]
+        change = self.changes[site.name]
         return PatchGraft(site, change.up.clone(), None if change.down is None else change.down.clone(), self.scale)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
