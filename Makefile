@@ -10,7 +10,7 @@ STAMP := .venv/installed-$(shell cat pyproject.toml constraints.txt | cksum | cu
 PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
 	$$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 \
 	&& echo $$python && break; done)
-EXTRAS ?= audio,vision,dev
+EXTRAS ?= audio,vision,retrieval,dev
 WORKERS ?= 2
 
 NANO := --data.source mini --model.backbone.name nano
