@@ -37,6 +37,8 @@ class Backbone(nn.Module, Recorded, ABC):
 
     readings: tuple[str, ...] = ("feature",)
     """What tasks can read."""
+    optional_readings: tuple[str, ...] = ()
+    """What only some arguments of the constructor make readable; the instance's ``readings`` say it then."""
     model: nn.Module
     dim: int
     origin: dict[str, Any]
@@ -52,12 +54,14 @@ class Backbone(nn.Module, Recorded, ABC):
         target is then told before the model's library is imported."""
         return None
 
-    @classmethod
-    def check_reading(cls, reading: str) -> None:
+    def check_reading(self, reading: str) -> None:
         """Refuse a reading that this backbone does not have."""
-        if reading not in cls.readings:
-            raise ScionError(f"model.task: reads {reading!r}, which the backbone {cls.__name__} does not have"
-                             f"{nearest(reading, cls.readings)}; it has {listed(cls.readings)}")
+        _check_reading(reading, self.readings, type(self).__name__)
+
+    @classmethod
+    def check_outline_reads(cls, reading: str) -> None:
+        """Refuse a reading that no backbone of this class has, before one is built."""
+        _check_reading(reading, (*cls.readings, *cls.optional_readings), cls.__name__)
 
     @abstractmethod
     def forward(self, inputs: Any) -> Tensor:
@@ -76,3 +80,9 @@ class Backbone(nn.Module, Recorded, ABC):
     def width(self, reading: str) -> Any:
         """Width of a reading, without methods: a number, or one for each of several maps."""
         return self.dim
+
+
+def _check_reading(reading: str, readings: Sequence[str], name: str) -> None:
+    if reading not in readings:
+        raise ScionError(f"model.task: reads {reading!r}, which the backbone {name} does not have"
+                         f"{nearest(reading, readings)}; it has {listed(readings)}")

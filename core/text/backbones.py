@@ -69,6 +69,7 @@ class TextBackbone(Backbone):
     """What is looked for, as messages call it."""
     readings: tuple[str, ...] = ("feature", "tokens")
     """What tasks can read of it."""
+    optional_readings = ("logits",)
 
     def __init__(self, name: str = "auto", pretrained: bool = True, max_length: int | None = None) -> None:
         super().__init__()

@@ -82,15 +82,10 @@ def assemble(point: Point, config: dict[str, Any] | None = None, read: bool = Tr
     return Assembly(data, backbone, task, methods, tuner)
 
 
-def check_readings(task: Task, backbone: Any, methods: Sequence[PEFTMethod]) -> None:
-    """Refuse a task that reads what the backbone does not have, or what a method does not work with.
-
-    Args:
-        backbone: a backbone, or its class.
-    """
-    check = getattr(backbone, "check_reading", None)
-    if check is not None:
-        check(task.reads)
+def check_readings(task: Task, backbone: type, methods: Sequence[PEFTMethod]) -> None:
+    """Refuse a task that reads what backbones of a class do not have, or what a method does not work with."""
+    if issubclass(backbone, Backbone):
+        backbone.check_outline_reads(task.reads)
     for method in methods:
         method.check_reading(task.reads, type(task).__name__)
 
