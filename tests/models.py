@@ -355,7 +355,8 @@ class Family:
     """Within which a method halves a loss: more where a tiny model has few maps, one layer, or a feature of which half
     stands still."""
     operators: int = 0
-    """Operators that a graft may add beyond its row's, to gather its part of a fused map."""
+    """Operators that a graft may add beyond its row's, to gather its part of a fused map or to norm more queries and
+    keys."""
     rounding: float = 1.0
     """Factor on half-precision bounds: Gemma scales its embeddings, CLIP adds two towers."""
     saved: float = 1.0
@@ -398,19 +399,22 @@ EVERY_FAMILY: dict[str, Family] = {
     "dinov2": Family(_dinov2, _images),  # scaled sublayers, gated MLP
     "timm_dinov2": Family(_timm_dinov2, _images),  # scaled sublayers, registers
     "whisper": Family(_whisper, lambda size, generator: _uniform(size, (16, 18), generator), token=-1),  # sound, text
-    "qwen3": Family(functools.partial(_decoder, "Qwen3", num_key_value_heads=2, head_dim=8), _ids, token=-1),
+    "qwen3": Family(functools.partial(_decoder, "Qwen3", num_key_value_heads=2, head_dim=8), _ids, token=-1,
+                    operators=4),  # norms of queries and keys
     "gemma2": Family(functools.partial(_decoder, "Gemma2", num_key_value_heads=2, head_dim=8, sliding_window=11,
-                                       query_pre_attn_scalar=8, attn_logit_softcapping=2.0), _ids, token=-1),
+                                       query_pre_attn_scalar=8, attn_logit_softcapping=2.0),
+                     _ids, token=-1, saved=1.01),
     "gemma3": Family(functools.partial(_decoder, "Gemma3Text", num_key_value_heads=1, head_dim=16, sliding_window=11,
-                                       query_pre_attn_scalar=16, layer_types=["sliding_attention", "full_attention"]),
-                     _ids, token=-1),
-    "phi": Family(functools.partial(_decoder, "Phi"), _ids, token=-1),
+                                       query_pre_attn_scalar=256,
+                                       layer_types=["sliding_attention", "full_attention"]),
+                     _ids, token=-1, operators=7, saved=1.01),  # norms of queries, keys and sublayers
+    "phi": Family(functools.partial(_decoder, "Phi"), _ids, token=-1, saved=1.08),  # attention beside the MLP
     "phi3": Family(functools.partial(_decoder, "Phi3", num_key_value_heads=2), _ids, token=-1),
-    "opt": Family(_opt, _padded_ids, token=-1, padding=0),
-    "bloom": Family(_bloom, _padded_ids, token=-1, padding=0),
-    "gpt_neo": Family(_gpt_neo, _ids, token=-1),
-    "gpt_bigcode": Family(_gpt_bigcode, _ids, token=-1),
-    "xglm": Family(_xglm, _ids, token=-1),
+    "opt": Family(_opt, _padded_ids, token=-1, padding=0, saved=1.17),  # an MLP of flat tokens
+    "bloom": Family(_bloom, _padded_ids, token=-1, padding=0, operators=2, saved=1.1),  # by heads, ALiBi
+    "gpt_neo": Family(_gpt_neo, _ids, token=-1, saved=1.09),  # windows of tokens before
+    "gpt_bigcode": Family(_gpt_bigcode, _ids, token=-1, saved=1.1),  # one head of keys and values, fused
+    "xglm": Family(_xglm, _ids, token=-1, saved=1.05),
 }
 """All: the long tier's invariants meet them, and each method walks through each once (tests/core/test_cells.py)."""
 
