@@ -237,6 +237,23 @@ MODERNBERT = {"global_attn_every_n_layers": 2, "local_attention": 8, "pad_token_
               "eos_token_id": 0, "cls_token_id": 0, "sep_token_id": 0}
 
 
+def _modernbert(width: int = WIDTH) -> nn.Module:
+    from transformers.models.modernbert import modeling_modernbert as library
+
+    if not isinstance(library.apply_rotary_pos_emb, functools.partial):
+        library.apply_rotary_pos_emb = functools.partial(_rotated, library)  # type: ignore[assignment]
+    return _encoder("ModernBert", width, **MODERNBERT)
+
+
+def _rotated(library: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
+             ) -> tuple[Tensor, Tensor]:
+    """ModernBERT's rotary positions, which it computes in float32 whatever comes in, float64 too."""
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    turned = [part.to(wide) * cos + library.rotate_half(part.to(wide)) * sin for part in (q, k)]
+    return turned[0].to(q.dtype), turned[1].to(k.dtype)
+
+
 def _dinov2(width: int = WIDTH, **changes: Any) -> nn.Module:
     from transformers import Dinov2Config, Dinov2Model
 
@@ -395,7 +412,7 @@ EVERY_FAMILY: dict[str, Family] = {
     "electra": Family(functools.partial(_encoder, "Electra", embedding_size=WIDTH // 2), _padded_ids, padding=0),
     "mpnet": Family(functools.partial(_encoder, "MPNet"), _ids_padded_by_one, padding=1),  # shared relative positions
     "deberta": Family(functools.partial(_encoder, "DebertaV2", **DEBERTA), _padded_ids, padding=0),  # own attention
-    "modernbert": Family(functools.partial(_encoder, "ModernBert", **MODERNBERT), _padded_ids, padding=0),  # fused
+    "modernbert": Family(_modernbert, _padded_ids, padding=0),  # fused
     "dinov2": Family(_dinov2, _images),  # scaled sublayers, gated MLP
     "timm_dinov2": Family(_timm_dinov2, _images),  # scaled sublayers, registers
     "whisper": Family(_whisper, lambda size, generator: _uniform(size, (16, 18), generator), token=-1),  # sound, text
