@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from core.adapters.reading import Saved, load_tensors, open_adapter
+from core.adapters.filling import Content, load_tensors
+from core.adapters.reading import Saved, base_of, open_adapter
+from core.anatomy import dissect
 from core.errors import ScionError, listed
 from core.json_types import shown
 from core.method import key_of
 from core.method.contents import live_tensors
+from core.method.described import FileNames
 
 if TYPE_CHECKING:
-    from core.method import Home, PEFTMethod
+    from core.method import PEFTMethod
 
 FREE = ("name", "seed", "trainable", "lr", "dropout", "head", "on", "backbone_mode")
 """Arguments in which two methods of the same shape may differ."""
@@ -36,12 +40,16 @@ def swap(method: PEFTMethod, source: str | Path) -> None:
     where = str(source)
     spec = _spec_of(method, saved, where)
     _check_same_shape(method, spec, where)
-    home: Home = method.need_root().peft  # type: ignore[assignment]
-    recorded = saved.record["base"]["fingerprint"]
-    if home.fingerprint != recorded:
-        raise ScionError(f"{where}: was trained on another base (fingerprint {recorded}, here it is "
-                         f"{home.fingerprint}): {method.name} cannot be replaced by it")
-    load_tensors([method], _tensors_of(method, spec, saved), where)
+    anatomy = dissect(method.need_root())
+    content = Content.of(saved.record, saved.tensors, anatomy)
+    base = base_of(anatomy)
+    if not base.agrees(saved.record["base"], content.names.from_root):
+        recorded = saved.record["base"]["fingerprint"]
+        here = base.fingerprint(content.names.from_root)
+        raise ScionError(f"{where}: was trained on another base (fingerprint {recorded}, here it is {here}): "
+                         f"{method.name} cannot be replaced by it")
+    own = _tensors_of(method, spec, content)
+    load_tensors([method], replace(content, tensors=own, unfrozen=()), where)
 
 
 def _spec_of(method: PEFTMethod, saved: Saved, where: str) -> dict[str, Any]:
@@ -69,15 +77,16 @@ def _check_same_shape(method: PEFTMethod, spec: dict[str, Any], where: str) -> N
                          "the same shape can replace it")
 
 
-def _tensors_of(method: PEFTMethod, spec: dict[str, Any], saved: Saved) -> dict[str, Tensor]:
-    """The method's tensors in the file, by the names that they have here."""
+def _tensors_of(method: PEFTMethod, spec: dict[str, Any], content: Content) -> dict[str, Tensor]:
+    """The method's tensors in the file, by the names that a file of this model would give them."""
     there = f"peft.{key_of(spec['name'])}."
     here = f"peft.{key_of(method.name)}."
     found: dict[str, Tensor] = {}
-    for name, tensor in saved.tensors.items():
+    for name, tensor in content.tensors.items():
         if name.startswith(there):
             found[here + name.removeprefix(there)] = tensor
-    for name in live_tensors(method):
-        if name in saved.tensors and not name.startswith("peft."):
-            found[name] = saved.tensors[name]
+    names = FileNames(content.names, [method])
+    for name in map(names.of, live_tensors(method)):
+        if name in content.tensors and not name.startswith("peft."):
+            found[name] = content.tensors[name]
     return found

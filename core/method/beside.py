@@ -5,7 +5,7 @@ A `core.FineTuner` says itself what that is; of any other module it is what is t
 
 from __future__ import annotations
 
-from typing import Any, Protocol, TypedDict, runtime_checkable
+from typing import Any, NotRequired, Protocol, TypedDict, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,8 @@ class ModelRecord(TypedDict):
     classes: list[str]
     multilabel: bool
     seed: int
+    info: NotRequired[dict[str, Any]]
+    """What the data say beside the classes (`core.data.DataInfo.further`)."""
 
 
 @runtime_checkable

@@ -24,7 +24,7 @@ WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "blue", "one", "fi
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A tiny encoder and a tiny classifier of transformers on disk, with a tokenizer."""
-    from transformers import BertConfig, BertForSequenceClassification, BertModel, BertTokenizerFast
+    from transformers import BertConfig, BertForSequenceClassification, BertModel, BertTokenizerFast  # type: ignore
 
     folder = tmp_path_factory.mktemp("models")
     (folder / "vocab.txt").write_text("\n".join(WORDS))
@@ -32,7 +32,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found = {}
     for name, cls, labels in (("encoder", BertModel, 2), ("ranker", BertForSequenceClassification, 1)):
         with seeded(0):
-            model = cls(BertConfig(**SIZES, num_labels=labels))
+            model = cls(BertConfig(**SIZES, num_labels=labels))  # type: ignore[call-arg]
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
         found[name] = folder / name

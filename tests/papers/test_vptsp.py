@@ -300,7 +300,7 @@ def test_5_evaluation_needs_no_labels() -> None:
 def test_6_with_beta_one_it_is_plain_proxy_anchor() -> None:
     tuner, task = tuner_with(beta=1.0), Embedding(dim=8)
     assert not len(tuner.aside)
-    assert torch.equal(step(tuner), tuner.task.loss(tuner(PICTURES), LABELS))
+    assert torch.equal(step(tuner), tuner.task.loss(tuner(PICTURES), LABELS))  # type: ignore[arg-type]
     beside = tuner_with(beta=0.5, task=task)
     path_of(beside)  # there is one otherwise
     loss = path_of(beside)(torch.zeros(2, 2, 32), LABELS[::2], beside.task.proxies, 1.0)

@@ -36,7 +36,8 @@ def language_model(path: Path, kind: str) -> LanguageModel:
 
 
 def batch_of(backbone: LanguageModel, pairs: list[tuple[str, str]], scope: Any = "answer") -> Any:
-    decoder = hasattr(backbone.model.config, "is_encoder_decoder") and backbone.model.config.is_encoder_decoder
+    settings: Any = backbone.model.config
+    decoder = bool(settings.is_encoder_decoder)
     encoder = PairEncoder(backbone.tokenizer, scope=scope, decoder=decoder)
     samples = encoder.encode(pairs)
     make: Any = decoder_batch if decoder else causal_batch
