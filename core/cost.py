@@ -32,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from core.errors import ScionError
 from core.method import OwnOptimizer, PEFTMethod, home_in, methods_on
+from core.method.described import FileNames
 from core.random_state import random_states, restore_random_states
 
 Inputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
@@ -192,7 +193,8 @@ def _ownership(model: nn.Module, methods: Sequence[PEFTMethod], trained: dict[in
             found.owner.setdefault(id(tensor), "norms" if name in norms else "method")
     heads = {name: inside[name].detach() for name in home.heads}
     trained_heads = {name: head for name, head in heads.items() if inside[name].requires_grad}
-    found.file = {**found.stored, **trained_heads}
+    names = FileNames(home.base.names, home.methods.values())
+    found.file = {names.of(name): tensor for name, tensor in (found.stored | trained_heads).items()}
     around = _around(model, inside)
     beside = {id(p) for p in getattr(model, "beside_inference", list)()}
     in_heads = [id(inside[name]) for name in heads]

@@ -125,8 +125,8 @@ class Cell:
         return self.cls.moves_base if declared is None else declared
 
 
-SHARE_OF_ALL = 1 if os.environ.get("SCION_ALL") == "whole" else 6
-"""In the long tier each variant meets every sixth of all families, which ones turning likewise; or all of them."""
+SHARE_OF_ALL = 1 if os.environ.get("SCION_ALL") == "whole" else 12
+"""In the long tier each variant meets every twelfth of all families, which ones turning likewise; or all of them."""
 
 
 def cells(everything: bool, number: int = 0, families: Sequence[str] = ()) -> list[Cell]:

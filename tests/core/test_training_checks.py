@@ -370,7 +370,7 @@ def test_what_is_unfrozen_later_is_kept(tmp_path: Path) -> None:
     method.save(tmp_path / "adapter", module)
     for source in ("run.ckpt", "adapter"):
         other = Plain(make(FAMILY))
-        with pytest.warns(UserWarning, match="model.norm.weight.*trained beside the methods and is written into it"):
+        with pytest.warns(UserWarning, match="norm.weight.*trained beside the methods and is written into it"):
             load_adapter(tmp_path / source, other)
         assert same(snapshot(module.eval()), snapshot(other.eval()))
 

@@ -177,11 +177,9 @@ def _verbs() -> dict[str, Cell]:
     """A cell for each verb that a method of the registry uses in an attention."""
     found: dict[str, Cell] = {}
     for method, row in METHODS.items():
-        for variant in row.variants:
-            cell, model = Cell(method, variant, "timm_vit"), make("timm_vit")
-            method_ = cell.attach(model)
-            for verb in _verbs_at(dissect(model).blocks[0].sites["attention"].module, method_):
-                found.setdefault(verb, cell)
+        cell, model = Small(method, next(iter(row.variants)), "timm_vit"), make("timm_vit")
+        for verb in _verbs_at(dissect(model).blocks[0].sites["attention"].module, cell.attach(model)):
+            found.setdefault(verb, cell)
     return found
 
 

@@ -59,7 +59,7 @@ ROWS = {
         random=True, operators=12, saved=1.75,  # half of a tiny model's blocks are last ones, with three streams
         artifact={"tasks": ("a",), "rank": 1, "task_rank": 1, "targets": ("o",), "train": ("norm2",)},
         refused={
-            **NO_ATTENTION, **NO_CALL,
+            **NO_ATTENTION, "deberta": NO_CALL["deberta"],
             "albert": "one layer runs many times: streams that part in it would enter it again",
             "codegen": "attention and MLP run side by side, so that streams part before and meet behind both",
             "modernbert": "gate and MLP are one fused map, whose rows the tasks' streams cannot share",
