@@ -80,6 +80,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("run", help="a run folder")
     sub.add_argument("files", nargs="+", help="files to label, or folders of them")
     sub.add_argument("--json", action="store_true", help="print JSON")
+    sub.add_argument("--features", action="store_true", help="give the vector that the head reads, and no label")
+    sub.add_argument("--out", metavar="FILE", help="write all, each class's probability too: .csv, .jsonl or .npy")
     sub.add_argument("--trust", action="store_true", help="the run is your own: it may name any class by its full path")
     main.set_defaults(names=tuple(commands.choices))
     return main
@@ -315,7 +317,7 @@ def _call(arguments: Any, rest: list[str]) -> int | None:
         return test(arguments.run, rest, arguments.swap, arguments.trust)
     from core.cli.predict import predict  # start-up time
 
-    return predict(arguments.run, arguments.files, arguments.json, arguments.trust)
+    return predict(arguments.run, arguments.files, arguments.json, arguments.trust, arguments.features, arguments.out)
 
 
 def _call_patch(arguments: Any) -> int | None:

@@ -6,13 +6,15 @@ import json
 import math
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.cli.failures import says_what_failed
 from core.cli.models import first_line
+from core.cli.predictions import check_kind, write
 from core.errors import ScionError, one_line, printable
-from core.files import check_regular, read_json
+from core.files import read_json
 
 if TYPE_CHECKING:
     from core.data import DataModule
@@ -23,69 +25,115 @@ LARGEST_SIZE = 1_000_000
 
 
 @says_what_failed
-def predict(run: str, files: list[str], as_json: bool, trust: bool = False) -> int:
+def predict(run: str, files: list[str], as_json: bool, trust: bool = False, features: bool = False,
+            out: str | None = None) -> int:
     """Print a label and a score for each file, and for each in a folder; 2 if one could not be read, the others are
     labelled all the same.
 
     Args:
         run: folder of a finished run.
-        files: to label, or folders of them.
+        files: to label, or folders of them. A text file may hold one sample a line.
         as_json: print JSON.
         trust: whether the run's configuration may name a data class by its full path, which runs that module.
+        features: give what the head reads, one vector a sample, in place of a label.
+        out: a file for all of it, with the probability of every class: ``.csv``, ``.jsonl`` or ``.npy``.
     """
     import torch
-    from tqdm import tqdm
 
-    from core.data.batch import is_all_finite, rows_of  # start-up time
-    from core.report import MOST  # start-up time
     from core.training.load_run import load_run  # start-up time
 
     if not files:
         raise ScionError("no files given")
+    target = check_kind(out) if out else None
+    if features and not (out or as_json):
+        raise ScionError("--features: are many numbers a file; add --json, or --out FILE.npy")
     tuner = load_run(run, "cuda" if torch.cuda.is_available() else "cpu")
     data = data_of(run, trust)
     _check_agreement(run, tuner, data)
+    data.bind(tuner.backbone)
     files = [name for file in files for name in _inside(file, data)]
-    if tuner.task.compares:
+    if tuner.task.compares and not features:
         return _compare(run, tuner, data, files, as_json)
-    size = max(1, min(data.batch_size, len(files)))
-    results: list[dict[str, Any]] = []
-    shown: list[tuple[Any, str]] = []
-    with tqdm(total=len(files), unit="file", disable=len(files) <= 8 or not sys.stderr.isatty(),
-              file=sys.stderr) as bar:
-
-        def fail(entry: dict[str, Any], reason: object) -> None:
-            entry["error"] = _failure(entry["file"], reason)
-            bar.write(entry["error"], file=sys.stderr)
-
-        for start in range(0, len(files), size):
-            inputs, readable = [], []
-            chunk: list[dict[str, Any]] = [{"file": file} for file in files[start:start + size]]
-            for entry in chunk:
-                one = _input(entry["file"], data)
-                if isinstance(one, Exception):
-                    fail(entry, one)
-                    continue
-                inputs.append(one)
-                readable.append(entry)
-            outputs = _outputs(tuner, data, inputs) if inputs else None
-            for row, (entry, one) in enumerate(zip(readable, inputs, strict=True)):
-                output = rows_of(outputs, slice(row, row + 1))
-                [prediction] = tuner.task.predict(output)
-                if not (is_all_finite(output) and math.isfinite(prediction.get("score", 0.0))):
-                    fail(entry, "the model's outputs are not finite")
-                    continue
-                entry.update(prediction)
-                if len(shown) < MOST:
-                    shown.append((one, f"{tuner.task.caption(entry)}\n{Path(entry['file']).name}"))
-                if not as_json:
-                    bar.write(_line(entry), file=sys.stdout)
-            results += chunk
-            bar.update(len(chunk))
+    reader = _Reader(tuner, data, features, prints=not (as_json or features), with_all=target is not None)
+    results = reader.read(files)
+    if target is not None:
+        write(target, results)
+        print(f"{printable(str(target))}: {len(results)} samples", file=sys.stderr)
     if as_json:
         print(json.dumps(results, indent=1, allow_nan=False))
-    _show(run, data, shown)
+    _show(run, data, reader.shown)
     return 2 if any("error" in entry for entry in results) else 0
+
+
+class _Reader:
+    """Reads samples in batches and says what the model makes of them, line by line as it goes.
+
+    Args:
+        tuner: the model.
+        data: of the run; it reads files.
+        features: give the feature in place of a prediction.
+        prints: whether a line is printed for each sample.
+        with_all: whether an entry holds the probability of every class.
+    """
+
+    def __init__(self, tuner: FineTuner, data: DataModule, features: bool, prints: bool, with_all: bool) -> None:
+        self.tuner, self.data, self.features, self.prints, self.with_all = tuner, data, features, prints, with_all
+        self.shown: list[tuple[Any, str]] = []
+        """The first inputs, each with what a picture says of it."""
+
+    def read(self, files: list[str]) -> list[dict[str, Any]]:
+        """An entry for each sample in the files, in their order."""
+        from tqdm import tqdm
+
+        samples = [(name, make) for file in files for name, make in self.data.entries(file)]
+        size = max(1, min(self.data.batch_size, len(samples)))
+        hidden = len(samples) <= 8 or not sys.stderr.isatty()
+        results: list[dict[str, Any]] = []
+        with tqdm(total=len(samples), unit="sample", disable=hidden, file=sys.stderr) as bar:
+            for start in range(0, len(samples), size):
+                chunk = samples[start:start + size]
+                results += self._batch(chunk, bar)
+                bar.update(len(chunk))
+        return results
+
+    def _batch(self, chunk: list[tuple[str, Callable[[], Any]]], bar: Any) -> list[dict[str, Any]]:
+        from core.data.batch import is_all_finite, rows_of  # start-up time
+        from core.report import MOST  # start-up time
+
+        entries: list[dict[str, Any]] = [{"file": name} for name, _ in chunk]
+        inputs, readable = [], []
+        for entry, (_, make) in zip(entries, chunk, strict=True):
+            one = _input(entry["file"], make)
+            if isinstance(one, Exception):
+                _fail(entry, one, bar)
+                continue
+            inputs.append(one)
+            readable.append(entry)
+        outputs = _outputs(self.tuner, self.data, inputs, self.features) if inputs else None
+        for row, (entry, one) in enumerate(zip(readable, inputs, strict=True)):
+            output = rows_of(outputs, slice(row, row + 1))
+            said = {"feature": output[0].tolist()} if self.features else self._said(output)
+            if not (is_all_finite(output) and math.isfinite(said.get("score", 0.0))):
+                _fail(entry, "the model's outputs are not finite", bar)
+                continue
+            entry.update(said)
+            if len(self.shown) < MOST and not self.features:
+                self.shown.append((one, f"{self.tuner.task.caption(entry)}\n{Path(entry['file']).name}"))
+            if self.prints:
+                bar.write(_line(entry), file=sys.stdout)
+        return entries
+
+    def _said(self, output: Any) -> dict[str, Any]:
+        found = self.tuner.task.predict(output)
+        if len(found) != 1:
+            raise ScionError(f"{type(self.tuner.task).__name__} labels no samples; --features gives their vectors")
+        every = self.tuner.task.probabilities(output) if self.with_all else None
+        return found[0] if every is None else {**found[0], "probabilities": every[0]}
+
+
+def _fail(entry: dict[str, Any], reason: object, bar: Any) -> None:
+    entry["error"] = _failure(entry["file"], reason)
+    bar.write(entry["error"], file=sys.stderr)
 
 
 def _line(entry: dict[str, Any]) -> str:
@@ -110,13 +158,12 @@ def _check_agreement(run: str, tuner: FineTuner, data: DataModule) -> None:
             raise ScionError(f"{run}: the data have {name} {here}, the backbone was trained with {there}")
 
 
-def _input(file: str, data: DataModule) -> Any:
-    """A file as the model reads it, or the exception that says why that cannot be."""
+def _input(file: str, make: Callable[[], Any]) -> Any:
+    """A sample as the model reads it, or the exception that says why that cannot be."""
     from core.data.batch import is_all_finite  # start-up time
 
     try:
-        check_regular(file)
-        one = data.read(file)
+        one = make()
         if not is_all_finite(one):
             raise ScionError(f"{file}: holds values that are not finite")
         return one
@@ -124,8 +171,8 @@ def _input(file: str, data: DataModule) -> Any:
         return error
 
 
-def _outputs(tuner: FineTuner, data: DataModule, inputs: list[Any]) -> Any:
-    """What the model gives for these inputs, on the CPU."""
+def _outputs(tuner: FineTuner, data: DataModule, inputs: list[Any], features: bool = False) -> Any:
+    """What the model gives for these inputs, or its feature of them, on the CPU."""
     import torch
 
     from core.data.batch import move  # start-up time
@@ -133,7 +180,9 @@ def _outputs(tuner: FineTuner, data: DataModule, inputs: list[Any]) -> Any:
     try:
         device = next(tuner.parameters()).device
         with torch.inference_mode():
-            return move(tuner(move(data.stack(inputs), device)), "cpu")
+            batch = move(data.stack(inputs), device)
+            found = tuner.backbone.read(batch, "feature").float() if features else tuner(batch)
+            return move(found, "cpu")
     except ScionError:
         raise
     except Exception as error:  # inputs of another shape, memory that is not there
@@ -172,7 +221,8 @@ def _compare(run: str, tuner: FineTuner, data: DataModule, files: list[str], as_
     inputs, readable, vectors, results = [], [], [], []
     for file in tqdm(files, unit="file", disable=len(files) <= 8 or not sys.stderr.isatty(), file=sys.stderr):
         results.append({"file": file})
-        one = _input(file, data)
+        [(_, make)] = data.entries(file)
+        one = _input(file, make)
         vector = one if isinstance(one, Exception) else _outputs(tuner, data, [one])[0]
         if isinstance(vector, Exception) or not bool(vector.isfinite().all()):
             reason = vector if isinstance(vector, Exception) else "the model's outputs are not finite"

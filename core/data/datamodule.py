@@ -29,6 +29,7 @@ from core.data.samplers import EpochSampler as EpochSampler
 from core.data.samplers import Share as Share
 from core.data.targets import class_numbers, lengths_of
 from core.errors import ScionError
+from core.files import check_regular
 from core.random_state import seed_of as seed_of
 from core.record import Recorded
 
@@ -193,6 +194,15 @@ class DataModule(Recorded, Loaders, ABC):
 
     def bind(self, backbone: Any) -> None:
         """Take from the backbone what its inputs are made with (a tokenizer). Called before ``setup`` and ``read``."""
+
+    def entries(self, file: str) -> list[tuple[str, Callable[[], Inputs]]]:
+        """The samples that a file holds for prediction, by name, each with what reads it: here one. Text has one a
+        line. What is wrong with one sample is told when it is read."""
+        def make() -> Inputs:
+            check_regular(file)
+            return self.read(file)
+
+        return [(file, make)]
 
     def stack(self, inputs: Sequence[Inputs]) -> Inputs:
         """A batch of inputs as ``read`` gives them."""

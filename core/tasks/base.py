@@ -140,6 +140,10 @@ class Task(TaskDeclarations, nn.Module, Recorded, ABC):
         """One readable prediction a sample, best first: ``{"label": ..., "score": ..., "scores": {label: score}}``, and
         ``labels``, all that are likely rather than not, where a sample may have several."""
 
+    def probabilities(self, outputs: Any) -> list[dict[str, float]] | None:
+        """The probability of every class by name, for each sample; None where there are no such numbers."""
+        return None
+
     def caption(self, prediction: dict[str, Any]) -> str:
         """A prediction in a few words: the label, or the labels, and the best score."""
         label = prediction.get("label")

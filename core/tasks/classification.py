@@ -197,6 +197,11 @@ class Classification(Task):
             return {f"harmonic_mean/{metric}": harmonic_mean(values)}
         return {f"mean/{metric}": sum(values) / len(values)}
 
+    def probabilities(self, outputs: Tensor) -> list[dict[str, float]]:
+        logits = outputs.float()
+        scores = logits.sigmoid() if self.multilabel else logits.softmax(-1)
+        return [dict(zip(self.classes, row, strict=True)) for row in scores.tolist()]
+
     def predict(self, outputs: Tensor) -> list[dict[str, Any]]:
         logits = outputs.float()
         scores = logits.sigmoid() if self.multilabel else logits.softmax(-1)

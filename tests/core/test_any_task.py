@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,112 +24,9 @@ from core.files import read_json
 from core.training import load_run, run
 from tests.core.tiny_run import child, finish, weights
 
-DOMAIN = '''
-"""Pairs of noise and a level: which patch is bright, and how bright."""
-
-import torch
-from torch import nn
-from torch.utils.data import Dataset
-from torchmetrics import Accuracy, MeanAbsoluteError
-from core.backbone import Backbone
-from core.data import DataInfo, DataModule
-from core.tasks import Task
-
-__all__ = ["Both", "Mixture", "Pairs"]
-
-
-class Samples(Dataset):
-    def __init__(self, size, seed):
-        self.generator = torch.Generator().manual_seed(seed)
-        self.patches = torch.randn(size, 4, 16, generator=self.generator)
-        self.place, self.level = torch.arange(size) % 4, torch.rand(size, generator=self.generator)
-        self.patches[torch.arange(size), self.place] += 2 + self.level[:, None]
-
-    def __len__(self):
-        return len(self.place)
-
-    def __getitem__(self, i):
-        inputs = {"patches": self.patches[i], "mask": torch.ones(4, dtype=torch.bool)}
-        return inputs, {"place": self.place[i], "level": self.level[i]}
-
-
-class Pairs(DataModule):
-    def load(self):
-        self.train_set, self.validation_set = Samples(48, 0), Samples(16, 1)
-        self.origin = {"source": "mini", "name": "pairs"}
-
-    @property
-    def info(self):
-        return DataInfo(targets={"place": {"classes": 4}, "level": {}})
-
-    @property
-    def test_sets(self):
-        return {"base": Samples(20, 2), "novel": Samples(12, 3)}
-
-    def peek(self):
-        return []
-
-    def example(self, batch_size=1):
-        return {"patches": torch.zeros(batch_size, 4, 16), "mask": torch.ones(batch_size, 4, dtype=torch.bool)}
-
-    def read(self, file):
-        return {"patches": torch.full((4, 16), float(open(file).read())), "mask": torch.ones(4, dtype=torch.bool)}
-
-
-class Mixture(Backbone):
-    readings = ("feature", "tokens")
-
-    def __init__(self, name="small", pretrained=False):
-        super().__init__()
-        from transformers import BertConfig, BertModel
-        self.model = BertModel(BertConfig(vocab_size=2, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-                                          intermediate_size=32, max_position_embeddings=8), add_pooling_layer=False)
-        self.dim, self.origin = 16, {"name": name, "pretrained": pretrained, "kind": "random"}
-
-    def tokens(self, inputs):
-        mask = inputs["mask"].long()
-        return self.model(inputs_embeds=inputs["patches"], attention_mask=mask).last_hidden_state
-
-    def forward(self, inputs):
-        return self.tokens(inputs).mean(1)
-
-
-class Both(Task):
-    reads = "tokens"
-    weights = {"level": 0.5}
-    selects = ("right", "max")
-
-    def build(self, dim, info):
-        self.heads = nn.ModuleDict({"place": nn.Linear(dim, 1), "level": nn.Linear(dim, 1)})
-        self.set_metrics({"right": Accuracy("multiclass", num_classes=info.targets["place"]["classes"]),
-                          "error": MeanAbsoluteError()})
-
-    def forward(self, tokens):
-        return {"place": self.heads["place"](tokens)[..., 0], "level": self.heads["level"](tokens.mean(1))[:, 0]}
-
-    def loss(self, outputs, targets):
-        return {"place": nn.functional.cross_entropy(outputs["place"], targets["place"]),
-                "level": nn.functional.mse_loss(outputs["level"], targets["level"])}
-
-    def update(self, stage, outputs, targets):
-        self.collection(stage)["right"].update(outputs["place"], targets["place"])
-        self.collection(stage)["error"].update(outputs["level"], targets["level"])
-
-    def summary(self, tests):
-        return {"harmonic_mean": 2 / sum(1 / max(found["right"], 1e-9) for found in tests.values())}
-
-    def predict(self, outputs):
-        return [{"label": str(int(place.argmax())), "score": float(place.softmax(-1).max()), "level": float(level)}
-                for place, level in zip(outputs["place"], outputs["level"])]
-'''
-CONFIG = """
-domain: mixture
-model: {backbone: Mixture, task: Both}
-data: {class: Pairs, batch_size: 6}
-peft: {class: LoRA, rank: 2, dropout: 0.1}
-optimizer: {lr: 1.0e-2}
-trainer: {max_epochs: 2, checkpoint_every_n_steps: 3, enable_progress_bar: false, accelerator: cpu}
-"""
+PAGE = Path(__file__).parents[2] / "docs" / "tasks.md"
+BLOCKS = dict(re.findall(r"^```\w+ file=(\S+)\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL))
+DOMAIN, CONFIG = BLOCKS["domains/mixture/__init__.py"], BLOCKS["mixture.yaml"]
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -351,6 +352,38 @@ def test_predict(finished: Path, sounds: Path, capsys: pytest.CaptureFixture[str
     records = json.loads(capsys.readouterr().out)
     assert [record["label"] for record in records] == [line[1] for line in lines]
     assert set(records[0]["scores"]) == {"hiss", "hum"}
+
+
+def test_predictions_in_a_file(finished: Path, sounds: Path, tmp_path: Path,
+                               capsys: pytest.CaptureFixture[str]) -> None:
+    files = [str(file) for file in sorted((sounds / "audio").iterdir())][:3]
+    bad = tmp_path / "bad.wav"
+    bad.write_text("no sound")
+    for name in ("p.csv", "p.jsonl", "p.npy"):
+        assert commands.predict(str(finished), [files[0], str(bad), *files[1:]], False, out=str(tmp_path / name)) == 2
+    table = list(csv.DictReader((tmp_path / "p.csv").open()))
+    lines = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    array = np.load(tmp_path / "p.npy", allow_pickle=False)
+    assert [row["file"] for row in table] == [files[0], str(bad), *files[1:]] and "bad.wav" in table[1]["error"]
+    for row, line, numbers in zip(table, lines, array, strict=True):
+        if row["error"]:
+            assert np.isnan(numbers).all() and "probabilities" not in line
+            continue
+        assert [float(row["hiss"]), float(row["hum"])] == pytest.approx(numbers.tolist(), abs=1e-6)
+        assert sum(line["probabilities"].values()) == pytest.approx(1, abs=1e-6)
+        assert line["label"] == ("hiss", "hum")[int(numbers.argmax())]
+
+    assert commands.predict(str(finished), files, False, features=True, out=str(tmp_path / "f.npy")) == 0
+    tuner = load_run(str(finished))
+    data = commands.data_of(str(finished))
+    with torch.inference_mode():
+        expected = tuner.backbone(torch.stack([data.read(file) for file in files]))  # type: ignore[arg-type]
+    np.testing.assert_allclose(np.load(tmp_path / "f.npy"), expected.numpy(), rtol=0, atol=1e-5)
+    capsys.readouterr()
+    for options, message in ((["--features"], "add --json, or --out"), (["--out", "x.txt"], "ends in .csv"),
+                             (["--out", str(tmp_path / "no" / "x.csv")], "there is no folder")):
+        assert main(["predict", str(finished), files[0], *options]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_predictions_do_not_depend_on_the_company(finished: Path, sounds: Path,
