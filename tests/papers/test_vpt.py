@@ -29,7 +29,7 @@ ROWS = {
         bad=(({"tokens": 0}, "tokens 0"), ({"dropout": 1.0}, "dropout 1"), ({"deep": False, "dropout": 0.1}, "deep")),
         random=True, commutes=None, operators=40, saved=0.9,
         artifact={"tokens": 1},
-        refused={**NO_ATTENTION, **NO_CALL},
+        refused=NO_ATTENTION,
     ),
 }
 
