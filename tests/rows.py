@@ -90,6 +90,8 @@ class Row:
     """Operators that one graft may add to a forward."""
     saved: float = 1.0
     """Bytes that the first variant keeps for backward, at most, as a share of full fine-tuning's on the same model."""
+    rounding: float = 1.0
+    """Factor on half-precision bounds, where a norm of few numbers magnifies what was rounded before it."""
     size: float = 0.05
     """Spread of the random values with which merging is compared; less where many of them add up in one weight."""
     decays: bool | None = None

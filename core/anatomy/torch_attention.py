@@ -158,6 +158,8 @@ def written_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tens
         value: [batch, heads, keys, width].
         attn_mask: added to the scores; the arguments behind ``dropout_p`` are torch's and not made use of.
     """
+    if torch.compiler.is_compiling():  # a compiler's tracing knows only torch's own calls as calls
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, scale=scale)
     given = (query, key, value)
     if has_torch_function(given):  # a rewriter is active
         return handle_torch_function(written_attention, given, *given, attn_mask=attn_mask, dropout_p=dropout_p)

@@ -92,6 +92,22 @@ class ExactResume(L.Callback):
         if "optimizer_states" in checkpoint:  # else it holds weights only, from which no run goes on
             own = pl_module.running_state() if isinstance(pl_module, KeepsRunningState) else {}
             save(trainer, checkpoint, own)
+            written = zip(checkpoint["optimizer_states"], trainer.optimizers, strict=True)
+            checkpoint["optimizer_states"] = [_with_plain_steps(state, optimizer) for state, optimizer in written]
+
+
+def _with_plain_steps(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """An optimizer's state with the number of steps of each tensor as a number: as a tensor it takes a record of its
+    own in the file, of more bytes than many a bias. torch's optimizers make tensors of them again."""
+    if not type(optimizer).__module__.startswith("torch.optim"):
+        return state
+    short: dict[Any, Any] = {}
+    for key, values in state["state"].items():
+        short[key] = dict(values)  # the optimizer's own mapping stays as it is
+        step = values.get("step")
+        if isinstance(step, torch.Tensor):
+            short[key]["step"] = step.item()
+    return {**state, "state": short}
 
 
 def gather(value: Any, trainer: L.Trainer) -> list[Any]:

@@ -17,7 +17,7 @@ from core.graft import VERBS, hidden_out
 from core.method import PEFTMethod, methods_on
 from tests.artifacts.make_artifacts import Small
 from tests.methods import METHODS, Cell
-from tests.models import EVERY_FAMILY, WIDTH, batch, make
+from tests.models import EVERY_FAMILY, WIDTH, batch, doubled, make
 from tests.toolkit import (
     EVERYTHING,
     LIGHT,
@@ -60,7 +60,7 @@ def test_half_precision(cell: Cell, dtype: torch.dtype, tmp_path: Path) -> None:
             tensor.copy_(model.get_parameter(name))
     load_adapter(tmp_path, exact)
     assert distance(found, outputs(exact, inputs.double() if inputs.is_floating_point() else inputs)
-                    ) < tolerance(cell.family, dtype, 3e-2)
+                    ) < tolerance(cell.family, dtype, 3e-2 * cell.row.rounding)
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=_name)
@@ -119,13 +119,13 @@ def test_to(cell: Cell) -> None:
     method = cell.attach(model)
     randomize(method)
     trained = set(method.trainable())
-    model.double()
+    doubled(model)
     floating = [tensor for tensor in method.tensors().values() if tensor.is_floating_point()]
     assert all(tensor.dtype == torch.float64 for tensor in floating)
     assert set(method.trainable()) == trained and outputs(model, inputs).dtype == torch.float64
     with method.disabled():
         off = outputs(model, inputs)
-    assert distance(off, outputs(make(cell.family).double(), inputs)) < 1e-10
+    assert distance(off, outputs(doubled(make(cell.family)), inputs)) < 1e-10
     model.float()
     with method.disabled():
         assert torch.equal(outputs(model, batch(cell.family)), outputs(make(cell.family), batch(cell.family)))
@@ -264,7 +264,9 @@ def test_saved_bytes(cell: Cell) -> None:
 
 
 @invariant(49, "operators a graft adds, bytes kept for backward", where=lambda cell: "layers" in cell.new().config
-           and (cell.method, cell.variant) not in NOT_IN_ONE_BLOCK and EVERY_FAMILY[cell.family].repeats == 1)
+           and (cell.method, cell.variant) not in NOT_IN_ONE_BLOCK
+           and (cell.method, cell.family) != ("Convpass", "whisper")  # whose last block is text, and no grid
+           and EVERY_FAMILY[cell.family].repeats == 1)
 def test_no_graph_below_the_first_graft(cell: Cell) -> None:
     """Trained tensors in the last block alone: nothing is kept for the blocks below."""
     kept = []

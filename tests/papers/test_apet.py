@@ -45,7 +45,7 @@ ROWS = {
         bad=(({"density": 0.0}, "density 0"), ({"count": 0}, "count 0"), ({"count": 1}, "budget of 1"),
              ({"count": 3, "density": 0.1}, "not both"), ({"rank": 0}, "rank 0"), ({"bottleneck": 0}, "bottleneck 0"),
              ({"targets": ("feature",)}, "neither a linear map")),
-        random=True, operators=8, saved=0.98, commutes=False, without_attention={"targets": ("mlp.up", "mlp")},
+        random=True, operators=8, saved=1.08, commutes=False, without_attention={"targets": ("mlp.up", "mlp")},
         artifact={"count": 120, "targets": ("mlp",), "bottleneck": 1},
     ),
 }

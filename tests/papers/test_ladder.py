@@ -65,7 +65,7 @@ ROWS = {
         bad=(({"reduction": 0}, "reduction 0"), ({"reduction": 3}, "reduction 3 does not divide"),
              ({"drop": (9,)}, "layer 9"), ({"layers": ()}, "no block"), ({"temperature": 0.0}, "temperature 0"),
              ({"init": "fishre"}, "'fishre'"), ({"samples": 0}, "samples 0"), ({"dropout": 1.0}, "dropout 1")),
-        random=True, operators=120, saved=0.8,
+        random=True, operators=120, saved=0.8, rounding=2.5,
         artifact={"reduction": 8},
         refused={
             **NO_ATTENTION,

@@ -56,7 +56,7 @@ ROWS = {
         bad=(({"rank": 0}, "rank 0"), ({"score_rank": 0}, "score_rank 0"), ({"sparsity": 1.0}, "sparsity 1"),
              ({"initial": 0.95}, "initial 0.95"), ({"warmup": 0.8}, "warmup 0.8"), ({"spread": 0.0}, "spread 0"),
              *NOT_LINEAR),
-        random=True, weights=True, commutes=None, operators=34, saved=0.96,
+        random=True, weights=True, commutes=None, operators=34, saved=1.09,
         absent=("test_gradcheck",),  # as RAMT
         schedule=sparsity_follows_formula,
         artifact={"rank": 1, "score_rank": 1},

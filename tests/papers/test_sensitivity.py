@@ -40,7 +40,7 @@ ROWS = {
         bad=(({"density": 0.0}, "density 0"), ({"density": 0.1, "count": 3}, "not both"), ({"count": 0}, "count 0"),
              ({"count": 10**9}, "1000000000"), ({"rank": 0}, "rank 0"), ({"ratio": 0.5}, "ratio 0.5"),
              ({"batches": -1}, "batches -1"), *NOT_LINEAR),
-        random=True, operators=8, saved=0.96, stored=2.0, decays=True,
+        random=True, operators=8, saved=0.97, stored=2.0, decays=True,
         artifact={"count": 300},
     ),
 }

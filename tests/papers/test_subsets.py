@@ -49,7 +49,7 @@ ROWS = {
         trained=biases_count,
         cards=(("vit_b16", {}, 102_912), ("bert_base", {}, 102_912)),
         bad=(({"targets": ("q", "qq")}, "'qq'"), ({"exclude": ("nrom",)}, "'norm'")),
-        saved=0.72,
+        saved=0.79,
         artifact={"targets": ("o", "mlp.down")},
         refused={
             "llama": "no module of LlamaModel has a bias, so there is nothing to train",

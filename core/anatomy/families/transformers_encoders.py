@@ -88,7 +88,7 @@ def _mpnet_attention(attention: Any, hidden_states: Tensor, attention_mask: Tens
         return type(attention).forward(attention, hidden_states, attention_mask, position_bias, True, **rest)
     shape = (attention.num_attention_heads, attention.attention_head_size)
     maps = (attention.q, attention.k, attention.v)
-    q, k, v = (linear(hidden_states).unflatten(-1, shape).transpose(1, 2) for linear in maps)
+    q, k, v = (torch.unflatten(linear(hidden_states), -1, shape).transpose(1, 2) for linear in maps)
     mask = position_bias if attention_mask is None else attention_mask
     if position_bias is not None and attention_mask is not None:
         mask = position_bias + attention_mask
