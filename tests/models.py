@@ -553,7 +553,7 @@ class _Double(TorchFunctionMode):
 
 class GemmaNorm(nn.RMSNorm):  # its name tells that it multiplies by 1 + weight, as in the library
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.rms_norm(x, self.normalized_shape, 1 + self.weight, self.eps)
+        return nn.functional.rms_norm(x, self.normalized_shape, None, self.eps) * (1 + self.weight)
 
 
 def batch(family: str, size: int = 3, seed: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:

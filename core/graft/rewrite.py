@@ -55,6 +55,8 @@ class CallRewriter(TorchFunctionMode):
     def _with_routed_rows(self, output: Any, func: Any, args: tuple, kwargs: dict[str, Any], met: list[Effective]
                           ) -> Any:
         """``output`` with the rows of samples that see tensors of their own computed by those."""
+        if _is_vector_alone(output, args, met):
+            return self._vector_by_samples(output, func, args, kwargs, met[0])
         is_flattened = func is torch.addmm  # the batch, by transformers' Conv1D
         batch_at = 1 if is_flattened else _batch_position(args, met)
         for variant in dict.fromkeys(variant for entry in met for variant in entry.routed):
@@ -70,6 +72,27 @@ class CallRewriter(TorchFunctionMode):
             part = func(*own, **_put_named(kwargs, met, variant))
             output = output.index_copy(0, rows, part)
         return output
+
+
+    def _vector_by_samples(self, output: Tensor, func: Any, args: tuple, kwargs: dict[str, Any], entry: Effective
+                           ) -> Tensor:
+        """``output`` [dim] for each sample, [batch, 1, ..., dim]: Gemma's norms add 1 to their weight before they
+        multiply by it, so that the samples' own weights have to go through the sum."""
+        by_sample = output.expand(self.x.shape[0], -1)
+        for variant, (rows, _) in entry.routed.items():
+            own = func(*_put(args, [entry], variant), **_put_named(kwargs, [entry], variant))
+            by_sample = by_sample.index_copy(0, rows, own.expand(len(rows), -1))
+        between = [1] * (self.x.dim() - 2)
+        return by_sample.view(self.x.shape[0], *between, -1)
+
+
+def _is_vector_alone(output: Any, args: tuple, met: list[Effective]) -> bool:
+    """Whether a call makes a vector of one frozen vector, and of numbers."""
+    if len(met) != 1 or not met[0].routed or not isinstance(output, Tensor):
+        return False
+    frozen = met[0].frozen
+    others = [argument for argument in args if isinstance(argument, Tensor) and argument is not frozen]
+    return not others and frozen.dim() == 1 and output.shape == frozen.shape
 
 
 def _of_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:

@@ -148,3 +148,9 @@ def test_bad_routes() -> None:
     with pytest.raises(ScionError, match="cannot be merged"):
         route.merge()
     assert differences(left, trace(model)) == [] and torch.equal(outputs(model, inputs), expected)
+
+
+@pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3"])
+def test_weights_of_gemma_s_norms_by_row(family: str) -> None:
+    """They are added to 1 before they multiply: a row's own weight goes through the sum."""
+    test_rows(Cell("SensitivityTuning", "both", family))
