@@ -169,6 +169,19 @@ def test_4_start() -> None:
     assert abs(float(normal.detach().std()) - 0.02) < 1e-3
 
 
+@pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3", "xglm"])
+def test_4_start_where_embeddings_are_scaled(family: str) -> None:
+    """At what the embedding gives for ids, not at the rows of its table."""
+    model = make(family)
+    method = PromptTuning(tokens=5).attach(model)
+    embedding: Any = model.model.get_input_embeddings()
+    given = embedding(torch.arange(len(embedding.weight)))
+    [prompt] = method.trainable().values()
+    assert all(any(torch.equal(row, value) for value in given) for row in prompt)
+    assert not any(torch.equal(row, value) for row in prompt for value in embedding.weight)
+
+
+
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)
 def test_5_generation(name: str) -> None:
     a_cache_changes_nothing(name, PromptTuning(tokens=3))

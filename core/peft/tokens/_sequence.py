@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from core.anatomy import Anatomy, Block, Site, Stack
 from core.errors import ScionError
@@ -188,13 +188,13 @@ class Prompted(PEFTMethod):
     """What the graft at each site is, of which stack, and what it must know, on this model."""
 
     @abstractmethod
-    def prompt_for(self, stack: Stack, dim: int, vocabulary: Tensor | None) -> tuple[Tensor | None, Values | None]:
+    def prompt_for(self, stack: Stack, dim: int, table: nn.Embedding | None) -> tuple[Tensor | None, Values | None]:
         """The prompts of a stack: start values [tokens, dim] to be trained, or else a function that makes them.
 
         Args:
             stack: where they enter.
             dim: width of the embeddings or states among which they stand.
-            vocabulary: the embedding of ids [vocabulary, dim], where there is one.
+            table: the module that embeds ids, where there is one. Its output may be a multiple of its weight.
         """
 
     def numbers(self, anatomy: Anatomy) -> dict[str, Any]:
@@ -241,8 +241,8 @@ class Prompted(PEFTMethod):
         if role == "leave":
             return Leave(site, self.tokens, what)
         if role == "text":
-            table = site.module.get_input_embeddings().weight  # type: ignore[operator]
-            return TextPrompt(site, self.tokens, *self.prompt_for(stack, table.shape[1], table.detach()), *what)
+            table: Any = site.module.get_input_embeddings()  # type: ignore[operator]
+            return TextPrompt(site, self.tokens, *self.prompt_for(stack, table.weight.shape[1], table), *what)
         first = what[0]
         prompt = self.prompt_for(stack, site.width, None) if first else (None, None)
         return StatePrompt(site, self.tokens, *prompt, *what)

@@ -45,9 +45,11 @@ class PromptTuning(Prompted, PEFTMethod):
             raise ScionError(f"PromptTuning: init {init!r} is not one of vocabulary, normal")
         self.tokens, self.init = tokens, init
 
-    def prompt_for(self, stack: Stack, dim: int, vocabulary: Tensor | None) -> tuple[Tensor | None, Values | None]:
-        if self.init == "vocabulary" and vocabulary is not None and not vocabulary.is_meta:
-            return vocabulary[torch.randint(len(vocabulary), (self.tokens,)).to(vocabulary.device)].clone(), None
+    def prompt_for(self, stack: Stack, dim: int, table: nn.Embedding | None) -> tuple[Tensor | None, Values | None]:
+        if self.init == "vocabulary" and table is not None and not table.weight.is_meta:
+            ids = torch.randint(table.num_embeddings, (self.tokens,)).to(table.weight.device)
+            with torch.no_grad():
+                return table.forward(ids).clone(), None  # Gemma's embedding scales what it reads
         return torch.randn(self.tokens, dim) * 0.02, None
 
 
@@ -116,7 +118,7 @@ class PTuning(Prompted, PEFTMethod):
                 self.encoders[stack.name] = made
                 module.add_module(f"encoder_{stack.name}" if stack.name else "encoder", made)
 
-    def prompt_for(self, stack: Stack, dim: int, vocabulary: Tensor | None) -> tuple[Tensor | None, Values | None]:
+    def prompt_for(self, stack: Stack, dim: int, table: nn.Embedding | None) -> tuple[Tensor | None, Values | None]:
         return None, self.encoders[stack.name]
 
     def fold(self) -> None:

@@ -99,7 +99,7 @@ class VPT(Prompted, PEFTMethod):
         bound = math.sqrt(6 / ((self.patch_inputs or dim) + dim))
         return torch.empty(self.tokens, dim).uniform_(-bound, bound)
 
-    def prompt_for(self, stack: Stack, dim: int, vocabulary: Tensor | None) -> tuple[Tensor | None, Values | None]:
+    def prompt_for(self, stack: Stack, dim: int, table: nn.Embedding | None) -> tuple[Tensor | None, Values | None]:
         return self._start(dim), None
 
     def build(self, site: Site) -> Graft:
