@@ -47,8 +47,8 @@ def load_adapter(source: str | Path, model: nn.Module, base: Literal["same", "an
         The method, or the list of methods where several were saved.
 
     Raises:
-        ScionError: a damaged file, another base, missing, extra or misshapen tensors, values that are not finite; the
-            model is untouched then.
+        ScionError: a damaged file, another base or tokenizer, missing, extra or misshapen tensors, values that are not
+            finite; the model is untouched then.
 
     Warns:
         UserWarning: the file has tensors of what was beside the backbone, and ``model`` is only the backbone; or such

@@ -25,7 +25,7 @@ from core.method import Home, PEFTMethod, Spec, check_structure, decode_extra_st
 from core.method.bases import check_base
 from core.method.beside import OUTSIDE, ModelRecord
 from core.method.described import Base, BaseRecord
-from core.method.saving import FORMAT, FROM_ROOT, RECORD, TENSORS
+from core.method.saving import FORMAT, FROM_ROOT, RECORD, TENSORS, check_tokenizer
 from core.record import check_arguments
 from core.tensors import check_fit, checksum, read_checkpoint, read_tensors
 
@@ -51,6 +51,7 @@ class Record(TypedDict):
     format: int
     methods: list[Spec]
     base: BaseRecord
+    tokenizer: NotRequired[str]
     apart: NotRequired[list[str]]
     versions: NotRequired[dict[str, str]]
     model: NotRequired[ModelRecord]
@@ -236,6 +237,7 @@ def restore(record: dict[str, Any], tensors: dict[str, Tensor], model: nn.Module
     """
     model = uncompiled(model)
     check_base(model, where)
+    check_tokenizer(record, model, where, carry=base != "same")
     anatomy = dissect(model)
     from_root = record["format"] == FROM_ROOT
     content = Content.of(record, tensors, anatomy)

@@ -16,6 +16,7 @@ from core.json_types import shown
 from core.method import key_of
 from core.method.contents import live_tensors
 from core.method.described import FileNames
+from core.method.saving import check_tokenizer
 
 if TYPE_CHECKING:
     from core.method import PEFTMethod
@@ -33,7 +34,8 @@ def swap(method: PEFTMethod, source: str | Path) -> None:
             the only one of its class.
 
     Raises:
-        ScionError: no such method there, one of another shape, or of another base; nothing has changed then.
+        ScionError: no such method there, one of another shape, or of another base or tokenizer; nothing has changed
+            then.
     """
     saved = open_adapter(source)
     saved.check_whole()
@@ -48,6 +50,7 @@ def swap(method: PEFTMethod, source: str | Path) -> None:
         here = base.fingerprint(content.names.from_root)
         raise ScionError(f"{where}: was trained on another base (fingerprint {recorded}, here it is {here}): "
                          f"{method.name} cannot be replaced by it")
+    check_tokenizer(saved.record, anatomy.root, where)
     own = _tensors_of(method, spec, content)
     load_tensors([method], replace(content, tensors=own, unfrozen=()), where)
 

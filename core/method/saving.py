@@ -7,10 +7,12 @@ belong to). Both count from the described model, so that an adapter goes whereve
 from __future__ import annotations
 
 import functools
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from core.errors import ScionError, listed
 from core.method.attached import Home
@@ -74,6 +76,9 @@ def save_adapter(methods: list[PEFTMethod], folder: str | Path, extra: dict[str,
         "base": base.record(),
         "versions": versions(),
     }
+    tokenizer = tokenizer_of(root)
+    if tokenizer is not None:
+        record["tokenizer"] = tokenizer
     if apart:
         record["apart"] = sorted(apart)
     if model:
@@ -91,6 +96,41 @@ def save_adapter(methods: list[PEFTMethod], folder: str | Path, extra: dict[str,
         raise ScionError(f"{folder}: an argument of {listed(method.name for method in methods)} is no finite number, "
                          "which an adapter cannot record") from None
     return target
+
+
+def tokenizer_of(model: nn.Module) -> str | None:
+    """The fingerprint of the tokenizer behind a model's ids; None where the model says nothing of one.
+
+    A backbone says it as its attribute ``tokenizer_fingerprint``, as those of `core.text` do.
+    """
+    found = getattr(model, "tokenizer_fingerprint", None)
+    return found if isinstance(found, str) else None
+
+
+def check_tokenizer(record: Mapping[str, Any], model: nn.Module, where: str, carry: bool = False) -> None:
+    """Refuse an adapter that was trained with another tokenizer than the model's.
+
+    Where either is unknown (a plain model of transformers, a file of an earlier version) there is nothing to compare.
+
+    Args:
+        record: the content of adapter.json.
+        model: the backbone that the adapter is loaded onto.
+        where: the file, for messages.
+        carry: warn only: the user wants the adapter on another base.
+
+    Raises:
+        ScionError: the tokenizers differ.
+    """
+    recorded, here = record.get("tokenizer"), tokenizer_of(model)
+    if recorded is None or here is None or recorded == here:
+        return
+    if carry:
+        warnings.warn(f"{where}: carried from the tokenizer {recorded} to {here}, whose ids may mean other texts",
+                      stacklevel=4)
+        return
+    raise ScionError(f"{where}: the adapter was trained with another tokenizer (fingerprint {recorded}, here {here}), "
+                     "whose ids mean other texts; load it onto a backbone with that tokenizer, or pass base='any' to "
+                     "carry it over")
 
 
 def _specs(methods: list[PEFTMethod], names: Names, apart: set[str]) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -232,23 +232,6 @@ def fingerprint(backend: Any) -> str:
         record.pop(setting, None)
     text = json.dumps(record, sort_keys=True)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-
-
-def check_same(fingerprints: Mapping[str, str | None]) -> None:
-    """Refuse to bring together what was made with different tokenizers.
-
-    Args:
-        fingerprints: of the tokenizer behind each thing, by what messages call it; None where that is unknown.
-
-    Raises:
-        ScionError: two differ.
-    """
-    known = [(thing, value) for thing, value in fingerprints.items() if value is not None]
-    for thing, value in known[1:]:
-        first, expected = known[0]
-        if value != expected:
-            raise ScionError(f"{thing} has the tokenizer {value}, {first} has {expected}: ids of the one mean other "
-                             "texts to the other")
 
 
 def load_tokenizer(source: Source) -> Tokenizer:

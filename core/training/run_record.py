@@ -18,6 +18,7 @@ from core.config import Point
 from core.data import DataModule, bounded
 from core.files import write_json
 from core.method import Home, methods_on
+from core.method.saving import tokenizer_of
 from core.training import gallery as pictures
 from core.training.finetuner import FineTuner
 from core.training.head_files import outside
@@ -148,6 +149,9 @@ def _metrics(point: Point, stages: list[Stage], results: list[StageResult], outc
         "versions": versions(),
         "warnings": _warnings(tuner, data, stages[-1]),
     }
+    tokenizer = tokenizer_of(tuner.backbone)
+    if tokenizer is not None:
+        metrics["backbone"]["tokenizer"] = tokenizer
     if data.skipped:
         metrics["data"]["skipped"] = bounded(data.skipped, 1000)
     if outcome.best_epoch is not None:
