@@ -78,7 +78,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--trust", action="store_true", help="the run is your own: it may name any class by its full path")
     sub = command("predict", "label files with a finished run")
     sub.add_argument("run", help="a run folder")
-    sub.add_argument("files", nargs="+", help="files to label, or folders of them")
+    sub.add_argument("files", nargs="+", help="files to label, or folders of them; of texts one a line, - for "
+                     "standard input")
     sub.add_argument("--json", action="store_true", help="print JSON")
     sub.add_argument("--features", action="store_true", help="give the vector that the head reads, and no label")
     sub.add_argument("--out", metavar="FILE", help="write all, each class's probability too: .csv, .jsonl or .npy")

@@ -151,11 +151,24 @@ def _check_agreement(run: str, tuner: FineTuner, data: DataModule) -> None:
 
     if not os.path.lexists(Path(run) / "data_state.json"):
         return
+    told = _told_backbone(run)
     for name in signature(type(tuner.backbone)).parameters:
+        if told.get(name) is not None:  # it did not take it from the data
+            continue
         here = getattr(data, name, None)
         there = getattr(tuner.backbone, name, None)
         if isinstance(here, int) and isinstance(there, int) and here != there:
             raise ScionError(f"{run}: the data have {name} {here}, the backbone was trained with {there}")
+
+
+def _told_backbone(run: str) -> dict[str, Any]:
+    """The arguments of the backbone that a run's configuration names."""
+    from core.config import read  # start-up time
+
+    model = read(Path(run) / "config.yaml").get("model")
+    part = model.get("backbone") if isinstance(model, dict) else None
+    arguments = part.get("init_args") if isinstance(part, dict) else None
+    return arguments if isinstance(arguments, dict) else {}
 
 
 def _input(file: str, make: Callable[[], Any]) -> Any:
@@ -219,9 +232,10 @@ def _compare(run: str, tuner: FineTuner, data: DataModule, files: list[str], as_
     from core.tasks.embedding import SHOWN, neighbours  # start-up time
 
     inputs, readable, vectors, results = [], [], [], []
-    for file in tqdm(files, unit="file", disable=len(files) <= 8 or not sys.stderr.isatty(), file=sys.stderr):
+    samples = [entry for file in files for entry in data.entries(file)]
+    hidden = len(samples) <= 8 or not sys.stderr.isatty()
+    for file, make in tqdm(samples, unit="sample", disable=hidden, file=sys.stderr):
         results.append({"file": file})
-        [(_, make)] = data.entries(file)
         one = _input(file, make)
         vector = one if isinstance(one, Exception) else _outputs(tuner, data, [one])[0]
         if isinstance(vector, Exception) or not bool(vector.isfinite().all()):

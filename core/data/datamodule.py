@@ -253,6 +253,10 @@ class DataModule(Recorded, Loaders, ABC):
         nothing to see."""
         return None
 
+    def text_of(self, dataset: Any, index: int) -> str | None:
+        """A sample of one of the sets in words, for people to read; None where there is nothing to read."""
+        return None
+
     def files(self, folder: Path) -> list[Path]:
         """The files below ``folder`` that ``read`` may be asked for: all that are not hidden."""
         found = []

@@ -62,33 +62,45 @@ class Record:
         return value
 
 
-def read_records(file: str | Path, fields: Sequence[str] = ()) -> Iterator[Record]:
+def has_columns(file: str | Path) -> bool:
+    """Whether a line of a file has fields by name, as its ending says; else it is one text."""
+    return _ending(file) in (".jsonl", ".ndjson", ".tsv")
+
+
+def _ending(file: str | Path) -> str:
+    return "" if str(file) == STANDARD_INPUT else Path(file).suffix.lower()
+
+
+def read_records(file: str | Path, fields: Sequence[str] = (), plain: str = "text") -> Iterator[Record]:
     """The records of a file, by its ending: ``.jsonl`` and ``.ndjson`` as JSON lines, ``.tsv`` as a table with a
-    header, anything else, and ``-`` for standard input, as a text a line in the field ``text``.
+    header, anything else, and ``-`` for standard input, as a text a line.
 
     Args:
         file: its name.
         fields: that each record must have, as text.
+        plain: the field in which a line is that is one text.
 
     Raises:
         ScionError: names the file, and the line where there is one.
     """
-    ending = "" if str(file) == STANDARD_INPUT else Path(file).suffix.lower()
-    readers = {".jsonl": read_json_lines, ".ndjson": read_json_lines, ".tsv": read_table}
-    for record in readers.get(ending, read_lines)(file):
+    if not has_columns(file):
+        records = read_lines(file, plain)
+    else:
+        records = read_table(file) if _ending(file) == ".tsv" else read_json_lines(file)
+    for record in records:
         for field in fields:
             record.text(field)
         yield record
 
 
-def read_lines(file: str | Path) -> Iterator[Record]:
-    """A text a line, in the field ``text``; a line without anything is a text of length 0.
+def read_lines(file: str | Path, field: str = "text") -> Iterator[Record]:
+    """A text a line, in the field ``field``; a line without anything is a text of length 0.
 
     Raises:
         ScionError: see `lines`.
     """
     for number, line in lines(file):
-        yield Record(_called(file), number, {"text": line})
+        yield Record(_called(file), number, {field: line})
 
 
 def read_json_lines(file: str | Path) -> Iterator[Record]:

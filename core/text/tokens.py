@@ -114,6 +114,12 @@ class Tokenizer:
         return self.fast.mask_token_id
 
     @property
+    def special_by_name(self) -> dict[str, int]:
+        """The ids of the tokens that pad, hide a piece and end a text, by name, as far as there are some."""
+        named = {"pad": self.pad_id, "mask": self.mask_id, "end": self.end_id}
+        return {name: number for name, number in named.items() if number is not None}
+
+    @property
     def special_ids(self) -> set[int]:
         """The ids that stand for no text."""
         return set(self.fast.all_special_ids)

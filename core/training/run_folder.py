@@ -24,7 +24,7 @@ FORMAT = 1
 RECORD = "metrics.json"
 LOCK = ".lock"
 FILES = (RECORD, "config.yaml", "log.txt", "history.json", "data_state.json", "curves.png", "confusion.png",
-         "pictures.png", "predictions.png")
+         "pictures.png", "predictions.png", "examples.md")
 """What a run has at the top of its folder."""
 STAGE_FILES = ("done.json",)
 """What a stage has at the top of its own."""

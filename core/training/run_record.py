@@ -19,6 +19,7 @@ from core.data import DataModule, bounded
 from core.files import write_json
 from core.method import Home, methods_on
 from core.method.saving import tokenizer_of
+from core.training import examples
 from core.training import gallery as pictures
 from core.training.finetuner import FineTuner
 from core.training.head_files import outside
@@ -124,6 +125,7 @@ def _draw(point: Point, outcome: Outcome, rows: list[dict[str, Any]], path: Path
     if confusion is not None:
         report.confusion(confusion, data.classes, path / "confusion.png", title)
     pictures.of_run(tuner, data, path / "pictures.png", title)
+    examples.of_run(tuner, data, path / "examples.md", title)
 
 
 def _metrics(point: Point, stages: list[Stage], results: list[StageResult], outcome: Outcome, path: Path
