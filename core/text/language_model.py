@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import ScionError
+from core.text.finite_masks import keep_masks_finite
 from core.text.reading import Inputs, choosing, is_accepted, last_positions, mask_of, positions_of
 from core.text.text_backbone import TextBackbone, class_in, class_tables
 
@@ -38,6 +39,7 @@ class LanguageModel(TextBackbone):
                  max_length: int | None = None) -> None:
         self._dtype = dtype
         super().__init__(name, pretrained, max_length)
+        keep_masks_finite(self.model)
         self.is_encoder_decoder: bool = self.model.config.is_encoder_decoder  # type: ignore[union-attr]
 
     def types(self) -> Sequence[str]:

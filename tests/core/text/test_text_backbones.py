@@ -230,10 +230,21 @@ def test_a_causal_model_on_either_side(kind: str, model_class: str, tmp_path: Pa
     torch.testing.assert_close(model.logits(right, where), torch.cat(rows), rtol=0, atol=1e-12)
 
 
-def test_bloom_in_single_precision(tmp_path: Path) -> None:
-    """In double precision transformers' BLOOM itself gives NaN for a padded batch."""
-    model = LanguageModel(tiny.folder(tmp_path, "bloom", "BloomForCausalLM")).eval()
-    torch.testing.assert_close(model(batch(model, TEXTS, "left")), model(batch(model, TEXTS)))
+@pytest.mark.parametrize("precision", [torch.float32, torch.float64])
+def test_bloom_in_either_precision(precision: torch.dtype, tmp_path: Path) -> None:
+    """In double precision transformers' BLOOM itself gives NaN for a padded batch: its softmax is a single one."""
+    where = tiny.folder(tmp_path, "bloom", "BloomForCausalLM")
+    model = LanguageModel(where).to(precision).eval()
+    left, right = batch(model, TEXTS, "left"), batch(model, TEXTS)
+    torch.testing.assert_close(model(left), model(right), rtol=0, atol=1e-5)
+    alone = torch.cat([model(batch(model, [text])) for text in TEXTS])
+    torch.testing.assert_close(model(left), alone, rtol=0, atol=1e-5)
+    plain = type(model.model).from_pretrained(where, dtype=precision).eval()  # type: ignore[attr-defined]
+    arguments = {name: left[name] for name in ("input_ids", "attention_mask")}
+    theirs = plain(**arguments).logits
+    assert bool(theirs.isnan().any()) == (precision == torch.float64)
+    if precision == torch.float32:
+        assert torch.equal(theirs, model.model(**arguments).logits)
 
 
 @pytest.mark.parametrize(("kind", "model_class"), [("t5", "T5ForConditionalGeneration"),
