@@ -35,6 +35,8 @@ class BlockDescription:
         entry: path (from the backbone) of what is between the block before and this one: a downsampling.
         widths: attributes (as paths from the block) that follow the width of a head, with the power: ``head_dim`` 1,
             a scale -0.5.
+        tables: buffers (as paths from the block) with sines of rotary positions and then their cosines, a column for
+            each frequency: [positions, 2 x frequencies].
         leads: parts that a stack's first block has for those behind it, and the attributes that say so: path -> path.
         passes: what the block returns beside its hidden state for the next one: place in the output -> argument.
         memory: the argument that holds an encoder's final state.
@@ -58,6 +60,7 @@ class BlockDescription:
     per_token: dict[str, str] = field(default_factory=dict)
     entry: str = ""
     widths: dict[str, float] = field(default_factory=dict)
+    tables: tuple[str, ...] = ()
     leads: dict[str, str] = field(default_factory=dict)
     passes: dict[int, str] = field(default_factory=dict)
     memory: str = ""

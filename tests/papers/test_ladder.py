@@ -20,6 +20,7 @@ from core.peft import method_class
 from core.tasks import Classification
 from core.training.finetuner import FineTuner
 from tests.models import WIDTH, _llama_config, batch, make, spread, t5_config
+from tests.papers.decoding import language_model
 from tests.rows import NO_ATTENTION, Row, Variant
 from tests.toolkit import (
     EVERYTHING,
@@ -58,7 +59,8 @@ def ladder_count(anatomy: Anatomy, method: Any) -> int:
 
 ROWS = {
     "LadderSideTuning": Row(
-        {"all": Variant({"reduction": 4, "dropout": 0.0}),
+        {"all": Variant({"reduction": 4, "dropout": 0.0},
+                        refused={"codegen": "its two frequencies of rotary positions are not divided by four"}),
          "dropped": Variant({"reduction": 2, "drop": (0,), "init": "random", "temperature": 1.0, "dropout": 0.0})},
         trained=ladder_count,
         cards=(("vit_b16", {}, 2_376_492),),
@@ -72,7 +74,6 @@ ROWS = {
             "albert": "one layer runs many times, so that there is no ladder of layers beside it",
             "deberta": "its relative positions are embedded as wide as the blocks, and would not fit thinner ones",
             "timm_eva": "its rotary positions are made for one width of head, and end in the attention",
-            "codegen": "its rotary positions are made for one width of head, and end in the attention",
             "clip": "the vision tower's final norm sees the pooled token alone, not the sequence",
             "clip_vision": "the vision tower's final norm sees the pooled token alone, not the sequence"},
     ),
@@ -316,6 +317,33 @@ def test_9_incremental_decoding(gated: bool) -> None:
         options = {"attention_mask": mask, "max_new_tokens": 6, "num_beams": beams}
         with_cache, without = (model.generate(ids, **options, use_cache=use) for use in (True, False))
         assert torch.equal(with_cache, without)
+
+
+@pytest.mark.parametrize("reduction", [1, 2])
+@torch.no_grad()
+def test_9_incremental_decoding_with_a_table_of_positions(reduction: int) -> None:
+    """CodeGen's attention holds its own sines and cosines: a thinner one keeps every so many of the frequencies. At
+    width 1 a thin block is the backbone's own."""
+    model = language_model("codegen")
+    block = dissect(model).blocks[1].module
+    table = block.attn.embed_positions  # type: ignore[union-attr]
+    method = LST(reduction=reduction).attach(model)
+    [graft] = [graft for graft in method.grafts if graft.site.name == "1.block"]
+    thin: Any = graft.side
+    sines, cosines = table.chunk(2, dim=1)  # type: ignore[operator]
+    assert torch.equal(thin.attn.embed_positions, torch.cat([sines[:, ::reduction], cosines[:, ::reduction]], 1))
+    assert (thin.attn.head_dim, thin.attn.rotary_dim) == (8 // reduction, 4 // reduction)
+    assert thin.attn.scale_attn == pytest.approx((8 / reduction) ** 0.5)
+    if reduction == 1:
+        states = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(0))
+        positions = torch.arange(5)[None].expand(2, -1)
+        assert torch.equal(thin(states, position_ids=positions)[0], block(states, position_ids=positions)[0])
+        return
+    randomize(method, size=0.3)
+    tokens = torch.randint(1, 50, (2, 9), generator=torch.Generator().manual_seed(0))
+    assert distance(_incremental(model, tokens), model(tokens, use_cache=False).logits) < 1e-4
+    with pytest.raises(ScionError, match="reduction 4 does not divide the 2 frequencies of the rotary"):
+        LST(reduction=4).attach(language_model("codegen"))
 
 
 @torch.no_grad()

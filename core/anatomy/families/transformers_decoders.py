@@ -191,7 +191,11 @@ def codegen(model: Any) -> Description:
         roles[role] = ("attn.qkv_proj", _every_third(i, 4, quarter))
     roles |= {"o": "attn.out_proj", "mlp.up": "mlp.fc_in", "mlp.down": "mlp.fc_out"}
     roles |= {"attend": "attn", "attention": "attn", "mlp": "mlp", "norm1": "ln_1"}
-    blocks = blocks_of(model, "h", roles, causal=True, cache="layer_past")
+    widths, tables = {}, ()
+    if model.config.rotary_dim is not None:  # else the table is as wide as the state, and not as a head
+        widths = {"attn.head_dim": 1, "attn.embed_dim": 1, "attn.rotary_dim": 1, "attn.scale_attn": 0.5}
+        tables = ("attn.embed_positions",)
+    blocks = blocks_of(model, "h", roles, causal=True, cache="layer_past", widths=widths, tables=tables)
     for block, module in zip(blocks, model.h, strict=True):
         # Its attention is written out as products and a softmax: a call is put there for `attend` to rewrite.
         as_one_call = functools.partial(codegen_attention, module.attn.attn_dropout)

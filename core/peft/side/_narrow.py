@@ -98,12 +98,18 @@ def _check_rest(block: Block, copied: nn.Module, keep: Keep, done: set[int]) -> 
 
 
 def _set_widths(block: Block, copied: nn.Module, ratio: int) -> None:
-    """Set the numbers that follow the width of a head: widths are divided, a scale is raised to its power."""
+    """Set what follows the width of a head: widths are divided, a scale is raised to its power, of a table of rotary
+    positions some columns stay."""
     for path, power in block.described.widths.items():
         owner, _, name = path.rpartition(".")
         module = copied.get_submodule(owner)
         value = getattr(module, name)
         setattr(module, name, value // ratio if isinstance(value, int) else value * ratio ** -power)
+    for path in block.described.tables:
+        owner, _, name = path.rpartition(".")
+        module = copied.get_submodule(owner)
+        # Every ratio-th frequency, of the sines as of the cosines: those of a model with heads of this width.
+        setattr(module, name, getattr(module, name)[:, ::ratio].clone())
 
 
 def narrow_entry(block: Block, before: Tensor, after: Tensor, dim: int) -> nn.Module:

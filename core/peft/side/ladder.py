@@ -247,6 +247,11 @@ class LadderSideTuning(Prepared, PEFTMethod):
                 if width % self.reduction or (what == "heads' width" and width // self.reduction % pairs):
                     raise ScionError(f"{self.name}: reduction {self.reduction} does not divide the {what} {width} of "
                                      f"{block.path}{' into pairs' if pairs == 2 else ''}")
+            for path in block.described.tables:
+                frequencies = block.module.get_buffer(path).shape[1] // 2
+                if frequencies % self.reduction:
+                    raise ScionError(f"{self.name}: reduction {self.reduction} does not divide the {frequencies} "
+                                     f"frequencies of the rotary positions of {block.path}")
             for site in sites.values():
                 if site.role in self.needs[:6] and site.kind not in ("linear", "conv1d"):
                     raise ScionError(f"{self.name}: {site.name} is no linear map, of which alone thin copies are made")
