@@ -19,6 +19,8 @@ from core.graft import Graft
 class SplitGraft(Joined):
     """The first graft's output at positions below the sample's boundary, the second's from there on."""
 
+    spans_tokens = True
+    sample_attributes = ("start",)
     momentary = (*Graft.momentary, "start")
     start: int | Tensor | None = None
     """First position of the second graft: one for all samples, or [batch]."""

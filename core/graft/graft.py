@@ -73,6 +73,13 @@ class GraftDeclarations:
     """Merging it gives a bias to a map that has none."""
     whole_batch: bool = False
     """Its ``before`` and ``after`` see all rows of a routed batch, and look to ``batch`` themselves."""
+    spans_tokens: bool = False
+    """What it does to one token depends on others of the same call by itself (a convolution, a mean over tokens, a
+    position in the sequence), and not by attention alone: texts are written without a cache and without padding."""
+    added_positions: int = 0
+    """Positions of the model's context that tokens of its own take."""
+    sample_attributes: tuple[str, ...] = ()
+    """Attributes that may be tensors with an entry for each sample of the batch, as a route is."""
     momentary: tuple[str, ...] = ("active", "dropped", "strength", "batch", "route", "variant")
     """Attributes that may be others at each forward."""
     packed: tuple[str, ...] = ()

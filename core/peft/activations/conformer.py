@@ -21,6 +21,8 @@ class ConformerGraft(Graft):
     D is [2 bottleneck, dim], U [dim, bottleneck]; C convolves each of the bottleneck's channels over the tokens.
     """
 
+    spans_tokens = True
+
     def __init__(self, site: Site, bottleneck: int, kernel: int, parallel: bool, layer_norm: bool) -> None:
         super().__init__(site)
         assert site.around is not None

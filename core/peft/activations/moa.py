@@ -64,6 +64,8 @@ class SoftMixture(Adapters):
     Phi is [dim, n x slots].
     """
 
+    spans_tokens = True
+
     def __init__(self, site: Site, adapters: int, bottleneck: int, slots: int) -> None:
         super().__init__(site, adapters, bottleneck)
         self.slots = slots

@@ -32,6 +32,8 @@ class Gate(nn.Linear):
 class GatedLoRA(LoRAGraft):
     """y + g(x) B A x: the gate stands in the scale's place."""
 
+    spans_tokens = True
+
     def __init__(self, site: Site, rank: int) -> None:
         super().__init__(site, rank, 1.0, 0.0)
         self.gate = Gate(site.in_features)
@@ -50,6 +52,8 @@ class GatedLoRA(LoRAGraft):
 class GatedPrefix(PrefixGraft):
     """attention(q, [g(x) P_k; k], [g(x) P_v; v])"""
 
+    spans_tokens = True
+
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.gate = Gate(self.site.width)
@@ -61,6 +65,8 @@ class GatedPrefix(PrefixGraft):
 class GatedAfterMLP(AfterMLP):
     """h + g(h) A(h)"""
 
+    spans_tokens = True
+
     def __init__(self, site: Site, bottleneck: int, init: Any) -> None:
         super().__init__(site, bottleneck, init)
         self.gate = Gate(site.width)
@@ -71,6 +77,8 @@ class GatedAfterMLP(AfterMLP):
 
 class GatedAtNorm(AtNorm):
     """s + g(LN(s)) A(LN(s)), s what enters a post-norm block's last norm"""
+
+    spans_tokens = True
 
     def __init__(self, site: Site, bottleneck: int, init: Any) -> None:
         super().__init__(site, bottleneck, init)

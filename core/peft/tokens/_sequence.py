@@ -69,6 +69,7 @@ class TextPrompt(PromptGraft):
                  ) -> None:
         super().__init__(site, tokens, prompt, values)
         self.run, self.leave = run, leave
+        self.added_positions = tokens
 
     def before(self, arguments: dict[str, Any]) -> dict[str, Any]:  # type: ignore[override]
         cache = arguments.get("past_key_values")
