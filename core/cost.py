@@ -288,9 +288,9 @@ def _step(model: nn.Module, inputs: Inputs, loss: Loss | None, fake: bool) -> di
 
 
 def _count_operators(model: nn.Module, inputs: Inputs, loss: Loss | None, fake: bool) -> dict[str, int]:
-    with _stand_ins(model, inputs, fake) as (forward, _):
+    with stand_ins(model, inputs, fake) as (forward, _):
         operators = _Operators()
-        with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as flops:
+        with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as flops:
             with operators:
                 ends = _ends(forward(), loss)
             forward_flops = flops.get_total_flops()
@@ -317,7 +317,7 @@ def _kept_bytes(model: nn.Module, inputs: Inputs, loss: Loss | None, fake: bool)
         kept.add(entry)  # it lives as long as the graph that holds it: what is dropped on the way is not counted
         return entry
 
-    with _stand_ins(model, inputs, fake) as (forward, there_anyway):
+    with stand_ins(model, inputs, fake) as (forward, there_anyway):
         with saved_tensors_hooks(pack, lambda entry: entry.tensor):
             ends = _ends(forward(), loss)
         sizes = _storage_sizes(entry.tensor for entry in kept)
@@ -345,7 +345,7 @@ class _Contents:
 
 
 @contextmanager
-def _stand_ins(model: nn.Module, inputs: Inputs, fake: bool) -> Iterator[tuple[Callable[[], Any], set[int]]]:
+def stand_ins(model: nn.Module, inputs: Inputs, fake: bool) -> Iterator[tuple[Callable[[], Any], set[int]]]:
     """The model's forward on ``inputs`` with other tensors in its place, and the storages that are there anyway.
 
     Fake parameters have no values; real ones share theirs with the model, so that gradients go elsewhere. The batch and
@@ -485,7 +485,7 @@ def _attention_backward(grad: Any, q: Any, k: Any, v: Any, *rest: Any, **named: 
     return sdpa_backward_flop_count(grad, q, keys, values)
 
 
-_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+ATTENTION_FLOPS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
               torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward}
 
 

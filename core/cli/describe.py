@@ -43,9 +43,12 @@ def describe(config: str, overrides: list[str], as_json: bool, trust: bool = Fal
         assembly.tuner.fit_aside()
         batch = assembly.data.example(assembly.data.batch_size)
         counted = cost.describe(assembly.tuner.train(), batch)
+        written = _written(assembly.tuner.backbone, batch)
         axes = {axis: value_text(value) for axis, value in point.axes.items()}
         if as_json:
             records.append({"axes": axes, "batch": _shapes(batch), **counted.to_dict()})
+            if written is not None:
+                records[-1]["generated_token"] = written.to_dict()
         else:
             values = ", ".join(f"{axis}={value}" for axis, value in axes.items())
             head = f"{values}: " if values else ""
@@ -53,12 +56,26 @@ def describe(config: str, overrides: list[str], as_json: bool, trust: bool = Fal
             if assembly.tuner.aside:
                 print("training runs the backbone once more for what stands beside it; FLOPs and kept bytes leave it "
                       "out")
-            print(counted, end="\n\n" if point is not found[-1] else "\n")
+            print(counted)
+            if written is not None:
+                print(written)
+            if point is not found[-1]:
+                print()
     if as_json:
         # a list as soon as there are axes, even of one value: what reads it then need not look
         whole = records if len(records) > 1 or found[0].axes else records[0]
         print(json.dumps(whole, indent=1, default=str))
     return 0
+
+
+def _written(backbone: Any, batch: Any) -> Any:
+    """What a token costs that a language model writes behind as many as a sample of the batch has; None for others."""
+    from core.report.token_cost import token_cost  # start-up time
+    from core.text.backbones import LanguageModel  # start-up time
+
+    if not isinstance(backbone, LanguageModel):
+        return None
+    return token_cost(backbone, batch["input_ids"].shape[1])
 
 
 def _shapes(batch: Any) -> Any:

@@ -76,7 +76,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--swap", action="append", default=[], metavar="NAME=FOLDER",
                      help="give the run's method NAME the values of the one in FOLDER")
     sub.add_argument("--trust", action="store_true", help="the run is your own: it may name any class by its full path")
-    sub = command("predict", "label files with a finished run")
+    sub = command("predict", "label files with a finished run, or write texts behind the prompts in them")
+    sub.epilog = ("A language model writes texts: --generate.max_new_tokens 64, and --generate.X for other settings "
+                  "(temperature, top_p, top_k, seed, samples, beams, stop, batch_size, cache, set, restart).")
     sub.add_argument("run", help="a run folder")
     sub.add_argument("files", nargs="+", help="files to label, or folders of them; of texts one a line, - for "
                      "standard input")
@@ -155,6 +157,15 @@ def _apart(words: list[str]) -> tuple[list[str], list[str]]:
     return own, keys
 
 
+def _apart_generation(words: list[str]) -> tuple[list[str], list[str]]:
+    """The words of ``predict``, and those that say how texts are written."""
+    if not any(word.startswith("--generate.") for word in words):
+        return words, []
+    from core.cli.generation import part  # seldom needed
+
+    return part(words)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code: 0, 2 for what went wrong, 130 or 143 when interrupted."""
     main_parser = parser()
@@ -167,6 +178,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("--help", "-h"):
         main_parser.epilog = _domains_help(names)
     own, keys = _apart(words) if words[:1] in (["run"], ["describe"], ["test"]) else (words, [])
+    if words[:1] == ["predict"]:
+        own, keys = _apart_generation(words)
     asks = [word for word in own if word in ("--help", "-h")]
     if words[:1] == ["run"] and asks and len(own) > 1 + len(asks):
         return _fields_of([word for word in own if word not in asks], keys)
@@ -180,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.command is None:
         main_parser.print_help()
         return 0
-    if rest and arguments.command not in ("run", "describe", "test"):
+    if rest != keys and arguments.command not in ("run", "describe", "test"):
         main_parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if getattr(arguments, "run_dir", None) == "":
         main_parser.error("argument --run_dir: the name of a folder is missing")
@@ -316,6 +329,10 @@ def _call(arguments: Any, rest: list[str]) -> int | None:
         from core.cli.test import test  # start-up time
 
         return test(arguments.run, rest, arguments.swap, arguments.trust)
+    if rest:
+        from core.cli.generation import generate_texts  # start-up time
+
+        return generate_texts(arguments.run, arguments.files, rest, arguments.json, arguments.features, arguments.out)
     from core.cli.predict import predict  # start-up time
 
     return predict(arguments.run, arguments.files, arguments.json, arguments.trust, arguments.features, arguments.out)

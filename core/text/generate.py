@@ -122,11 +122,11 @@ class _Writer:
         self.backbone, self.prompts, self.settings = backbone, prompts, settings
         self.model: Any = backbone.model
         self.rows = _RowsOfGrafts(grafts, len(prompts))
-        spanning = [graft for graft in grafts if graft.spans_tokens]
-        self.equal_lengths = bool(spanning)
-        self.cache = settings.cache and not any(_decodes(graft) for graft in spanning)
-        if settings.cache and not self.cache:
-            names = ", ".join(dict.fromkeys(type(graft).__name__ for graft in spanning if _decodes(graft)))
+        self.equal_lengths = any(graft.spans_tokens for graft in grafts)
+        uncached = without_cache(grafts)
+        self.cache = settings.cache and not uncached
+        if settings.cache and uncached:
+            names = ", ".join(dict.fromkeys(type(graft).__name__ for graft in uncached))
             warnings.warn(f"{names} look at whole sequences, whose earlier tokens are in no cache: texts are written "
                           "without one", stacklevel=4)
         self.ends, self.rules = _ends(backbone, settings), settings.rules
@@ -194,9 +194,10 @@ class _Writer:
                                 pad_token_id=self.backbone.tokenizer.pad_id)
 
 
-def _decodes(graft: Graft) -> bool:
-    """Whether a graft is where one token is written after the other, and not in an encoder."""
-    return graft.site.around is None or graft.site.around.causal
+def without_cache(grafts: Sequence[Graft]) -> list[Graft]:
+    """Those for which earlier tokens must be computed anew at each step: they span tokens where one is written after
+    the other, and not in an encoder."""
+    return [graft for graft in grafts if graft.spans_tokens and (graft.site.around is None or graft.site.around.causal)]
 
 
 def _ends(backbone: LanguageModel, settings: GenerateSettings) -> frozenset[int]:
