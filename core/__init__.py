@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from core.former_names import install
 
 if TYPE_CHECKING:
+    from core.adapters.entry import load_method
     from core.adapters.huggingface.convert import to_peft
     from core.adapters.load import load_adapter
     from core.anatomy import dissect
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["FineTuner", "Patch", "ScionError", "checkpoint_activations", "describe", "dissect", "load_adapter",
-           "load_run", "to_peft"]
+           "load_method", "load_run", "to_peft"]
 
 _HOMES = {
     "FineTuner": "core.training.finetuner",
@@ -30,6 +31,7 @@ _HOMES = {
     "describe": "core.cost",
     "dissect": "core.anatomy",
     "load_adapter": "core.adapters.load",
+    "load_method": "core.adapters.entry",
     "load_run": "core.training.load_run",
     "to_peft": "core.adapters.huggingface.convert",
 }

@@ -7,6 +7,10 @@ from typing import Annotated, Any, TypedDict
 from core.errors import ScionError, listed
 from core.json_types import Rule, shown
 
+TRAINED = "Trained"
+"""The class that a trained adapter among the methods stands for: ``{adapter: FOLDER}`` is short for it."""
+TRAINED_OPTIONS = ("adapter", "name", "trainable", "base")
+
 
 def is_class_name(name: str) -> bool:
     """Whether ``name`` can be that of a class, bare or as a full path."""
@@ -24,6 +28,11 @@ class ClassAndArguments(TypedDict):
 
 
 Component = Annotated[ClassAndArguments, Rule(bool, "a class, as LoRA or {class: LoRA, rank: 16}")]
+
+
+def is_trained_adapter(value: Any) -> bool:
+    """Whether an entry names the folder of a trained adapter and no class."""
+    return isinstance(value, dict) and "adapter" in value and not value.keys() & {"class_path", "class", "init_args"}
 
 
 def short(text: str) -> str:
@@ -44,6 +53,8 @@ def class_and_arguments(value: Any, key: str) -> dict[str, Any]:
     """
     if isinstance(value, str):
         value = {"class_path": value}
+    if is_trained_adapter(value) and key.partition("[")[0] == "peft":
+        return {"class_path": TRAINED, "init_args": dict(value)}
     if not isinstance(value, dict) or not value.keys() & {"class_path", "class"}:
         instead = "write a name, or class_path and init_args"
         if key == "peft" and value is None:  # who writes `peft: null` wants no method

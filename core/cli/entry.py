@@ -8,7 +8,10 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from core.config import Point
 
 DESCRIPTION = """\
 Scion: graft small trainable parts onto large frozen models.
@@ -285,7 +288,7 @@ def _dispatch(arguments: argparse.Namespace, rest: list[str]) -> int:
         _quick_imports()
         from core.config import rehearse  # start-up time
 
-        rehearse(found)  # tells nearly all others before anything is written
+        rehearse(_as_built(found, arguments))  # tells nearly all others before anything is written
         from core.training.many_runs import run  # start-up time
 
         return run(found, arguments.run_dir, arguments.overwrite)
@@ -293,6 +296,19 @@ def _dispatch(arguments: argparse.Namespace, rest: list[str]) -> int:
         _glance(arguments.run)
     _quick_imports()
     return _call(arguments, rest) or 0
+
+
+def _as_built(points: list[Point], arguments: Any) -> list[Point]:
+    """The runs as their folders let them be built: one that goes on has copies of the trained adapters that it was
+    begun with."""
+    from core.config.entries import adapters_in  # start-up time
+
+    if arguments.overwrite or not any(adapters_in(point.config) for point in points):
+        return points
+    from core.training.kept_adapters import points_from_copies  # start-up time
+    from core.training.many_runs import folders_of  # start-up time
+
+    return points_from_copies(points, folders_of(points, arguments.run_dir))
 
 
 def _call(arguments: Any, rest: list[str]) -> int | None:

@@ -14,7 +14,7 @@
     Fuse(["runs/sentiment/adapter", "runs/entailment/adapter"])
 
 Methods are given as objects, as ``{"class": "LoRA", ...}``, or, to start from trained ones, as folders: ``"folder"``,
-or ``{"adapter": "folder", "name": "a name of its own"}``.
+or ``{"adapter": "folder", "name": "a name of its own", "trainable": False}``; or as `core.load_method` gives them.
 """
 
 from core.compose.fuse import Fuse

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from core import peft
+from core.adapters.entry import SavedValues, check_name
 from core.adapters.filling import Content
 from core.adapters.reading import base_of, method_of, read_adapter, refusal, rehearse
 from core.anatomy import Anatomy
-from core.component import Component, class_and_arguments
-from core.errors import ScionError, listed
+from core.component import Component, class_and_arguments, is_trained_adapter
+from core.errors import ScionError, listed, nearest
 from core.graft import Graft
 from core.json_types import check
 from core.method import AddsLoss, OwnOptimizer, PEFTMethod, Plan, Spec, key_of
@@ -90,12 +91,13 @@ class SideBySide(AddsLoss, PEFTMethod):
     def _method(self, entry: Any) -> PEFTMethod:
         """The method that an entry of ``methods`` describes: an object, a folder, or a class with its arguments."""
         if isinstance(entry, PEFTMethod):
+            self._take_values(entry)
             return entry
         kind = type(self).__name__
         check(entry, str | dict[str, Any], kind, "methods")
         if isinstance(entry, str):
             return self._from_folder({"adapter": entry})
-        if "adapter" in entry:
+        if is_trained_adapter(entry):
             return self._from_folder(entry)
         part = class_and_arguments(entry, kind)
         check(part, Component, kind)
@@ -105,20 +107,41 @@ class SideBySide(AddsLoss, PEFTMethod):
     def members(self) -> list[PEFTMethod]:
         return self.methods
 
+    def _take_values(self, method: PEFTMethod) -> None:
+        """Keep what a method brings from a folder (`core.load_method`) in ``trained``, as if the folder were given."""
+        values = method.values
+        if not isinstance(values, SavedValues):
+            return
+        if len(values.together) > 1:
+            names = listed(one.name for one in values.together)
+            raise ScionError(f"{type(self).__name__}: {values.folder} holds {len(values.together)} methods ({names}), "
+                             "one is wanted")
+        self.trained[method.name] = Trained(values.folder, values.record, values.own(), values.spec)
+        method.values = None
+
     def _from_folder(self, entry: dict[str, Any]) -> PEFTMethod:
-        """A trained method; its tensors are kept in ``trained`` until it is on a model."""
+        """A trained method; its tensors are kept in ``trained`` until it is on a model.
+
+        Unless the entry says ``trainable: false`` it takes part in the composition's training, from its values on.
+        """
         kind = type(self).__name__
         folder = str(entry["adapter"])
-        unknown = sorted(set(entry) - {"adapter", "name"})
+        known = ("adapter", "name", "trainable")
+        unknown = sorted(set(entry) - set(known))
         if unknown:
-            raise ScionError(f"{kind}: {folder}: a trained method takes a name of its own, not {unknown[0]!r}")
+            raise ScionError(f"{kind}: {folder}: a trained method takes a name of its own and trainable, not "
+                             f"{unknown[0]!r}{nearest(unknown[0], known)}")
         record, tensors = read_adapter(folder)
         names = [spec["name"] for spec in record["methods"]]
         if len(names) != 1:
             raise ScionError(f"{kind}: {folder} holds {len(names)} methods ({listed(names)}), one is wanted")
         spec = record["methods"][0]
         check(entry.get("name"), str | None, kind, "name")
-        method = method_of(spec, name=entry.get("name") or spec["name"])
+        check(entry.get("trainable"), bool | None, kind, "trainable")
+        changes: dict[str, Any] = {"name": entry.get("name") or spec["name"]}
+        if entry.get("trainable") is not None:
+            changes["trainable"] = entry["trainable"]
+        method = method_of(spec, **changes)
         # a later stage has other tensors, and only its own training leads to it
         stage = _stage(spec.get("structure", {}))
         if stage and stage != _stage(plain(method.structure())):
@@ -141,7 +164,9 @@ class SideBySide(AddsLoss, PEFTMethod):
         if not self.trained or any(p.is_meta for p in anatomy.root.parameters()):
             return
         here = base_of(anatomy)
-        for trained in self.trained.values():
+        methods = {method.name: method for method in self.methods}
+        for name, trained in self.trained.items():
+            check_name(methods[name], trained.spec, anatomy, trained.folder)
             saved = trained.record["base"]
             if not here.agrees(saved, trained.from_root):
                 raise ScionError(f"{self.name}: {trained.folder} belongs to another base (fingerprint "

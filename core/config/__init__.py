@@ -21,7 +21,7 @@ the points, and ``build`` the objects. Everything before ``build`` works on plai
 that a mistake is told at once.
 """
 
-from core.config.build import find_class, make, typed
+from core.config.build import find_class, make, make_stack, typed
 from core.config.checks import rehearse
 from core.config.document import dump, find, parse, read
 from core.config.grid import Point, label, points
@@ -31,5 +31,5 @@ from core.config.trainer_checks import OUR_ARGUMENTS, check_optimizer, check_tra
 from core.config.trainer_parts import LOGGED, make_callbacks, make_loggers
 
 __all__ = ["KEYS", "LOGGED", "OUR_ARGUMENTS", "STAGE_KEYS", "Point", "assign", "check_optimizer", "check_trainer",
-           "component", "dump", "find", "find_class", "label", "make", "make_callbacks", "make_loggers", "normal",
-           "parse", "points", "read", "rehearse", "typed"]
+           "component", "dump", "find", "find_class", "label", "make", "make_callbacks", "make_loggers",
+           "make_stack", "normal", "parse", "points", "read", "rehearse", "typed"]

@@ -8,12 +8,16 @@ import importlib.util
 import inspect
 import re
 from collections.abc import Collection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from core.component import cut, short
+from core.component import TRAINED, cut, short
+from core.config.entries import parts_of
 from core.errors import ScionError, called, listed, nearest, one_line
 from core.json_types import shown, wanted
 from core.record import is_finite, signature, types_of
+
+if TYPE_CHECKING:
+    from core.method import PEFTMethod
 
 
 def find_class(name: str, key: str, domain: str) -> type:
@@ -24,6 +28,10 @@ def find_class(name: str, key: str, domain: str) -> type:
     """
     if "." in name:
         return _imported(name, key)
+    if key == "peft" and name == TRAINED:
+        from core.adapters.entry import Trained  # start-up time
+
+        return Trained
     if key == "peft":
         from core.peft import method_class  # start-up time
 
@@ -121,6 +129,35 @@ def make(part: dict[str, Any], key: str, domain: str, base: type, **linked: Any)
     if not issubclass(cls, base):
         raise ScionError(f"{key}: {part['class_path']} is no {base.__name__}")
     return construct(cls, {**linked, **typed(cls, part["init_args"], key)}, part["init_args"], key)
+
+
+def make_stack(peft: Any, domain: str, seed: int | None = None) -> list[PEFTMethod]:
+    """The methods that a configuration lists under ``peft``, in order; a trained adapter is all of its methods.
+
+    Args:
+        peft: a method in normal form, or a list of them.
+        domain: where bare names are looked up.
+        seed: for methods that have none of their own.
+
+    Raises:
+        ScionError: a method cannot be made, or two have one name.
+    """
+    from core.adapters.entry import Trained  # start-up time
+    from core.method import PEFTMethod  # start-up time
+
+    found: list[PEFTMethod] = []
+    for part in parts_of(peft):
+        if part["class_path"] == TRAINED:
+            found += make(part, "peft", domain, Trained).methods
+            continue
+        linked = {} if seed is None or "seed" in part["init_args"] else {"seed": seed}
+        found.append(make(part, "peft", domain, PEFTMethod, **linked))
+    names = [method.name for method in found]
+    for method in found:
+        if names.count(method.name) > 1:
+            raise ScionError(f"peft: two methods are called {method.name!r}; give one of them another name, as in "
+                             f"{{adapter: FOLDER, name: second}} or {{class: {type(method).__name__}, name: second}}")
+    return found
 
 
 def construct(cls: type, arguments: dict[str, Any], given: dict[str, Any], key: str) -> Any:

@@ -10,8 +10,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.component import cut, short
-from core.config.build import find_class, make, typed
+from core.component import TRAINED, TRAINED_OPTIONS, cut, short
+from core.config.build import find_class, make, make_stack, typed
+from core.config.entries import parts_of
 from core.config.trainer_checks import check_length, check_optimizer, check_trainer
 from core.config.trainer_parts import check_trainer_parts
 from core.errors import ScionError, called, listed
@@ -60,9 +61,10 @@ def _check_stages(stages: dict[str, Any]) -> None:
 
 def _check_stage(config: dict[str, Any]) -> None:
     """Refuse what one fit cannot have; its shape is known to be right."""
-    _check_names(_methods(config))
+    methods = list(parts_of(config["peft"]))
+    _check_names(methods)
     rate = config["optimizer"].get("lr", "auto")
-    for method in _methods(config):
+    for method in methods:
         _check_method(method)
         if rate != "auto" and method["init_args"].get("lr") is not None:
             raise ScionError(f"peft.lr: optimizer.lr is {rate} for all methods, and this one's would be lost; write "
@@ -96,17 +98,14 @@ def _check_root(root: Any) -> None:
         raise ScionError(f"data.root: no folder {root if len(root) <= 300 else short(root)}")
 
 
-def _methods(config: dict[str, Any]) -> list[dict[str, Any]]:
-    methods = config["peft"]
-    return methods if isinstance(methods, list) else [methods]
-
-
 def _check_names(methods: list[dict[str, Any]]) -> None:
     """Refuse a stack in which two methods have one name."""
     names = []
     for method in methods:
         class_name = method["class_path"].rpartition(".")[2]
-        names.append(method["init_args"].get("name") or class_name)
+        name = method["init_args"].get("name")
+        if name or class_name != TRAINED:  # what a folder holds has names that only the folder says
+            names.append(name or class_name)
     for name in names:
         if names.count(name) > 1:
             raise ScionError(f"peft: two methods are called {shown(name)}; give one of them another name, as in "
@@ -118,6 +117,9 @@ def _check_method(method: dict[str, Any]) -> None:
     from core.peft import options  # start-up time
 
     name, arguments = method["class_path"], method["init_args"]
+    if name == TRAINED:
+        _check_trained(arguments)
+        return
     if "." not in name:
         known = options(name)  # says so where there is no such method
         for option in arguments:
@@ -127,6 +129,19 @@ def _check_method(method: dict[str, Any]) -> None:
     if arguments.get("on") not in (None, "backbone"):
         raise ScionError(f"peft.on: a run attaches its methods to the backbone, and not to {shown(arguments['on'])}; "
                          "leave it out")
+
+
+def _check_trained(arguments: dict[str, Any]) -> None:
+    """Refuse an entry of a trained adapter; whether its folder is there is known when it is opened."""
+    for option in arguments:
+        if option not in TRAINED_OPTIONS:
+            raise ScionError(f"peft.{cut(option)}: a trained adapter has no option {short(option)}"
+                             f"{called(option, TRAINED_OPTIONS)}; it has {listed(TRAINED_OPTIONS)}")
+    folder, trainable = arguments.get("adapter"), arguments.get("trainable", False)
+    if not isinstance(folder, str) or not folder:
+        raise ScionError(f"peft.adapter: must be a folder, not {shown(folder)}")
+    if not isinstance(trainable, bool):
+        raise ScionError(f"peft.trainable: must be true or false, not {shown(trainable)}")
 
 
 def _check_own_stages(methods: list[PEFTMethod], listed_stages: bool) -> None:
@@ -150,7 +165,6 @@ def rehearse(points: Iterable[Point]) -> None:
     """
     from core.backbone import Backbone  # start-up time
     from core.data import DataModule  # start-up time
-    from core.method import PEFTMethod  # start-up time
     from core.tasks import Task  # start-up time
 
     done: set[str] = set()
@@ -169,7 +183,7 @@ def rehearse(points: Iterable[Point]) -> None:
     for config, domain in fits:
         check_trainer(config["trainer"])
         if once("peft", config["peft"], domain, "stages" in config):
-            methods = [make(part, "peft", domain, PEFTMethod) for part in _methods(config)]
+            methods = make_stack(config["peft"], domain)
             _check_own_stages(methods, "stages" in config)
         if once("callbacks", config.get("callbacks"), config.get("loggers"), config["select"], domain):
             check_trainer_parts(config, domain)

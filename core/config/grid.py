@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from core.component import short
+from core.component import TRAINED, short
 from core.config.build import choices
 from core.config.checks import check_points
 from core.config.document import find, parse, read
@@ -83,6 +83,10 @@ def label(value: Any) -> Any:
     if not isinstance(value, dict) or value.keys() != {"class_path", "init_args"}:
         return value
     name = value["class_path"].rpartition(".")[2]
+    if name == TRAINED:  # its folder says what it is
+        options = dict(value["init_args"])
+        value = {**value, "init_args": options}
+        name = str(options.pop("adapter", name))
     given = ", ".join(f"{key}={argument}" for key, argument in value["init_args"].items())
     return f"{name}({given})" if given else name
 

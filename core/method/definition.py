@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from core.graft import Graft
 from core.record import Recorded
 
 if TYPE_CHECKING:
+    from core.method.base import PEFTMethod
     from core.method.merging import MergedWeights
 
 
@@ -59,6 +60,20 @@ class Declarations:
     hf_form: ClassVar[Any] = None
     """How Hugging Face peft writes a method of another distribution, a `core.adapters.huggingface.form.PeftForm`; those
     of this one are in `core.adapters.huggingface.forms`."""
+
+
+class Values(Protocol):
+    """What a method that was trained before brings along, until it is attached (`core.adapters.entry`)."""
+
+    def check(self, method: PEFTMethod, anatomy: Anatomy) -> None:
+        """Refuse a model that the values do not fit."""
+
+    def owned(self, anatomy: Anatomy) -> set[str]:
+        """Names of the base's tensors that the method will own once it has its values."""
+        ...
+
+    def fill(self, method: PEFTMethod) -> None:
+        """Write the values into the attached method."""
 
 
 class MethodDefinition(Declarations, Recorded, ABC):
@@ -107,6 +122,7 @@ class MethodDefinition(Declarations, Recorded, ABC):
         self.merged: MergedWeights | None = None
         self.base_at_start: dict[str, Tensor] = {}  # values of the base's tensors that this method trains, before
         self.prepared = False  # by `Prepared.prepare`, or with values loaded
+        self.values: Values | None = None  # of an earlier training, which `attach` writes
 
     targets: Sequence[str] | None = ()
 

@@ -20,6 +20,7 @@ from core.method import contents, merging
 from core.method.attached import Home
 from core.method.bases import check_base, check_quantized, check_sites
 from core.method.beside import OUTSIDE, path_of, tensors_beside
+from core.method.definition import Values
 from core.method.options import linear_only
 from core.method.other_libraries import sentence_backbone
 from core.method.plan import Plan
@@ -48,6 +49,8 @@ class MethodOnModel(MethodWithGrafts):
 
     def plan_on(self, anatomy: Anatomy) -> Plan:
         """`plan_for`, on a model that is taken apart already."""
+        if self.values is not None and self.root is None:
+            self.values.check(self.as_peft_method, anatomy)
         self._check_needs(anatomy)
         if self.linear_only:
             linear_only(self.name, self.sites(anatomy), anatomy.all_sites())
@@ -128,8 +131,20 @@ class MethodOnModel(MethodWithGrafts):
             parameters[name].requires_grad_(self.is_trained)
         if not self.is_trained:
             module.requires_grad_(False)
+        if self.values is not None:
+            self._fill_values(self.values)
         model.train(model.training)  # frozen parts go into eval mode
         return self.as_peft_method
+
+    def _fill_values(self, values: Values) -> None:
+        """Write the values that the method came with; where they do not fit it is taken off again."""
+        try:
+            values.fill(self.as_peft_method)
+        except Exception:
+            self.remove()
+            raise
+        if not self.is_trained:
+            self.backbone_mode = "eval"  # or running statistics that belong to it would go on moving
 
     def _home_for(self, model: nn.Module) -> Home | None:
         """Where the methods on ``model`` are, None before the first; refuses a model that cannot have this one."""
@@ -184,7 +199,8 @@ class MethodOnModel(MethodWithGrafts):
     def _moving_buffers(self, home: Home) -> dict[str, Tensor]:
         """The base's buffers that a forward in train mode may move (running statistics), where no other method has
         them."""
-        if not self.is_trained or self.backbone_mode != "train":
+        # Also of a frozen method: its file holds those of the time when it was trained.
+        if self.backbone_mode != "train":
             return {}
         kept = nn.Module.state_dict(home.root).keys()
         taken = {name for other in home.methods.values() for name in other.buffers_at_start}

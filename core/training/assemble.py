@@ -10,9 +10,10 @@ import lightning.pytorch as L
 import torch
 
 from core.backbone import Backbone
-from core.config import Point, check_optimizer, check_trainer, find_class, make, typed
+from core.config import Point, check_optimizer, check_trainer, find_class, make, make_stack, typed
 from core.config.optimizer import OptimizerSettings, ScheduleSettings
 from core.data import DataModule
+from core.errors import ScionError, listed
 from core.method import PEFTMethod
 from core.record import signature
 from core.tasks import Task
@@ -68,8 +69,7 @@ def assemble(point: Point, config: dict[str, Any] | None = None, read: bool = Tr
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         backbone: Backbone = make(part, "model.backbone", point.domain, Backbone, **_of_data(cls, part, data))
-    for method in methods:
-        method.plan_for(backbone)
+    check_owners(backbone, methods)
     data.bind(backbone)
     if read or classes is None:
         data.setup("fit")
@@ -88,6 +88,20 @@ def check_readings(task: Task, backbone: type, methods: Sequence[PEFTMethod]) ->
         backbone.check_outline_reads(task.reads)
     for method in methods:
         method.check_reading(task.reads, type(task).__name__)
+
+
+def check_owners(backbone: Backbone, methods: Sequence[PEFTMethod]) -> None:
+    """Refuse methods that the backbone cannot have, and those of which two would own one of its tensors."""
+    owners: dict[str, PEFTMethod] = {}
+    for method in methods:
+        plan = method.plan_for(backbone)
+        both = [name for name in plan.base_parameters if name in owners]
+        if both:
+            raise ScionError(f"{method.name}: {listed(both, 2)} is trained by {owners[both[0]].name} already; a tensor "
+                             "of the backbone has one owner")
+        # A trained adapter may be in a stage in which it owns fewer.
+        owned = plan.base_parameters if method.values is None else method.values.owned(plan.anatomy)
+        owners |= dict.fromkeys(owned, method)
 
 
 def _check_outline(cls: type, part: dict[str, Any], methods: list[PEFTMethod]) -> None:
@@ -111,9 +125,4 @@ def _of_data(cls: type, part: dict[str, Any], data: DataModule) -> dict[str, Any
 def make_methods(config: dict[str, Any], domain: str) -> list[PEFTMethod]:
     """The methods of a configuration, in order; random values follow the run's seed where they have none of their
     own."""
-    parts = config["peft"] if isinstance(config["peft"], list) else [config["peft"]]
-    methods = []
-    for part in parts:
-        seed = {} if "seed" in part["init_args"] else {"seed": config["seed_everything"]}
-        methods.append(make(part, "peft", domain, PEFTMethod, **seed))
-    return methods
+    return make_stack(config["peft"], domain, config["seed_everything"])

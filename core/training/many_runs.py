@@ -31,7 +31,7 @@ def run(points: list[Point], run_dir: str | None = None, overwrite: bool = False
         Interrupted: by a signal; its text says how to go on.
     """
     first = points[0]
-    is_table = len(points) > 1 or bool(first.axes)
+    is_table = _is_table(points)
     name = "over" if is_table else first.name
     folder = _folder(first, run_dir, name)
     try:
@@ -43,6 +43,21 @@ def run(points: list[Point], run_dir: str | None = None, overwrite: bool = False
         if stop is None:
             raise
         raise Interrupted.after(stop, _how_to_go_on(folder)) from None
+
+
+def folders_of(points: list[Point], run_dir: str | None) -> list[Path | None]:
+    """The folders that runs are told to use, in their order; None where one will be chosen."""
+    first = points[0]
+    given = run_dir or first.config.get("run_dir")
+    if not given:
+        return [None for _ in points]
+    if _is_table(points):
+        return [Path(given) / point.name for point in points]
+    return [Path(given)]
+
+
+def _is_table(points: list[Point]) -> bool:
+    return len(points) > 1 or bool(points[0].axes)
 
 
 def _how_to_go_on(folder: Path) -> str:

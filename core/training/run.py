@@ -24,6 +24,7 @@ from core.training.assemble import Assembly, assemble, make_methods
 from core.training.checkpoints import RunCheckpoints, read_checkpoint
 from core.training.finetuner import FineTuner
 from core.training.head_files import load_outside
+from core.training.kept_adapters import from_copies, keep_adapters
 from core.training.run_folder import FORMAT, RunFolder
 from core.training.run_log import RunLog
 from core.training.run_record import Outcome, count, save_run_adapter, write_record
@@ -47,16 +48,22 @@ def execute(point: Point, path: Path, overwrite: bool = False) -> dict[str, Any]
     folder = RunFolder(Path(path), point.hash, is_main_process())
     goes_on = folder.state(overwrite) == "unfinished"
     with RunLog() as messages:
-        methods = None if point.config.get("stages") else make_methods(point.config, point.domain)
+        config = from_copies(point.config, folder.path) if goes_on else point.config
+        methods = None if point.config.get("stages") else make_methods(config, point.domain)
         stages = stages_of(point, methods)
         results = finished_stages(point, folder, stages) if goes_on or not folder.is_main and not overwrite else []
-        assembly = assemble(point, stages[len(results)].config, methods=methods)
+        first = stages[len(results)].config
+        if methods is None:
+            methods = make_methods(from_copies(first, folder.path) if goes_on else first, point.domain)
+        assembly = assemble(point, first, methods=methods)
         config = {**point.config, "domain": point.domain, "run_dir": str(path)}
         with folder.opened(config, overwrite):
             if folder.is_main:
                 messages.write_to(folder.path / "log.txt")
             if goes_on:
                 log.info("going on with the run in %s", folder.path)
+            if folder.is_main:
+                keep_adapters(point.config, folder.path)
             return _run_stages(point, folder, stages, results, assembly)
 
 
@@ -73,7 +80,10 @@ def _run_stages(point: Point, folder: RunFolder, stages: list[Stage], results: l
     outcome: Outcome | None = None
     for stage in stages[len(results):]:
         is_last = stage is stages[-1]
-        outcome = _fit(point, stage, folder, assembly if outcome is None else assemble(point, stage.config), is_last)
+        if outcome is not None:
+            methods = make_methods(from_copies(stage.config, folder.path), point.domain)
+            assembly = assemble(point, stage.config, methods=methods)
+        outcome = _fit(point, stage, folder, assembly, is_last)
         metrics: dict[str, Any] = outcome.metrics
         result = StageResult(outcome.rows, outcome.parameters, metrics, outcome.seconds)
         if not is_last and folder.is_main:
@@ -186,11 +196,14 @@ def _begin_with(adapter: Path, stage: Stage, tuner: FineTuner, methods: list[PEF
         return methods
     record, tensors = read_adapter(adapter)
     own = {name: tensor for name, tensor in tensors.items() if not name.startswith(OUTSIDE)}
+    here = {method.name: method for method in methods}
+    for spec in record["methods"]:
+        if spec["name"] in here:
+            spec["config"]["trainable"] = here[spec["name"]].is_trained
     earlier = restore(record, own, tuner.backbone, where=str(adapter))
-    names = {method.name for method in methods}
     for method in earlier:
-        if method.name not in names:
+        if method.name not in here:
             method.freeze()
     kept = {method.name: method for method in earlier}
-    return [*(method for method in earlier if method.name not in names),
+    return [*(method for method in earlier if method.name not in here),
             *(kept.get(method.name, method) for method in methods)]

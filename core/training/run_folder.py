@@ -34,6 +34,8 @@ INSIDE = {"adapter": ("adapter.safetensors", "adapter.json"), "checkpoints": ("*
 LOGGERS = {"CSVLogger": ("metrics.csv", "hparams.yaml"), "TensorBoardLogger": INSIDE["tensorboard"]}
 """What loggers write below their own folder in `LOGGED`; any other one may write anything there."""
 STAGES = "stages"
+TRAINED = "trained"
+"""The folder with copies of the trained adapters that the configuration names, each in a folder of its own."""
 
 State = Literal["new", "unfinished", "other"]
 
@@ -81,7 +83,8 @@ class RunFolder:
 
     def _check_places(self) -> None:
         """Refuse what stands where a run writes and is not its own: a link would lead out of the folder."""
-        folders = [self.path / STAGES, *(home / name for home in homes(self.path) for name in (*INSIDE, LOGGED))]
+        folders = [self.path / STAGES, self.path / TRAINED, *_copies(self.path)]
+        folders += [home / name for home in homes(self.path) for name in (*INSIDE, LOGGED)]
         wrong = [place for place in folders if place.is_symlink() or (os.path.lexists(place) and not place.is_dir())]
         log = self.path / "log.txt"
         if os.path.lexists(log) and not stat.S_ISREG(os.lstat(log).st_mode):
@@ -194,6 +197,9 @@ class RunFolder:
             if home != self.path:
                 _remove_empty(home)
         _remove_empty(self.path / STAGES)
+        for copy in _copies(self.path):
+            _remove_empty(copy)
+        _remove_empty(self.path / TRAINED)
 
     def _make(self, folder: Path) -> None:
         """Make ``folder`` and those above it, and remember which were not there."""
@@ -230,7 +236,17 @@ def our_files(path: Path) -> list[Path]:
             found += [file for file in _inside(home / name)
                       if file.name[0] != "." and any(fnmatch.fnmatch(file.name, pattern) for pattern in patterns)]
         found += _logged_files(home / LOGGED)
+    for copy in _copies(path):
+        found += [file for file in _inside(copy) if file.name in INSIDE["adapter"]]
     return found
+
+
+def _copies(path: Path) -> list[Path]:
+    """The copies of trained adapters in a run's folder; none behind a link."""
+    home = path / TRAINED
+    if home.is_symlink() or not home.is_dir():
+        return []
+    return sorted(one for one in home.iterdir() if one.is_dir() or one.is_symlink())
 
 
 def _logged_files(logged: Path) -> list[Path]:
@@ -261,6 +277,9 @@ def unfinished_files(path: Path) -> list[Path]:
         for folder, names in wanted.items():
             found += [file for file in _inside(folder)
                       if any(fnmatch.fnmatch(file.name, f".{name}.*") for name in names)]
+    for copy in _copies(path):
+        found += [file for file in _inside(copy)
+                  if any(fnmatch.fnmatch(file.name, f".{name}.*") for name in INSIDE["adapter"])]
     return found
 
 
