@@ -290,6 +290,7 @@ def data_of(run: str, trust: bool = False) -> DataModule:
         ScionError: no such folder, something in it is damaged, or a class is none that an installed domain publishes.
     """
     from core.config import make, read  # start-up time
+    from core.config.entries import last_stage  # start-up time
     from core.data import DataModule  # start-up time
     from core.json_types import check  # start-up time
 
@@ -297,7 +298,7 @@ def data_of(run: str, trust: bool = False) -> DataModule:
     if not os.path.isfile(file):
         raise ScionError(f"{file}: missing; predict needs a whole run folder, not an adapter alone")
     config = read(file)
-    part = config.get("data")
+    part = last_stage(config).get("data", config.get("data"))
     domain = config.get("domain") or ""
     if not isinstance(part, dict) or "class_path" not in part:
         raise ScionError(f"{file}: no data section with a class_path")

@@ -30,7 +30,7 @@ def test(run: str, overrides: list[str], swaps: list[str], trust: bool = False) 
         raise ScionError(f"{file}: missing; test needs the folder of a run")
     if not trust:
         check_published(str(file))
-    changes, task = _apart(overrides)
+    changes, task = _apart(overrides, file)
     found = points(str(file), changes)
     if len(found) > 1:
         raise ScionError("test: measures one thing at a time; leave --over out")
@@ -45,11 +45,16 @@ def test(run: str, overrides: list[str], swaps: list[str], trust: bool = False) 
     return 0
 
 
-def _apart(overrides: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """Overrides of the data and the Trainer as they are, and those of the task as its arguments."""
-    from core.config.document import parse  # start-up time
+def _apart(overrides: list[str], file: Path) -> tuple[list[str], dict[str, Any]]:
+    """Overrides of the data and the Trainer, in the last stage where there are stages, and those of the task as its
+    arguments."""
+    from core.config.document import parse, read  # start-up time
+    from core.config.entries import last_stage  # start-up time
     from core.config.overrides import split  # start-up time
 
+    config = read(file)
+    stages = list(config.get("stages") or {})
+    of_stage = last_stage(config)
     changes: list[str] = []
     task: dict[str, Any] = {}
     for key, operator, value in split(overrides):
@@ -57,7 +62,8 @@ def _apart(overrides: list[str]) -> tuple[list[str], dict[str, Any]]:
         if start == "task" and rest:
             task[rest.removeprefix("init_args.")] = parse(value)
         elif start in ("data", "trainer"):
-            changes.append(f"--{key}{operator}{value}")
+            place = f"stages.{stages[-1]}." if start in of_stage else ""
+            changes.append(f"--{place}{key}{operator}{value}")
         else:
             raise ScionError(f"--{key}: test can change data, task and trainer of a run, as in --data.root FOLDER; "
                              "what was trained stays (another method: --swap NAME=FOLDER)")

@@ -22,7 +22,7 @@ that a mistake is told at once.
 """
 
 from core.config.build import find_class, make, make_stack, typed
-from core.config.checks import rehearse
+from core.config.checks import check_objective, rehearse
 from core.config.document import dump, find, parse, read
 from core.config.grid import Point, label, points
 from core.config.overrides import assign
@@ -30,6 +30,6 @@ from core.config.schema import KEYS, STAGE_KEYS, component, normal
 from core.config.trainer_checks import OUR_ARGUMENTS, check_optimizer, check_trainer
 from core.config.trainer_parts import LOGGED, make_callbacks, make_loggers
 
-__all__ = ["KEYS", "LOGGED", "OUR_ARGUMENTS", "STAGE_KEYS", "Point", "assign", "check_optimizer", "check_trainer",
-           "component", "dump", "find", "find_class", "label", "make", "make_callbacks", "make_loggers",
-           "make_stack", "normal", "parse", "points", "read", "rehearse", "typed"]
+__all__ = ["KEYS", "LOGGED", "OUR_ARGUMENTS", "STAGE_KEYS", "Point", "assign", "check_objective", "check_optimizer",
+           "check_trainer", "component", "dump", "find", "find_class", "label", "make", "make_callbacks",
+           "make_loggers", "make_stack", "normal", "parse", "points", "read", "rehearse", "typed"]

@@ -6,7 +6,7 @@ import functools
 import importlib
 import importlib.util
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +82,8 @@ def _check_stage(config: dict[str, Any]) -> None:
     check_length(trainer)
     if trainer.get("checkpoint_every_n_steps") and trainer.get("enable_checkpointing") is False:
         raise ScionError("trainer.checkpoint_every_n_steps: enable_checkpointing is false; write one of the two")
+    if config["select"] == "best" and config.get("objective") == "none":
+        raise ScionError("select: 'best' chooses among epochs, and objective: none has none; take 'last'")
     if config["select"] == "best" and trainer.get("limit_val_batches") == 0:
         raise ScionError("select: 'best' is chosen by the validation set, and trainer.limit_val_batches is 0")
 
@@ -144,16 +146,33 @@ def _check_trained(arguments: dict[str, Any]) -> None:
         raise ScionError(f"peft.trainable: must be true or false, not {shown(trainable)}")
 
 
-def _check_own_stages(methods: list[PEFTMethod], listed_stages: bool) -> None:
+def _check_own_stages(methods: list[PEFTMethod]) -> None:
     """Refuse methods that would not come through all of their stages."""
     staged = [method for method in methods if method.stages]
-    if staged and listed_stages:
-        raise ScionError(f"stages: {staged[0].name} has stages of its own ({listed(staged[0].stages)}), and a run goes "
-                         "through those or through listed ones")
     for method in staged[1:]:
         if method.stages != staged[0].stages:
             raise ScionError(f"peft: {staged[0].name} has the stages {listed(staged[0].stages)} and {method.name} "
                              f"{listed(method.stages)}; one run goes through the same for all")
+
+
+def check_objective(objective: str, methods: Sequence[PEFTMethod], place: str = "") -> None:
+    """Refuse an objective that none of a stage's methods can have; ``place`` is what the key begins with.
+
+    Raises:
+        ScionError: they add nothing to the loss, or compute nothing from data.
+    """
+    from core.method import AddsLoss, OwnLoss  # start-up time
+
+    names = listed(method.name for method in methods)
+    if objective == "method":
+        giving = [method for method in methods if method.is_trained
+                  and (isinstance(method, OwnLoss) or isinstance(method, AddsLoss) and method.adds_loss)]
+        if not giving:
+            raise ScionError(f"{place}objective: 'method' trains on what methods add to the loss, and {names} adds "
+                             "nothing")
+    if objective == "none" and not any(method.prepares for method in methods):
+        raise ScionError(f"{place}objective: 'none' is for methods that compute something from data before they are "
+                         f"trained (SensitivityTuning, say), and {names} does not")
 
 
 def rehearse(points: Iterable[Point]) -> None:
@@ -175,16 +194,17 @@ def rehearse(points: Iterable[Point]) -> None:
         done.add(text)
         return is_new
 
-    fits: list[tuple[dict[str, Any], str]] = []
+    fits: list[tuple[dict[str, Any], str, str]] = []
     for point in points:
         stages = point.config.get("stages") or {"": {}}  # a run without stages is one fit
-        for stage in stages.values():
-            fits.append(({**point.config, **stage}, point.domain))
-    for config, domain in fits:
+        for name, stage in stages.items():
+            fits.append(({**point.config, **stage}, point.domain, f"stages.{name}." if name else ""))
+    for config, domain, place in fits:
         check_trainer(config["trainer"])
-        if once("peft", config["peft"], domain, "stages" in config):
+        if once("peft", config["peft"], domain, config.get("objective")):
             methods = make_stack(config["peft"], domain)
-            _check_own_stages(methods, "stages" in config)
+            _check_own_stages(methods)
+            check_objective(config.get("objective", "task"), methods, place)
         if once("callbacks", config.get("callbacks"), config.get("loggers"), config["select"], domain):
             check_trainer_parts(config, domain)
         if once("data", config["data"], domain):
@@ -198,5 +218,5 @@ def rehearse(points: Iterable[Point]) -> None:
             if not issubclass(cls, Backbone):
                 raise ScionError(f"model.backbone: {backbone['class_path']} is no Backbone")
             typed(cls, backbone["init_args"], "model.backbone")
-    for config, _ in fits:  # last: torch imports its compiler with the first optimizer
+    for config, _, _ in fits:  # last: torch imports its compiler with the first optimizer
         check_optimizer(config["optimizer"], config["lr_scheduler"])

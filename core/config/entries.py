@@ -1,4 +1,4 @@
-"""Trained adapters among the methods of a configuration: which folders it names, and others in their place."""
+"""What is found in a configuration before its objects are made: folders of trained adapters, the last stage."""
 
 from __future__ import annotations
 
@@ -36,6 +36,15 @@ def with_adapters(config: dict[str, Any], change: Change) -> dict[str, Any]:
 def parts_of(peft: Any) -> Iterator[dict[str, Any]]:
     """The methods of a configuration in normal form: one, or a stack of them."""
     yield from peft if isinstance(peft, list) else [peft]
+
+
+def last_stage(config: dict[str, Any]) -> dict[str, Any]:
+    """What the last stage has otherwise than the whole configuration: a run's result is its."""
+    stages = config.get("stages")
+    if not isinstance(stages, dict) or not stages:
+        return {}
+    last = list(stages.values())[-1]
+    return last if isinstance(last, dict) else {}
 
 
 def _changed(part: Any, change: Change) -> Any:

@@ -9,7 +9,7 @@ from dataclasses import fields
 from typing import Any
 
 from core.config import Point, dump, find_class
-from core.config.keys import KEYS
+from core.config.keys import KEYS, OF_STAGE
 from core.config.schema import STACKS
 from core.config.trainer_checks import SET_BY_RUN
 from core.report.cards import argument_help, arguments, sections
@@ -70,11 +70,20 @@ def _fields(point: Point, key: str) -> Iterator[Field]:
         yield from _of_settings(settings, key, point.config[key])
     elif key == "trainer":
         yield from _of_trainer(point.config["trainer"])
+    elif key == "stages":
+        yield from _of_stages(point.config.get("stages") or {"NAME": {}})
     elif key in SINGLE:
         kind, default = SINGLE[key]
         given = point.config["model"] if key.startswith("model.") else point.config
         value = given.get(key.rpartition(".")[2], default)
         yield key, kind, value, ""
+
+
+def _of_stages(stages: dict[str, Any]) -> Iterator[Field]:
+    """What stages have beside the keys of a run."""
+    for name, stage in stages.items():
+        for key, (kind, default, meaning) in OF_STAGE.items():
+            yield f"stages.{name}.{key}", kind, stage.get(key, default), meaning
 
 
 def _of_component(component: dict[str, Any], key: str, domain: str) -> Iterator[Field]:

@@ -99,6 +99,8 @@ class Stage(TypedDict, total=False):
     select: Literal["last", "best"]
     start: Text
     carry: list[Literal["weights", "head"]]
+    objective: Literal["task", "method", "none"]
+    repeat: Count
 
 
 Over = dict[Text, Annotated[list[Any], Rule(bool, "a list of values")]]

@@ -29,6 +29,7 @@ from core.tasks.base import Task
 from core.training.epoch import EpochTotals
 from core.training.finite import Losses, check_trained, stop_unless_finite, what_is_not_finite
 from core.training.head_files import load_outside, outside
+from core.training.objective import of_methods_alone
 from core.training.optimizers import groups_of, make_optimizer
 from core.training.recorded_model import build, model_record, spec
 from core.training.token_means import TokenMeans, labels_of, no_loss
@@ -82,6 +83,8 @@ class FineTuner(EpochTotals):
         """What this process's loss of the present batch is multiplied by (`core.data.Share.weight`)."""
         self.token_means: TokenMeans | None = None
         """Where a Trainer fits a task that counts labels."""
+        self.objective = "task"
+        """What it trains on: the task's loss and what methods add to it, or, as ``method``, the latter alone."""
         self.checkpointing = checkpointing
         if checkpointing:
             checkpoint_activations(self.backbone)
@@ -234,6 +237,8 @@ class FineTuner(EpochTotals):
                     own = method.training_loss(self, batch, outputs)
                     if own is not None:
                         return Losses(outputs, method.name, own, terms, labels=labels)
+            if self.objective == "method":
+                return of_methods_alone(outputs, terms)
         found = no_loss(outputs) if labels == 0 else self.task.loss(outputs, targets)
         parts = {} if isinstance(found, Tensor) else found
         return Losses(outputs, "the task", self.task.total(found), terms, parts, labels)

@@ -32,6 +32,13 @@ def _packings(tuner: FineTuner) -> dict[str, Graft]:
     return {f"{OUTSIDE}task.{name}": packing for name, packing in tuner.task.packings().items()}
 
 
+def head_fits(tuner: FineTuner, tensors: dict[str, Tensor]) -> bool:
+    """Whether a saved head has the tensors of ``tuner``'s, in their shapes."""
+    here = {name: tensor.shape for name, tensor in outside(tuner).items()}
+    there = {name: tensor.shape for name, tensor in tensors.items() if name.startswith(OUTSIDE)}
+    return here == there
+
+
 def load_outside(tuner: FineTuner, tensors: dict[str, Tensor], where: str, write: bool = True) -> None:
     """Copy a saved head into ``tuner``; missing, extra and misshapen tensors, and values that are not finite, are
     refused before any is written."""

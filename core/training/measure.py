@@ -14,6 +14,7 @@ import lightning.pytorch as L
 from core.adapters.load import versions
 from core.adapters.swap import swap
 from core.config import Point, make
+from core.config.entries import last_stage
 from core.data import DataModule
 from core.data.batch import batch_size, rows_of
 from core.errors import ScionError, called, listed
@@ -90,9 +91,10 @@ def _method_called(tuner: FineTuner, name: str) -> Any:
 
 def _data(point: Point, tuner: FineTuner) -> DataModule:
     """The data of the configuration, loaded, if the run's task fits them."""
-    data: DataModule = make(point.config["data"], "data", point.domain, DataModule)
+    config = {**point.config, **last_stage(point.config)}
+    data: DataModule = make(config["data"], "data", point.domain, DataModule)
     if data.seed is None:
-        data.seed = point.config["seed_everything"]
+        data.seed = config["seed_everything"]
     data.bind(tuner.backbone)
     data.setup("test")
     if not data.test_sets:
@@ -113,7 +115,8 @@ def _test(point: Point, tuner: FineTuner, data: DataModule, predictions: Predict
     if has_bar:
         callbacks.append(Progress(refresh_rate=5))
     wanted = ("accelerator", "precision", "limit_test_batches", "devices")
-    settings = {key: value for key, value in point.config["trainer"].items() if key in wanted}
+    config = {**point.config, **last_stage(point.config)}
+    settings = {key: value for key, value in config["trainer"].items() if key in wanted}
     trainer = L.Trainer(**{"devices": 1, **settings}, logger=False, enable_checkpointing=False, callbacks=callbacks,
                         enable_model_summary=False, enable_progress_bar=has_bar)
     if trainer.world_size > 1:

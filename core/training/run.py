@@ -23,11 +23,13 @@ from core.method.beside import OUTSIDE
 from core.training.assemble import Assembly, assemble, make_methods
 from core.training.checkpoints import RunCheckpoints, read_checkpoint
 from core.training.finetuner import FineTuner
-from core.training.head_files import load_outside
+from core.training.head_files import head_fits, load_outside
 from core.training.kept_adapters import from_copies, keep_adapters
+from core.training.objective import PreparesOnly
 from core.training.run_folder import FORMAT, RunFolder
 from core.training.run_log import RunLog
 from core.training.run_record import Outcome, count, save_run_adapter, write_record
+from core.training.stage_checks import check_stages
 from core.training.stages import Stage, StageResult, finished_stages, stage_folder, stages_of
 from core.training.trainer import History, call_trainer, make_checkpoints, make_trainer
 
@@ -48,13 +50,18 @@ def execute(point: Point, path: Path, overwrite: bool = False) -> dict[str, Any]
     folder = RunFolder(Path(path), point.hash, is_main_process())
     goes_on = folder.state(overwrite) == "unfinished"
     with RunLog() as messages:
-        config = from_copies(point.config, folder.path) if goes_on else point.config
-        methods = None if point.config.get("stages") else make_methods(config, point.domain)
-        stages = stages_of(point, methods)
+
+        def make(config: dict[str, Any]) -> list[PEFTMethod]:
+            return make_methods(from_copies(config, folder.path) if goes_on else config, point.domain)
+
+        methods = None if point.config.get("stages") else make(point.config)
+        stages = stages_of(point, methods, make)
         results = finished_stages(point, folder, stages) if goes_on or not folder.is_main and not overwrite else []
         first = stages[len(results)].config
         if methods is None:
-            methods = make_methods(from_copies(first, folder.path) if goes_on else first, point.domain)
+            if not goes_on:
+                check_stages(point, stages, make)
+            methods = make(first)
         assembly = assemble(point, first, methods=methods)
         config = {**point.config, "domain": point.domain, "run_dir": str(path)}
         with folder.opened(config, overwrite):
@@ -106,18 +113,22 @@ def _fit(point: Point, stage: Stage, folder: RunFolder, assembly: Assembly, is_l
     stamp = {"format": FORMAT, "config_hash": point.hash, "stage": stage.name, "listing": _listing(data)}
     checkpoints = make_checkpoints(stage.config, home / "checkpoints", tuner.task.selects)
 
+    tuner.objective = stage.objective
     # By hand and not by the Trainer: what an earlier stage left comes below this one's methods.
     methods = _attach(stage, folder, tuner, assembly.methods)
     callbacks = make_callbacks(stage.config, point.domain, data.validation_set is not None)
+    if stage.objective == "none":
+        callbacks.append(PreparesOnly())
     trainer = make_trainer(stage.config, home, [*methods, *callbacks, history, checkpoints], stamp, point.domain)
-    _train(trainer, assembly, checkpoints, stamp)
+    _train(trainer, assembly, checkpoints, stamp, makes_steps=stage.objective != "none")
     if takes_best:
         _take_best(tuner, checkpoints, stamp)
     metrics = {"validation": _validation(history.rows, checkpoints.best_epoch), "test": {}}
     if is_last and data.test_sets:
         metrics["test"] = _test(trainer, assembly)
     parameters = count(tuner)
-    _save(stage, methods, tuner, folder, trainer)
+    own = {method.name for method in assembly.methods}  # what an earlier stage left in the forward stays as it is
+    _save(stage, [method for method in methods if method.name in own], tuner, folder, trainer)
     tables = tuner.tables if is_last else {}
     return Outcome(tuner, data, history.rows, parameters, metrics, history.seconds, checkpoints.best_epoch, tables)
 
@@ -130,7 +141,7 @@ def _test(trainer: L.Trainer, assembly: Assembly) -> dict[str, float]:
 def _save(stage: Stage, methods: list[PEFTMethod], tuner: FineTuner, folder: RunFolder, trainer: L.Trainer) -> None:
     """Carry methods on into their next stage, and write the adapter."""
     for method in methods:
-        if stage.advance and isinstance(method, Staged) and stage.name in method.stages:
+        if isinstance(method, Staged) and stage.own_stage in method.stages:
             method.advance(tuner)
     if folder.is_main:
         save_run_adapter(tuner, stage_folder(folder, stage) / "adapter")
@@ -146,7 +157,11 @@ def _attach(stage: Stage, folder: RunFolder, tuner: FineTuner, methods: list[PEF
         method.attach(tuner.backbone)
     tuner.fit_head()
     if before is not None and "head" in stage.carry:
-        load_outside(tuner, read_adapter(before)[1], str(before))
+        tensors = read_adapter(before)[1]
+        if stage.asks_for_head or head_fits(tuner, tensors):
+            load_outside(tuner, tensors, str(before))
+        else:
+            log.info("stage %s: a new head, for that of %s has other shapes", stage.name, stage.start)
     return methods
 
 
@@ -155,14 +170,15 @@ def _listing(data: DataModule) -> str:
     return getattr(data, "listing", "")
 
 
-def _train(trainer: L.Trainer, assembly: Assembly, checkpoints: RunCheckpoints, stamp: dict[str, Any]) -> None:
+def _train(trainer: L.Trainer, assembly: Assembly, checkpoints: RunCheckpoints, stamp: dict[str, Any],
+           makes_steps: bool = True) -> None:
     """Fit, from the last checkpoint where there is one."""
     last = checkpoints.last_file if checkpoints.last_file.is_file() else None
     if last is not None:
         read_checkpoint(last, stamp)
     call_trainer(trainer, lambda: trainer.fit(assembly.tuner, datamodule=assembly.data, ckpt_path=last,
                                               weights_only=True))
-    if not trainer.fast_dev_run and not trainer.global_step:  # type: ignore[attr-defined]
+    if makes_steps and not trainer.fast_dev_run and not trainer.global_step:  # type: ignore[attr-defined]
         raise ScionError("trainer: not one step was made; check max_epochs, max_steps, max_time, limit_train_batches "
                          "and the size of the data")
 

@@ -139,7 +139,7 @@ def _metrics(point: Point, stages: list[Stage], results: list[StageResult], outc
         "format": FORMAT,
         "status": "finished",
         "config_hash": point.hash,
-        "select": point.config["select"],
+        "select": stages[-1].config["select"],
         "data": dict(data.origin),
         "backbone": {**tuner.backbone.origin, "fingerprint": home.base_now().described},
         "peft": [method.spec() for method in tuner.methods],

@@ -481,7 +481,7 @@ def test_settings_of_the_optimizer(settings: dict[str, Any], words: str) -> None
     ["--data.batch_size", "0"], ["--data.num_workers", "-1"], ["--data.seed", "-1"], ["--model.task.dropout", "1"],
     ["--model.backbone.frames", "many"], ["--model.backbone", "ESC50"], ["--peft", "os.path.join"],
     ["--peft", "os.PathLike"], ["--data", "core.data.DataModule"], ["--model.task", "Task"], ["--peft.layers", "3"],
-    ["--peft", "LTSFT", "--stages", "{a: {}, b: {}}"], ["--peft", "[LTSFT, LoFiT]"], ["--peft", "Route"],
+    ["--peft", "LTSFT", "--stages", "{a: {repeat: 2}}"], ["--peft", "[LTSFT, LoFiT]"], ["--peft", "Route"],
     ["--peft", "{class: Route, methods: [3]}"], ["--peft", "{class: Route, methods: [{class_path: LoRA, rank: 3}]}"],
     ["--peft", "broken_module.Thing"], ["--peft", "leaving_module.Thing"], ["--peft", "no_such_module.Thing"],
 ])
