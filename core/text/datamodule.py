@@ -274,7 +274,10 @@ class TextDataModule(DataModule):
         return {name: torch.tensor(numbers, dtype=torch.long) for name, numbers in columns.items()}
 
     def text_of(self, dataset: Any, index: int) -> str | None:
-        inputs = dataset[index][0]
+        sample = dataset[index]
+        if not isinstance(sample, (tuple, list)):  # of a class of the domain's own
+            return None
+        inputs = sample[0]
         return self.tokenizer.decode(inputs["input_ids"].tolist())
 
 

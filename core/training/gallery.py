@@ -25,7 +25,10 @@ def of_run(tuner: FineTuner, data: DataModule, file: Path, title: str = "") -> b
     dataset: Any = next(iter(data.test_sets.values()), None) or data.validation_set
     if dataset is None or not len(dataset):
         return False
-    if data.illustrate(data.stack([dataset[0][0]])) is None:  # asked of one sample, before the model runs on many
+    first = dataset[0]
+    if not isinstance(first, (tuple, list)):  # only a batch of them is inputs and targets
+        return False
+    if data.illustrate(data.stack([first[0]])) is None:  # asked of one sample, before the model runs on many
         return False
     if tuner.task.compares:
         table = _table_of_neighbours(tuner)
