@@ -21,7 +21,7 @@ from core.method import PEFTMethod, Spec, key_of
 from core.method.beside import OUTSIDE
 from core.method.contents import live_tensors
 from core.method.described import FileNames
-from core.method.saving import FROM_ROOT
+from core.method.saving import FROM_ROOT, check_tokenizer
 
 
 def load_method(folder: str | Path, name: str | None = None, trainable: bool = False,
@@ -126,7 +126,7 @@ class SavedValues:
         has_values = not any(parameter.is_meta for parameter in anatomy.root.parameters())
         if has_values:  # else there is nothing to compare with
             self._check_base(method, anatomy)
-        if has_values:
+            check_tokenizer(self.record, anatomy.root, self.folder, carry=self.base != "same")
             check_name(method, self.spec, anatomy, self.folder)
         self._rehearse(method, anatomy)
 

@@ -20,7 +20,7 @@ from core.graft import Graft
 from core.json_types import check
 from core.method import AddsLoss, OwnOptimizer, PEFTMethod, Plan, Spec, key_of
 from core.method.described import named_in_module
-from core.method.saving import FROM_ROOT
+from core.method.saving import FROM_ROOT, check_tokenizer
 from core.record import plain
 from core.tensors import check_fit, check_values
 
@@ -167,6 +167,7 @@ class SideBySide(AddsLoss, PEFTMethod):
         methods = {method.name: method for method in self.methods}
         for name, trained in self.trained.items():
             check_name(methods[name], trained.spec, anatomy, trained.folder)
+            check_tokenizer(trained.record, anatomy.root, f"{self.name}: {trained.folder}")
             saved = trained.record["base"]
             if not here.agrees(saved, trained.from_root):
                 raise ScionError(f"{self.name}: {trained.folder} belongs to another base (fingerprint "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -240,3 +241,21 @@ def test_the_page_of_fields(point_of: PointOf) -> None:
     assert "--stages.ranking.repeat  int = 2" in text
     assert "--stages.ranking.objective  task | method | none = task" in text
     assert "--stages.NAME.start  previous | base | STAGE = previous" in fields_text(point_of())
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "composition.md"
+BLOCKS = re.findall(r"^```yaml\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_the_page_on_composition(config: Path, tmp_path: Path, block: str) -> None:
+    """What it writes down is a configuration, and its stages are what it says."""
+    file = tmp_path / "page.yaml"
+    file.write_text(config.read_text().replace("peft: LoRA\n", "") + block)
+    [point] = points(str(file))
+    if "stages" in point.config:
+        rehearse([point])
+        names = [stage.name for stage in stages_of(point)]
+        assert names == ["language", "ranking.dense", "ranking.sparse", "joint"]
+    else:
+        assert len(BLOCKS) == 4

@@ -283,6 +283,23 @@ def test_another_base(tmp_path: Path) -> None:
         method.attach(make("bert"))
 
 
+def test_another_tokenizer(tmp_path: Path) -> None:
+    from core.peft import LoRA  # type: ignore[attr-defined]
+
+    def with_tokenizer(fingerprint: str) -> Any:
+        model: Any = make("bert")
+        model.tokenizer_fingerprint = fingerprint
+        return model
+
+    trained_on(with_tokenizer("one"), LoRA(rank=2)).save(tmp_path)
+    load_method(tmp_path).attach(with_tokenizer("one"))
+    for method in (load_method(tmp_path), Route([{"adapter": str(tmp_path)}])):
+        with pytest.raises(ScionError, match="was trained with another tokenizer .fingerprint one, here two"):
+            method.attach(with_tokenizer("two"))
+    with pytest.warns(UserWarning, match="carried from the tokenizer one to two"):
+        load_method(tmp_path, base="any").attach(with_tokenizer("two"))
+
+
 def test_words_on_the_command_line(tiny_config: Path, language: Path) -> None:
     def peft(*words: str) -> Any:
         return points(str(tiny_config), list(words))[0].config["peft"]
