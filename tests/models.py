@@ -420,10 +420,10 @@ EVERY_FAMILY: dict[str, Family] = {
                          saved=1.05),
     "distilbert": Family(_distilbert, _padded_ids, padding=0),
     "electra": Family(_electra, _padded_ids, padding=0),
-    "mpnet": Family(functools.partial(_encoder, "MPNet"), _ids_padded_by_one, padding=1),  # shared relative positions
+    "mpnet": Family(functools.partial(_encoder, "MPNet"), _ids_padded_by_one, padding=1, steps=90),  # shared positions
     "deberta": Family(functools.partial(_encoder, "DebertaV2", **DEBERTA), _padded_ids, padding=0),  # own attention
     "modernbert": Family(_modernbert, _padded_ids, padding=0, saved=1.1),  # fused
-    "dinov2": Family(_dinov2, _images),  # scaled sublayers, gated MLP
+    "dinov2": Family(_dinov2, _images, steps=90),  # scaled sublayers, gated MLP
     "timm_dinov2": Family(_timm_dinov2, _images),  # scaled sublayers, registers
     "whisper": Family(_whisper, lambda size, generator: _uniform(size, (16, 18), generator), token=-1),  # sound, text
     "qwen3": Family(_qwen3, _ids, token=-1, operators=4, rounding=1.15),  # norms of queries and keys
@@ -437,7 +437,7 @@ EVERY_FAMILY: dict[str, Family] = {
     "phi": Family(functools.partial(_decoder, "Phi"), _ids, token=-1, saved=1.08),  # attention beside the MLP
     "phi3": Family(functools.partial(_decoder, "Phi3", num_key_value_heads=2), _ids, token=-1),
     "opt": Family(_opt, _padded_ids, token=-1, padding=0, saved=1.17),  # an MLP of flat tokens
-    "bloom": Family(_bloom, _padded_ids, token=-1, padding=0, operators=2, saved=1.1),  # by heads, ALiBi
+    "bloom": Family(_bloom, _padded_ids, token=-1, padding=0, steps=90, operators=2, saved=1.1),  # by heads, ALiBi
     "gpt_neo": Family(_gpt_neo, _ids, token=-1, saved=1.09),  # windows of tokens before
     "gpt_bigcode": Family(_gpt_bigcode, _ids, token=-1, saved=1.1),  # one head of keys and values, fused
     "xglm": Family(_xglm, _ids, token=-1, saved=1.05),

@@ -16,7 +16,7 @@ from tests.toolkit import distance, outputs, randomize
 
 ROWS = {
     "AdaptFormer": Row(
-        {"mlp": Variant({"bottleneck": 4, "dropout": 0.0}, learns={"lr": 1e-2})},
+        {"mlp": Variant({"bottleneck": 8, "dropout": 0.0}, learns={"lr": 1e-2})},
         trained=parallel_count,
         cards=(("vit_b16", {}, 1_189_632), ("vit_b16", {"bottleneck": 8}, 156_768)),
         bad=(({"bottleneck": 0}, "bottleneck 0"), ({"scale": 0.0}, "scale 0")),
