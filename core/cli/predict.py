@@ -126,7 +126,8 @@ class _Reader:
     def _said(self, output: Any) -> dict[str, Any]:
         found = self.tuner.task.predict(output)
         if len(found) != 1:
-            raise ScionError(f"{type(self.tuner.task).__name__} labels no samples; --features gives their vectors")
+            raise ScionError(f"{type(self.tuner.task).__name__} labels no samples; --features gives their "
+                             "vectors, and of a language model --generate.max_new_tokens 64 writes texts")
         every = self.tuner.task.probabilities(output) if self.with_all else None
         return found[0] if every is None else {**found[0], "probabilities": every[0]}
 

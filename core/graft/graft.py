@@ -76,6 +76,8 @@ class GraftDeclarations:
     spans_tokens: bool = False
     """What it does to one token depends on others of the same call by itself (a convolution, a mean over tokens, a
     position in the sequence), and not by attention alone: texts are written without a cache and without padding."""
+    extends_cache: bool = False
+    """It keeps keys and values of its own in layers of the model's cache behind the model's."""
     added_positions: int = 0
     """Positions of the model's context that tokens of its own take."""
     sample_attributes: tuple[str, ...] = ()

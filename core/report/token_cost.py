@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from core.cost import ATTENTION_FLOPS, stand_ins
 from core.graft import Graft
 from core.text.backbones import LanguageModel
-from core.text.generate import without_cache
+from core.text.generate import own_cache, without_cache
 
 HALVES = ("self_attention_cache", "cross_attention_cache")
 """The caches of a decoder that reads an encoder."""
@@ -60,31 +61,35 @@ def token_cost(backbone: LanguageModel, context: int) -> TokenCost | None:
     """
     grafts = [module for module in backbone.modules() if isinstance(module, Graft) and module.live]
     is_cached = not without_cache(grafts)
+    # Made where it is used: a count that ends in the midst leaves it half full.
+    cache = functools.partial(own_cache, backbone, grafts)
     try:
-        return _count(backbone, context, is_cached, fake=True)
+        return _count(backbone, context, cache if is_cached else None, fake=True)
     except (DataDependentOutputException, DynamicOutputShapeException):
         if any(parameter.is_meta for parameter in backbone.parameters()):
             return None
-    return _count(backbone, context, is_cached, fake=False)
+    return _count(backbone, context, cache if is_cached else None, fake=False)
 
 
-def _count(backbone: LanguageModel, context: int, is_cached: bool, fake: bool) -> TokenCost:
+def _count(backbone: LanguageModel, context: int, cache: Callable[[], dict[str, Any]] | None, fake: bool) -> TokenCost:
     found: dict[str, int] = {}
-    step = _Step(backbone, context, is_cached, found)
+    step = _Step(backbone, context, cache, found)
     with stand_ins(step, (), fake) as (forward, _):
         with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as counter:
             step.total = counter.get_total_flops
             forward()
     weights = sum(parameter.numel() * parameter.element_size() for parameter in backbone.parameters())
-    return TokenCost(context, is_cached, found["flops"], weights, found["cache"], found["growth"])
+    return TokenCost(context, cache is not None, found["flops"], weights, found["cache"], found["growth"])
 
 
 class _Step(nn.Module):
-    """Reads ``context`` tokens, then one more, and notes what that one took."""
+    """Reads ``context`` tokens, then one more, and notes what that one took; ``cache`` makes the model's argument for
+    an empty cache, and is None where there is to be none."""
 
-    def __init__(self, backbone: LanguageModel, context: int, is_cached: bool, found: dict[str, int]) -> None:
+    def __init__(self, backbone: LanguageModel, context: int, cache: Callable[[], dict[str, Any]] | None,
+                 found: dict[str, int]) -> None:
         super().__init__()
-        self.backbone, self.context, self.is_cached, self.found = backbone, context, is_cached, found
+        self.backbone, self.context, self.cache, self.found = backbone, context, cache, found
         self.total: Callable[[], int] = lambda: 0
 
     @torch.no_grad()
@@ -95,12 +100,13 @@ class _Step(nn.Module):
         before: dict[str, Any] = {}
         if self.backbone.is_encoder_decoder:
             before["encoder_outputs"] = model.get_encoder()(input_ids=_ids(self.context))
-        if not self.is_cached:
+        if self.cache is None:
             start = self.total()
             model(**before, **{written: _ids(self.context + 1)}, use_cache=False)
             self.found.update(flops=self.total() - start, cache=0, growth=0)
             return
-        cache = model(**before, **{written: _ids(self.context)}, use_cache=True).past_key_values
+        empty = self.cache()
+        cache = model(**before, **empty, **{written: _ids(self.context)}, use_cache=True).past_key_values
         start, size = self.total(), _bytes(cache)
         after = model(**before, **{written: _ids(1)}, past_key_values=cache, use_cache=True).past_key_values
         self.found.update(flops=self.total() - start, cache=size, growth=_bytes(after) - size)

@@ -121,6 +121,7 @@ class _Writer:
                  grafts: Sequence[Graft]) -> None:
         self.backbone, self.prompts, self.settings = backbone, prompts, settings
         self.model: Any = backbone.model
+        self.grafts = grafts
         self.rows = _RowsOfGrafts(grafts, len(prompts))
         self.equal_lengths = any(graft.spans_tokens for graft in grafts)
         uncached = without_cache(grafts)
@@ -168,8 +169,10 @@ class _Writer:
         device = self.model.get_input_embeddings().weight.device
         noises = [Noise(self.settings.seed, row.number, row.sample) for row in rows]
         watch = self._watch(len(rows), inputs["input_ids"].shape[1])
+        cache = own_cache(self.backbone, self.grafts) if self.cache else {}
         with self.rows.of([row.number for row in rows]):
             ids: Tensor = self.model.generate(
+                **cache,
                 input_ids=inputs["input_ids"].to(device), attention_mask=inputs["attention_mask"].to(device),
                 generation_config=self._configuration(prompts[0].room), stopping_criteria=_criteria(watch),
                 logits_processor=processors(self.settings, [prompt.name for prompt in prompts], noises))
@@ -198,6 +201,18 @@ def without_cache(grafts: Sequence[Graft]) -> list[Graft]:
     """Those for which earlier tokens must be computed anew at each step: they span tokens where one is written after
     the other, and not in an encoder."""
     return [graft for graft in grafts if graft.spans_tokens and (graft.site.around is None or graft.site.around.causal)]
+
+
+def own_cache(backbone: LanguageModel, grafts: Sequence[Graft]) -> dict[str, Any]:
+    """An empty cache as the model's argument, where grafts need another than the model makes: one whose layers are all
+    alike, so that more can be put behind them. A model with windows would make some that forget."""
+    from transformers import DynamicCache, EncoderDecoderCache
+
+    if not any(graft.extends_cache for graft in grafts):
+        return {}
+    if backbone.is_encoder_decoder:
+        return {"past_key_values": EncoderDecoderCache(DynamicCache(), DynamicCache())}
+    return {"past_key_values": DynamicCache()}
 
 
 def _ends(backbone: LanguageModel, settings: GenerateSettings) -> frozenset[int]:

@@ -94,6 +94,7 @@ class Tap(Graft):
 
     reads_call = True
     heeds_strength = True
+    extends_cache = True
 
     def __init__(self, site: Site, parts: Parts, ratio: int, temperature: float, switches: list[nn.Module]) -> None:
         super().__init__(site)
