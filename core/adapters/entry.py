@@ -186,6 +186,8 @@ class SavedValues:
         for one in waiting:
             tensors |= self._tensors_of(one, anatomy)
         content = self._content(anatomy, self.spec, tensors)
+        renamed = {self._under_name(name, method) for name in content.apart}
+        content = replace(content, apart=content.apart | renamed)
         try:
             load_tensors(waiting, content, self.folder, write=False)
         except ScionError:
@@ -197,6 +199,11 @@ class SavedValues:
         for one in waiting:
             if isinstance(one.values, SavedValues):
                 one.values.is_used, one.values.tensors = True, {}
+
+    def _under_name(self, name: str, method: PEFTMethod) -> str:
+        """What a tensor of the file's method is called under the name that it has here."""
+        prefix = f"peft.{key_of(self.spec['name'])}."
+        return method.prefix + name.removeprefix(prefix) if name.startswith(prefix) else name
 
     def _tensors_of(self, method: PEFTMethod, anatomy: Anatomy) -> dict[str, Tensor]:
         """One method's tensors in the file, by the names that a file of this model would give them."""

@@ -52,7 +52,8 @@ def swap(method: PEFTMethod, source: str | Path) -> None:
                          f"{method.name} cannot be replaced by it")
     check_tokenizer(saved.record, anatomy.root, where)
     own = _tensors_of(method, spec, content)
-    load_tensors([method], replace(content, tensors=own, unfrozen=()), where)
+    apart = frozenset(_here(name, method, spec) for name in content.apart)
+    load_tensors([method], replace(content, tensors=own, apart=apart, unfrozen=()), where)
 
 
 def _spec_of(method: PEFTMethod, saved: Saved, where: str) -> dict[str, Any]:
@@ -80,14 +81,18 @@ def _check_same_shape(method: PEFTMethod, spec: dict[str, Any], where: str) -> N
                          "the same shape can replace it")
 
 
+def _here(name: str, method: PEFTMethod, spec: dict[str, Any]) -> str:
+    """What a tensor of the file's method is called in the attached one."""
+    there = f"peft.{key_of(spec['name'])}."
+    return f"peft.{key_of(method.name)}.{name.removeprefix(there)}" if name.startswith(there) else name
+
+
 def _tensors_of(method: PEFTMethod, spec: dict[str, Any], content: Content) -> dict[str, Tensor]:
     """The method's tensors in the file, by the names that a file of this model would give them."""
-    there = f"peft.{key_of(spec['name'])}."
-    here = f"peft.{key_of(method.name)}."
     found: dict[str, Tensor] = {}
     for name, tensor in content.tensors.items():
-        if name.startswith(there):
-            found[here + name.removeprefix(there)] = tensor
+        if name.startswith(f"peft.{key_of(spec['name'])}."):
+            found[_here(name, method, spec)] = tensor
     names = FileNames(content.names, [method])
     for name in map(names.of, live_tensors(method)):
         if name in content.tensors and not name.startswith("peft."):

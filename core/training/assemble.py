@@ -66,9 +66,7 @@ def assemble(point: Point, config: dict[str, Any] | None = None, read: bool = Tr
     classes = data.peek()
     if classes is not None:
         task.check(classes)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        backbone: Backbone = make(part, "model.backbone", point.domain, Backbone, **_of_data(cls, part, data))
+    backbone = make_backbone(config, point.domain, data)
     check_owners(backbone, methods)
     data.bind(backbone)
     if read or classes is None:
@@ -80,6 +78,15 @@ def assemble(point: Point, config: dict[str, Any] | None = None, read: bool = Tr
     tuner = FineTuner(backbone, task, data.info, optimizer=optimizer, schedule=schedule, checkpointing=checkpointing,
                       seed=seed)
     return Assembly(data, backbone, task, methods, tuner)
+
+
+def make_backbone(config: dict[str, Any], domain: str, data: DataModule) -> Backbone:
+    """The backbone of a configuration, on its data; random weights are those of the seed."""
+    part = config["model"]["backbone"]
+    cls = find_class(part["class_path"], "model.backbone", domain)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config["seed_everything"])
+        return make(part, "model.backbone", domain, Backbone, **_of_data(cls, part, data))
 
 
 def check_readings(task: Task, backbone: type, methods: Sequence[PEFTMethod]) -> None:

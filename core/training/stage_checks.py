@@ -7,18 +7,21 @@ from typing import Any
 
 from core.adapters.reading import base_of
 from core.anatomy import dissect
+from core.backbone import Backbone
 from core.config import Point
+from core.config import make as make_part
+from core.data import DataModule
 from core.errors import ScionError
 from core.method.beside import OUTSIDE
-from core.training.assemble import assemble
+from core.training.assemble import assemble, make_backbone
 from core.training.finetuner import FineTuner
 from core.training.head_files import outside
 from core.training.stages import MakeMethods, Stage
 
 
 def check_stages(point: Point, stages: list[Stage], make: MakeMethods) -> None:
-    """Refuse stages of which one cannot begin with what an earlier one leaves. Models are built where the
-    configurations of the two differ; data are read only as far as they must to name their classes.
+    """Refuse stages of which one cannot begin with what an earlier one leaves. Backbones are built where those of the
+    two differ; heads, for which data may have to be read, where ``carry`` names the head and task or data differ.
 
     Raises:
         ScionError: another encoder, or a head of another shape that ``carry`` asks for.
@@ -30,13 +33,10 @@ def check_stages(point: Point, stages: list[Stage], make: MakeMethods) -> None:
         before = by_name[stage.start]
         has_other_backbone = _backbone(stage) != _backbone(before)
         has_other_head = stage.asks_for_head and _text(stage, "model", "data") != _text(before, "model", "data")
-        if not has_other_backbone and not has_other_head:
-            continue
-        first, second = _build(point, before, make), _build(point, stage, make)
         if has_other_backbone and "weights" in stage.carry:
-            _check_encoder(stage, first, second)
+            _check_encoder(stage, _build_backbone(point, before), _build_backbone(point, stage))
         if has_other_head:
-            _check_head(stage, first, second)
+            _check_head(stage, _build(point, before, make), _build(point, stage, make))
 
 
 def _text(stage: Stage, *keys: str) -> str:
@@ -52,8 +52,13 @@ def _build(point: Point, stage: Stage, make: MakeMethods) -> FineTuner:
     return assemble(point, stage.config, read=False, methods=make(stage.config)).tuner
 
 
-def _check_encoder(stage: Stage, before: FineTuner, here: FineTuner) -> None:
-    there, own = base_of(dissect(before.backbone)), base_of(dissect(here.backbone))
+def _build_backbone(point: Point, stage: Stage) -> Backbone:
+    data = make_part(stage.config["data"], "data", point.domain, DataModule)
+    return make_backbone(stage.config, point.domain, data)
+
+
+def _check_encoder(stage: Stage, before: Backbone, here: Backbone) -> None:
+    there, own = base_of(dissect(before)), base_of(dissect(here))
     if not own.agrees(there.record(), from_root=False):
         raise ScionError(f"stages.{stage.name}: its encoder is another one than that of {stage.start} (fingerprint "
                          f"{own.described}, there {there.described}), so that its methods cannot be carried on; take "
