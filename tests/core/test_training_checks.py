@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.callbacks import BaseFinetuning, EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from torch import Tensor, nn
 
-from core import checkpoint_activations, load_adapter
+from core import checkpoint_activations, load_adapter, load_method
 from core.anatomy import BlockDescription, Description, family
 from core.compose import Route
 from core.errors import ScionError
@@ -318,6 +318,26 @@ def test_running_statistics_are_saved_loaded_and_put_back(make_method: Any, tmp_
     assert torch.equal(other(pictures()), plain) and same(Small().state_dict(), other.state_dict())
     method.remove()
     assert torch.equal(model(pictures()), plain)
+
+
+def test_running_statistics_of_a_trained_adapter_stand_still(tmp_path: Path) -> None:
+    """As an entry, frozen: they come from its file, no forward moves them, and its new file holds them again."""
+    method: Any = FullFineTuning()
+    model, _ = stirred(method)
+    method.save(tmp_path / "first")
+    other, images = Small(), torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(5))
+    before = other.eval()(images)
+    entry = load_method(tmp_path / "first").attach(other)
+    expected = model.eval()(images)
+    assert torch.equal(other.eval()(images), expected)
+    other.train()(images)
+    assert torch.equal(other.eval()(images), expected)
+    entry.save(tmp_path / "second")
+    third = Small()
+    load_adapter(tmp_path / "second", third)
+    assert torch.equal(third.eval()(images), expected)
+    entry.remove()
+    assert torch.equal(other.eval()(images), before)
 
 
 def test_running_statistics_are_in_checkpoints(tmp_path: Path) -> None:
