@@ -31,7 +31,9 @@ class Home(nn.Module):
         """Whether ``.to(bfloat16)`` leaves the methods' tensors as they are: so within a Trainer, whose true
         half-precision plugins convert the whole module, while small updates need float32."""
         self._root = [root]  # in a list, so that the root is not registered as a child
-        self.heads = sorted(anatomy.head_names())
+        self.trained_head: frozenset[str] = frozenset(getattr(root, "trained_head", ()))
+        """Names of what a task trains in the base itself (`core.backbone.Backbone.trained_head`)."""
+        self.heads = sorted(anatomy.head_names() | self.trained_head)
         self.base: Base | None = Base.of(anatomy)
         """The base before the first method; None where its values arrive later."""
         self.fingerprint = self.base.whole
@@ -54,7 +56,8 @@ class Home(nn.Module):
     def _freeze(self, root: nn.Module) -> None:
         for name, parameter in root.named_parameters():
             if not name.startswith("peft."):
-                parameter.requires_grad_(name in self.heads and self.head == "train")
+                is_head = name in self.heads and self.head == "train"
+                parameter.requires_grad_(is_head or name in self.trained_head)
 
     def add(self, method: PEFTMethod) -> None:
         self.methods[method.name] = method

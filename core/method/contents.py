@@ -73,6 +73,9 @@ def counts(method: PEFTMethod) -> dict[str, int]:
     norms = {name: count for name, count in trained.items() if name in method.norm_names}
     # A head inside the backbone is trained with the first method, but no method owns it.
     heads = dissect(root).head_names() if method.head == "train" else set()
+    home = getattr(root, "peft", None)
+    if isinstance(home, Home):
+        heads |= home.trained_head
     in_head = [p for name, p in root.named_parameters() if name in heads and name not in trained]
     return {
         "method": sum(trained.values()) - sum(norms.values()),

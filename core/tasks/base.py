@@ -78,6 +78,10 @@ class Task(TaskDeclarations, nn.Module, Recorded, ABC):
     def see_training(self, dataset: Any) -> None:
         """Look at the training set, when a Trainer is about to fit it; the task is built."""
 
+    def prepare(self, backbone: Any) -> None:
+        """Make the backbone ready for the task, before any method is attached: set ``trained_head`` where its own head
+        is to be trained."""
+
     @abstractmethod
     def build(self, dim: Any, info: DataInfo) -> None:
         """Make the head, if there is one, and the metrics.

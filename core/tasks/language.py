@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from core.data.info import DataInfo
 from core.errors import ScionError
 from core.tasks.base import Task
+from core.text.head import open_head
 from core.text.tokens import IGNORED
 
 
@@ -19,10 +20,31 @@ class LanguageModelling(Task):
     Targets are ``{"labels": [batch, tokens]}`` or that tensor, with -100 where nothing is to be said, each at the
     position that says it (`core.text.sequence.causal_batch`). Logits are computed at labelled positions only. Measured
     by perplexity, e^(sum of the negative log-likelihoods / labels), and the share of tokens that are the likeliest.
+
+    Args:
+        head: ``train`` trains the backbone's own head (transform, bias, map to the vocabulary) beside the methods, and
+            saves it with them; ``frozen`` leaves it as it was pretrained.
+        untie: give the head's map to the vocabulary a weight of its own, a copy, where the model ties it to the
+            embedding, which would else be trained with it.
     """
 
     reads = "logits"
     selects = ("perplexity", "min")
+
+    def __init__(self, head: Literal["frozen", "train"] = "frozen", untie: bool = False) -> None:
+        super().__init__()
+        if head not in ("frozen", "train"):
+            raise ScionError(f"model.task.head: {head!r} is neither frozen nor train")
+        if untie and head == "frozen":
+            raise ScionError("model.task.untie: a head that stays frozen needs no weight of its own; set head: train, "
+                             "or leave untie out")
+        self.trains_head, self.untie = head == "train", untie
+
+    def prepare(self, backbone: Any) -> None:
+        if not self.trains_head:
+            backbone.trained_head = ()
+        elif not backbone.trained_head:
+            backbone.trained_head = open_head(backbone, self.untie)
 
     def build(self, dim: Any, info: DataInfo) -> None:
         from torchmetrics import MetricCollection
@@ -66,8 +88,10 @@ class MaskedLM(LanguageModelling):
     """The backbone's own head says the tokens that are hidden in a text, by cross-entropy as a mean over all of them.
 
     Which are hidden is up to the data (`core.text.masking`): 15 % of the pieces that are no special ones, drawn by
-    (seed, epoch, sample), of them 80 % hidden, 10 % another piece and 10 % as they were. The head stays as it was
-    pretrained.
+    (seed, epoch, sample), of them 80 % hidden, 10 % another piece and 10 % as they were.
+
+    Args:
+        head, untie: see `LanguageModelling`.
 
     Source: Devlin et al. 2018, arXiv:1810.04805, section 3.1
     """

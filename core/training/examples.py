@@ -47,7 +47,10 @@ def of_run(tuner: FineTuner, data: DataModule, file: Path, title: str = "") -> b
     ones, so that it shows both.
     """
     dataset: Any = next(iter(data.test_sets.values()), None) or data.validation_set
-    if tuner.task.compares or dataset is None or not len(dataset) or data.text_of(dataset, 0) is None:
+    # The logits of all tokens of a batch would be large, and say nothing of a sample as a whole.
+    if tuner.task.compares or tuner.task.reads == "logits":
+        return False
+    if dataset is None or not len(dataset) or data.text_of(dataset, 0) is None:
         return False
     count = min(LOOKED_AT, len(dataset))
     # Evenly spread: data sets are often sorted by class, and the first samples would all be of one.

@@ -69,6 +69,7 @@ class FineTuner(EpochTotals):
         self.head_dim: Any = None
         """Width of what the head reads; None where the task came with its head."""
         self.backbone.check_reading(self.task.reads)
+        self.task.prepare(self.backbone)
         if not self.task.is_built:
             if self.task.needs_classes and not self.info.classes:
                 raise ScionError("FineTuner: the task is not built; give classes=[...]")

@@ -23,7 +23,7 @@ def of_run(tuner: FineTuner, data: DataModule, file: Path, title: str = "") -> b
     the prediction, its score, and the truth where that is another; where samples are compared, queries with their
     nearest neighbours. Returns whether there was something to see."""
     dataset: Any = next(iter(data.test_sets.values()), None) or data.validation_set
-    if dataset is None or not len(dataset):
+    if dataset is None or not len(dataset) or type(data).illustrate is DataModule.illustrate:
         return False
     first = dataset[0]
     if not isinstance(first, (tuple, list)):  # only a batch of them is inputs and targets
