@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -37,6 +38,8 @@ class Backbone(nn.Module, Recorded, ABC):
 
     readings: tuple[str, ...] = ("feature",)
     """What tasks can read."""
+    trained_head: tuple[str, ...] = ()
+    """Names of the parameters of its own head that a task trains (`Task.prepare`); methods leave them trained."""
     optional_readings: tuple[str, ...] = ()
     """What only some arguments of the constructor make readable; the instance's ``readings`` say it then."""
     model: nn.Module
@@ -76,6 +79,14 @@ class Backbone(nn.Module, Recorded, ABC):
         self.check_reading(reading)
         # by calling the module: methods that change the feature act through hooks on it
         return self(inputs) if reading == "feature" else getattr(self, reading)(inputs, **options)
+
+    def save_beside(self, folder: Path) -> str:
+        """Write into a folder what belongs beside the library's model that is saved there (a tokenizer); here nothing.
+
+        Returns:
+            What the folder is then, for people: ``"SentenceTransformer(folder) opens it"``; empty for nothing special.
+        """
+        return ""
 
     def width(self, reading: str) -> Any:
         """Width of a reading, without methods: a number, or one for each of several maps."""

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 def merge(run: str, out: str) -> int:
     """Write the methods of a run into its backbone, and the plain backbone into a new folder ``out``.
 
-    The folder holds the backbone as its own library saves it, ``labels.json``, and ``head.safetensors`` if the task has
+    The folder holds the backbone as its own library saves it, with a tokenizer where it has one and what
+    sentence-transformers reads of an encoder of texts, ``labels.json``, and ``head.safetensors`` if the task has
     a head of its own.
     """
     from core.training.load_run import load_run  # start-up time
@@ -32,9 +33,11 @@ def merge(run: str, out: str) -> int:
     merge_methods(tuner)
     with new_folder(target) as scratch:
         has_head = save_plain(tuner, scratch)
+        note = tuner.backbone.save_beside(scratch)
     files = "head.safetensors and labels.json" if has_head else "labels.json"
     separator = ", " if has_head else " and "
-    print(f"{printable(out)}: a plain {type(tuner.backbone.model).__name__}{separator}{files}")
+    what = f"a plain {type(tuner.backbone.model).__name__}{separator}{files}"
+    print(f"{printable(out)}: {what}{'; ' if note else ''}{note}")
     return 0
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from core.errors import ScionError, listed
 from core.text.reading import Inputs, mask_of, pooled
-from core.text.sentence_folder import SentenceFolder, read_sentence_folder
+from core.text.sentence_folder import SentenceFolder, read_sentence_folder, write_sentence_folder
 from core.text.text_backbone import TextBackbone, class_in, class_tables
 
 Pooling = Literal["auto", "cls", "mean", "pooler"]
@@ -100,6 +102,17 @@ class TextEncoder(TextBackbone):
         before = "" if name is None else self.folder.prompts[name]
         found = [before + text for text in texts]
         return [text.lower() for text in found] if self.folder.lower_case else found
+
+    def save_beside(self, folder: Path) -> str:
+        """The tokenizer, and the files by which sentence-transformers makes the same embeddings; it has no words for
+        ``pooler``."""
+        found = super().save_beside(folder)
+        if self.pooling == "pooler":
+            return found
+        longest = self.max_length if self.max_length is not None else self.folder.max_length
+        said = replace(self.folder, pooling=self.pooling, normalise=self.normalise, further=(), max_length=longest)
+        write_sentence_folder(folder, said, self.dim)
+        return "SentenceTransformer(folder) opens it too"
 
     def forward(self, inputs: Inputs) -> Tensor:
         """inputs [batch, tokens] -> features [batch, dim]"""

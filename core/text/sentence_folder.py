@@ -1,4 +1,4 @@
-"""What a folder of sentence-transformers says beside the model: pooling, prompts, the longest text.
+"""What a folder of sentence-transformers says beside the model: pooling, prompts, the longest text; read and written.
 
 Source: the files that sentence-transformers writes (``modules.json``, ``1_Pooling/config.json``,
 ``config_sentence_transformers.json``, ``sentence_bert_config.json``), in its forms of version 2 to 6.
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import ScionError, listed
-from core.files import read_json
+from core.files import read_json, write_json
 from core.hub import Source, file_of
 
 _POOLINGS = {"cls": "cls", "mean": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
@@ -61,6 +61,34 @@ def read_sentence_folder(source: Source) -> SentenceFolder:
     prompts = {str(name): str(text or "") for name, text in (settings.get("prompts") or {}).items()}
     return SentenceFolder(pooling, "Normalize" in kinds, tuple(further), prompts, settings.get("default_prompt_name"),
                           own.get("max_seq_length"), bool(own.get("do_lower_case")))
+
+
+def write_sentence_folder(folder: Path, said: SentenceFolder, dim: int) -> None:
+    """Write the files by which sentence-transformers opens a folder that holds a model of transformers.
+
+    Args:
+        folder: with the model and its tokenizer.
+        said: what to write; its pooling must be known.
+        dim: width of the states.
+    """
+    parts = [("Transformer", ""), ("Pooling", "1_Pooling")]
+    if said.normalise:
+        parts.append(("Normalize", "2_Normalize"))
+    modules = []
+    for number, (kind, path) in enumerate(parts):
+        modules.append({"idx": number, "name": str(number), "path": path,
+                        "type": f"sentence_transformers.models.{kind}"})
+    pooling = {"word_embedding_dimension": dim, "pooling_mode_cls_token": said.pooling == "cls",
+               "pooling_mode_mean_tokens": said.pooling == "mean", "pooling_mode_max_tokens": False,
+               "pooling_mode_mean_sqrt_len_tokens": False}
+    settings = {"prompts": said.prompts, "default_prompt_name": said.default_prompt}
+    own = {"max_seq_length": said.max_length, "do_lower_case": said.lower_case}
+    for _, path in parts:  # a folder of its own for each, though Normalize has nothing to say
+        (folder / path).mkdir(exist_ok=True)
+    write_json(folder / "modules.json", modules)
+    write_json(folder / "1_Pooling" / "config.json", pooling)
+    write_json(folder / "config_sentence_transformers.json", settings)
+    write_json(folder / "sentence_bert_config.json", own)
 
 
 def _pooling(source: Source, modules: list[dict[str, Any]], kinds: list[str]) -> tuple[str | None, list[str]]:

@@ -137,6 +137,10 @@ class TextBackbone(Backbone):
         """A short hash that knows the tokenizer."""
         return self.tokenizer.fingerprint
 
+    def save_beside(self, folder: Path) -> str:
+        self.tokenizer.fast.save_pretrained(folder)
+        return "transformers' AutoTokenizer opens it too"
+
     # ------------------------------------------------------------------------------------------ readings
 
     def width(self, reading: str) -> int:

@@ -21,6 +21,7 @@ from core.errors import ScionError
 from core.files import read_json
 from core.text.backbones import LanguageModel, TextEncoder
 from core.text.datamodule import TextDataModule
+from core.text.sentence_folder import SentenceFolder, write_sentence_folder
 from core.training import examples, load_run, run
 from tests.core.text import tiny
 
@@ -266,3 +267,30 @@ def test_counted_without_a_run(config: Path, capsys: pytest.CaptureFixture[str])
     assert main(["describe", str(config)]) == 0
     assert "one step on a batch input_ids [8, 12], attention_mask [8, 12]" in capsys.readouterr().out
     assert os.path.isdir(config.parent / "cache") is False  # nothing was read
+
+
+@pytest.mark.parametrize("folder_says", ["nothing", "cls, normalised, lower case"])
+def test_a_merged_encoder_opens_as_a_sentence_transformer(config: Path, tmp_path: Path, folder_says: str,
+                                                          capsys: pytest.CaptureFixture[str]) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    if folder_says != "nothing":
+        said = SentenceFolder("cls", True, (), {"query": "query : "}, "query", 9, True)
+        write_sentence_folder(tmp_path / "model", said, 16)
+    folder = tmp_path / "run"
+    arguments = ["--trainer.max_epochs", "1", "--data.max_length", "null", "--peft", "LoRA"]
+    assert main(["run", str(config), "--run_dir", str(folder), *arguments]) == 0
+    assert main(["merge", str(folder), str(tmp_path / "plain")]) == 0
+    assert "SentenceTransformer(folder) opens it too" in capsys.readouterr().out
+    encoder: Any = load_run.load_run(str(folder)).backbone
+    texts = ["the cat sleeps", "dog", "what is the dog : one two three four five a"]
+    batch = encoder.tokenizer.pad_encoded(encoder.tokenizer.encode(encoder.prompted(texts), None, encoder.max_length))
+    with torch.inference_mode():
+        expected = encoder(batch)
+    opened = SentenceTransformer(str(tmp_path / "plain"), device="cpu")
+    torch.testing.assert_close(torch.as_tensor(opened.encode(texts)), expected, rtol=1e-5, atol=1e-5)
+    again = TextEncoder(str(tmp_path / "plain")).eval()
+    assert again.tokenizer_fingerprint == encoder.tokenizer_fingerprint and again.prompts == encoder.prompts
+    assert (again.pooling, again.normalise) == (encoder.pooling, encoder.normalise)
+    with torch.inference_mode():
+        torch.testing.assert_close(again(batch), expected, rtol=1e-5, atol=1e-5)
