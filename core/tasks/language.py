@@ -18,8 +18,10 @@ class LanguageModelling(Task):
     """The backbone's own head says the next token; cross-entropy as a mean over all labelled positions of a step.
 
     Targets are ``{"labels": [batch, tokens]}`` or that tensor, with -100 where nothing is to be said, each at the
-    position that says it (`core.text.sequence.causal_batch`). Logits are computed at labelled positions only. Measured
-    by perplexity, e^(sum of the negative log-likelihoods / labels), and the share of tokens that are the likeliest.
+    position that says it (`core.text.sequence.causal_batch`). Beside the labels there may be ``positions`` [labels],
+    where they count, numbered through the batch: then nothing looks into them, as on the meta device. Logits are
+    computed at labelled positions only. Measured by perplexity, e^(sum of the negative log-likelihoods / labels), and
+    the share of tokens that are the likeliest.
 
     Args:
         head: ``train`` trains the backbone's own head (transform, bias, map to the vocabulary) beside the methods, and
@@ -62,7 +64,8 @@ class LanguageModelling(Task):
         """Where logits are wanted: at the labels, or, without any, at all tokens that are no padding."""
         if targets is None:
             return {"where": inputs["attention_mask"].bool()}
-        return {"where": labels_in(targets) != IGNORED}
+        positions = _positions_in(targets)
+        return {"where": labels_in(targets) != IGNORED if positions is None else positions}
 
     def counts(self, outputs: Tensor, targets: Any) -> int:
         return len(outputs)
@@ -112,4 +115,10 @@ def labels_in(targets: Any) -> Tensor:
 def chosen_labels(targets: Any) -> Tensor:
     """The labels of a batch that count [labels], row by row."""
     labels = labels_in(targets)
-    return labels[labels != IGNORED]
+    positions = _positions_in(targets)
+    return labels[labels != IGNORED] if positions is None else labels.flatten()[positions]
+
+
+def _positions_in(targets: Any) -> Tensor | None:
+    """Where the labels that count are, if the targets say it."""
+    return targets.get("positions") if isinstance(targets, dict) else None

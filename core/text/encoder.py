@@ -133,7 +133,7 @@ class TextEncoder(TextBackbone):
 
         Args:
             inputs: [batch, tokens].
-            where: boolean [batch, tokens].
+            where: boolean [batch, tokens], or the positions' numbers (`core.text.reading.rows_of`).
 
         Returns:
             [labels, vocabulary], in the order of the positions, row by row.

@@ -80,7 +80,8 @@ class LanguageModel(TextBackbone):
 
         Args:
             inputs: [batch, tokens].
-            where: boolean [batch, tokens], of the decoder's tokens where there are two stacks.
+            where: boolean [batch, tokens], of the decoder's tokens where there are two stacks; or the positions'
+                numbers (`core.text.reading.rows_of`).
 
         Returns:
             [labels, vocabulary], in the order of the positions, row by row: the scores of what comes next there.

@@ -82,12 +82,15 @@ def rows_of(where: Tensor, shape: torch.Size) -> Tensor:
     """The numbers of the chosen positions [labels], counted through the whole batch.
 
     Args:
-        where: boolean [batch, tokens].
+        where: boolean [batch, tokens]; or these numbers themselves, int64 [labels], where their count must be known
+            without looking into a mask (on the meta device).
         shape: (batch, tokens) of the final states.
 
     Raises:
-        ScionError: the mask is not boolean, or of another shape.
+        ScionError: it is neither, or a mask of another shape.
     """
+    if where.dtype == torch.int64 and where.dim() == 1:
+        return where
     if where.dtype != torch.bool or where.shape != shape[:2]:
         raise ScionError(f"logits want a boolean mask {list(shape[:2])}, got {where.dtype} {list(where.shape)}")
     return where.flatten().nonzero().squeeze(1)
@@ -98,7 +101,7 @@ class FinalStates:
 
     def __init__(self, where: Tensor | None) -> None:
         self.where = where
-        """Boolean [batch, tokens]: the positions that the head shall see; None for none at all."""
+        """The positions that the head shall see (`rows_of`); None for none at all."""
         self.states: Tensor | None = None
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
