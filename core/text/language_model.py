@@ -105,7 +105,11 @@ class LanguageModel(TextBackbone):
         if mask.dim() == 4:
             arguments["attention_mask"] = self._mask_of_pairs(mask)
         elif mask.is_meta:
-            pass  # without padding, positions are those that the model counts
+            # No values to look into: without padding, positions are those that the model counts, and a mask for each
+            # query is taken as it is.
+            if arguments["attention_mask"] is None:
+                tokens = mask.shape[1]
+                arguments["attention_mask"] = mask.new_ones(len(mask), 1, tokens, tokens, dtype=torch.bool)
         elif "position_ids" not in arguments and is_accepted(self.model, "position_ids"):
             arguments["position_ids"] = positions_of(mask)
         return arguments

@@ -48,10 +48,11 @@ def mask_of(inputs: Inputs) -> Tensor:
 def arguments_of(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
     """The arguments of a model's forward for a batch. The mask is always among them: without one, padding would be
     read as text. Only where there are no values at all, and costs are counted, the batch is one without padding:
-    transformers looks into the mask to see whether there is any."""
+    transformers looks into the mask to see whether there is any, unless attention is written out."""
     arguments: dict[str, Any] = {"input_ids": inputs["input_ids"]}
     mask = mask_of(inputs)
-    arguments["attention_mask"] = None if mask.is_meta else mask
+    looks_into = getattr(model.config, "_attn_implementation", None) != "eager"
+    arguments["attention_mask"] = None if mask.is_meta and looks_into else mask
     if "position_ids" in inputs and is_accepted(model, "position_ids"):
         arguments["position_ids"] = inputs["position_ids"]
     if "token_type_ids" in inputs and knows_types(model):

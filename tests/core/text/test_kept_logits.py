@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,7 +15,7 @@ from core.backbone import Backbone
 from core.data import DataInfo
 from core.peft import LoRA
 from core.tasks import MaskedLM
-from core.text.backbones import TextEncoder
+from core.text.backbones import LanguageModel, TextEncoder
 from tests.core.text import tiny
 
 VOCABULARY, BATCH, TOKENS = 250_002, 16, 256
@@ -89,3 +90,18 @@ def test_loss_and_gradients_are_those_of_the_whole_matrix(tmp_path: Path) -> Non
         for one, other in zip(found, gradients, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
         assert tuner.task.counts(tuner(inputs, targets), targets) == int(chosen.sum()) > 3
+
+
+@pytest.mark.parametrize(("kind", "model_class"), [
+    ("bert", "BertForMaskedLM"), ("deberta-v2", "DebertaV2ForMaskedLM"), ("gpt2", "GPT2LMHeadModel"),
+    ("llama", "LlamaForCausalLM"), ("gpt_neox", "GPTNeoXForCausalLM")])
+def test_models_without_values_say_their_shapes(kind: str, model_class: str, tmp_path: Path) -> None:
+    folder = tiny.folder(tmp_path, kind, model_class)
+    encodes = kind in tiny.ENCODERS
+    backbone: Any = TextEncoder(folder, head=True) if encodes else LanguageModel(folder)
+    backbone.to("meta")
+    ids = torch.empty(2, 8, dtype=torch.long, device="meta")
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    positions = torch.empty(3, dtype=torch.long, device="meta")
+    assert backbone.logits(inputs, positions).shape == (3, tiny.SIZE + 2)
+    assert backbone.tokens(inputs).shape == (2, 8, 16)
