@@ -174,7 +174,8 @@ def test_4_start_where_embeddings_are_scaled(family: str) -> None:
     """At what the embedding gives for ids, not at the rows of its table."""
     model = make(family)
     method = PromptTuning(tokens=5).attach(model)
-    embedding: Any = model.model.get_input_embeddings()
+    inner: Any = model.model
+    embedding = inner.get_input_embeddings()
     given = embedding(torch.arange(len(embedding.weight)))
     [prompt] = method.trainable().values()
     assert all(any(torch.equal(row, value) for value in given) for row in prompt)
