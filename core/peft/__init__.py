@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from core.method import PEFTMethod
 
 
-COMPOSITIONS = ("Route", "Fuse", "Split")
+COMPOSITIONS = ("Route", "Fuse", "Split", "Average")
 """Classes in ``core.compose`` that stand where a method can stand."""
 
 

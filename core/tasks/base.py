@@ -115,15 +115,6 @@ class Task(TaskDeclarations, nn.Module, Recorded, ABC):
         """Whether there is a loss to measure in a stage."""
         return stage == "train" or not self.compares
 
-    def total(self, losses: LossParts) -> Tensor:
-        """The sum of a loss's parts, by their weights."""
-        if isinstance(losses, Tensor):
-            return losses
-        parts = [self.weights.get(name, 1.0) * part for name, part in losses.items()]
-        if not parts:
-            raise ScionError(f"{type(self).__name__}.loss: gives no part")
-        return torch.stack(parts).sum()
-
     def scores(self, outputs: Any) -> Any:
         """What the metrics are updated with, from the outputs."""
         return outputs
@@ -214,6 +205,20 @@ class Task(TaskDeclarations, nn.Module, Recorded, ABC):
             fresh.reset()
             self.metrics[key] = fresh
         return self.metrics[key]  # type: ignore[return-value]
+
+
+def total_loss(task: Task, losses: LossParts) -> Tensor:
+    """The sum of a loss's parts, by the task's weights.
+
+    Raises:
+        ScionError: there are none.
+    """
+    if isinstance(losses, Tensor):
+        return losses
+    parts = [task.weights.get(name, 1.0) * part for name, part in losses.items()]
+    if not parts:
+        raise ScionError(f"{type(task).__name__}.loss: gives no part")
+    return torch.stack(parts).sum()
 
 
 def row_by_row(targets: Any) -> list[Any]:

@@ -25,7 +25,7 @@ from core.graft import checkpoint_activations
 from core.method import PEFTMethod, home_in, key_of, methods_on
 from core.method.abilities import AddsLoss, OwnLoss
 from core.record import plain
-from core.tasks.base import Task
+from core.tasks.base import Task, total_loss
 from core.training.epoch import EpochTotals
 from core.training.finite import Losses, check_trained, stop_unless_finite, what_is_not_finite
 from core.training.head_files import load_outside, outside
@@ -242,7 +242,7 @@ class FineTuner(EpochTotals):
                 return of_methods_alone(outputs, terms)
         found = no_loss(outputs) if labels == 0 else self.task.loss(outputs, targets)
         parts = {} if isinstance(found, Tensor) else found
-        return Losses(outputs, "the task", self.task.total(found), terms, parts, labels)
+        return Losses(outputs, "the task", total_loss(self.task, found), terms, parts, labels)
 
     def training_step(self, batch: Any, index: int) -> Tensor | None:
         # Of a joint batch that does not divide evenly, a process with fewer samples counts for less.

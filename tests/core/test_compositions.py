@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from core import load_adapter, peft
 from core.anatomy import dissect
-from core.compose import Fuse, Route, Split
+from core.compose import Average, Fuse, Route, Split
 from core.errors import ScionError
 from core.graft import checkpoint_activations
 from core.method import methods_on
@@ -74,6 +74,7 @@ COMPOSITIONS: dict[str, Callable[[], Any]] = {
     "Split": lambda: Split(pfeiffers("a", "b"), by=5),
     "Split LoRA": lambda: Split([LoRA(name=name, rank=2, targets=("q", "mlp.up")) for name in "ab"], by=5),
     "Split LanguageAdapter": lambda: Split([LanguageAdapter(name=name, bottleneck=2) for name in "ab"], by=5),
+    "Average": lambda: Average([LoRA(name=name, rank=2, targets=("q", "mlp.up")) for name in "abc"]),
     "nested": lambda: Route([Fuse(pfeiffers("a", "b"), name="fused"), Split(pfeiffers("c", "d"), by=5, name="split"),
                              LoRA(rank=2)]),
 }
@@ -108,7 +109,7 @@ def test_on_off_saved_copied_removed(kind: str, family: str, tmp_path: Path) -> 
     state = model.state_dict()
     loaded.remove()
     again = eval(repr(method), {**{name: getattr(peft, name) for name in peft.registry()}, "Route": Route,
-                                "Fuse": Fuse, "Split": Split}).attach(fresh)
+                                "Fuse": Fuse, "Split": Split, "Average": Average}).attach(fresh)
     assert not torch.equal(outputs(fresh, inputs), now)
     fresh.load_state_dict(state)
     assert torch.equal(outputs(fresh, inputs), now)
@@ -396,12 +397,55 @@ def test_bad_values() -> None:
                            (lambda: Fuse(pair, dropout=1.0), "dropout 1"),
                            (lambda: Fuse(pair, penalty=-1), "penalty -1"), (lambda: Fuse(pair, layers=(0,)), "layers"),
                            (lambda: Fuse([*pair, LoRA(norms=("norm",))]), "trains the backbone itself"),
+                           (lambda: Average(pair[:1]), "its own average"),
+                           (lambda: Average(pair, weights=[1]), "1 weights of 2"),
+                           (lambda: Average(pair, weights=[1, -1]), "numbers from 0"),
+                           (lambda: Average(pair, weights=[0, 0]), "not all of them 0"),
                            (lambda: Split(pair[:1]), "two methods"), (lambda: Split(pair, by=-1), "by -1"),
                            (lambda: Split(pair, by="token_typ"), "'token_type'"),
                            (lambda: Split(pair, by="separator"), "go together"),
                            (lambda: Split(pair, by=3, separator=4), "go together")):
         with pytest.raises(ScionError, match=words):
             make_it()
+
+
+# ------------------------------------------------------------------------------------------------- average
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_average_of_linear_changes_is_one_change(family: str) -> None:
+    """Shares 3/4 and 1/4 of two LoRAs: one whose matrices stand side by side, scaled by them."""
+    model, inputs = make(family, dtype=torch.float64), batch(family, dtype=torch.float64)
+    average: Any = shaken(Average([LoRA(name=name, rank=2, targets=("mlp.up",)) for name in "ab"], weights=[3, 1]
+                                  ).attach(model))
+    plain = make(family, dtype=torch.float64)
+    one: Any = LoRA(name="one", rank=4, alpha=4, targets=("mlp.up",)).attach(plain)
+    tensors = average.tensors()
+    with torch.no_grad():
+        for key, tensor in one.tensors().items():
+            parts = [tensors[key.replace(one.prefix, f"{average.prefix}{name}.")].double() for name in "ab"]
+            if key.endswith(".B"):
+                parts = [0.75 * parts[0], 0.25 * parts[1]]
+            tensor.copy_(torch.cat(parts, 1 if key.endswith(".B") else 0))
+    assert distance(outputs(model, inputs), outputs(plain, inputs)) < 1e-6
+
+
+def test_averages_of_trained_adapters(tmp_path: Path) -> None:
+    """Of folders; a weight of 0 leaves a method out; all that stands on the same sites goes, and nothing else."""
+    folders = []
+    for name in "ab":
+        model = make("bert")
+        shaken(Pfeiffer(bottleneck=2, name=name).attach(model)).save(tmp_path / name)
+        folders.append(str(tmp_path / name))
+    alone = make("bert")
+    load_adapter(folders[1], alone)
+    model, inputs = make("bert"), batch("bert")
+    Average(folders, weights=[0, 2]).attach(model)
+    assert distance(outputs(model, inputs), outputs(alone, inputs)) < 1e-6
+    with pytest.raises(ScionError, match="at the same sites"):
+        Average([Pfeiffer(bottleneck=2, name="a"), LoRA(name="b")]).attach(make("bert"))
+    with pytest.raises(ScionError, match="cannot be averaged"):
+        Average([peft.make("LoKr", {"name": name}) for name in "ab"]).attach(make("bert"))
 
 
 # ------------------------------------------------------------------------------------------------- split
