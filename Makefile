@@ -29,6 +29,8 @@ demo: $(STAMP)
 	$(BIN)/lightning run domains/audio/esc50.yaml $(NANO) --trainer.max_epochs 3 --run_dir runs/demo $(SEEDS) \
 		--over "peft=LinearProbe,LoRA,{class: FullFineTuning, lr: 0.001}" --over model.backbone.pretrained=true,false
 
+# Children that tests start would compile all libraries anew where the environment keeps python from writing bytecode.
+test test-all: export PYTHONDONTWRITEBYTECODE :=
 test: $(STAMP)
 	$(BIN)/ruff check --quiet .
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
