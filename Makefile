@@ -18,6 +18,8 @@ SEEDS := --over seed_everything=0,1,2
 
 # One thread a process: pytest runs several of them.
 test test-all: export OMP_NUM_THREADS := 1
+# Children that tests start would compile all libraries anew where the environment keeps python from writing bytecode.
+test test-all: export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: bench demo test test-all lint setup wheel clean
 .DEFAULT_GOAL := setup
@@ -29,8 +31,6 @@ demo: $(STAMP)
 	$(BIN)/lightning run domains/audio/esc50.yaml $(NANO) --trainer.max_epochs 3 --run_dir runs/demo $(SEEDS) \
 		--over "peft=LinearProbe,LoRA,{class: FullFineTuning, lr: 0.001}" --over model.backbone.pretrained=true,false
 
-# Children that tests start would compile all libraries anew where the environment keeps python from writing bytecode.
-test test-all: export PYTHONDONTWRITEBYTECODE :=
 test: $(STAMP)
 	$(BIN)/ruff check --quiet .
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
