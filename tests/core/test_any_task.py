@@ -131,6 +131,7 @@ def test_a_reading_that_is_not_there(config: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow  # two more processes that import everything
 def test_two_processes(config: Path, tmp_path: Path) -> None:
     [single] = points(str(config), ["--peft.dropout", "0"])
     run.execute(single, tmp_path / "one")
