@@ -10,6 +10,8 @@ from core.json_types import Rule, shown
 TRAINED = "Trained"
 """The class that a trained adapter among the methods stands for: ``{adapter: FOLDER}`` is short for it."""
 TRAINED_OPTIONS = ("adapter", "name", "trainable", "base")
+CLASS_KEYS = {"class_path", "class", "init_args"}
+"""Keys that say which class, in the long form and the short one; beside ``class`` all others are arguments."""
 
 
 def is_class_name(name: str) -> bool:
@@ -32,7 +34,7 @@ Component = Annotated[ClassAndArguments, Rule(bool, "a class, as LoRA or {class:
 
 def is_trained_adapter(value: Any) -> bool:
     """Whether an entry names the folder of a trained adapter and no class."""
-    return isinstance(value, dict) and "adapter" in value and not value.keys() & {"class_path", "class", "init_args"}
+    return isinstance(value, dict) and "adapter" in value and not value.keys() & CLASS_KEYS
 
 
 def short(text: str) -> str:
@@ -61,7 +63,7 @@ def class_and_arguments(value: Any, key: str) -> dict[str, Any]:
             instead = "write a method's name: LinearProbe trains the head alone, FullFineTuning everything"
         raise ScionError(f"{key}: {shown(value)} names no class; {instead}")
     name = value.get("class_path", value.get("class"))
-    rest = {argument: one for argument, one in value.items() if argument not in ("class_path", "class", "init_args")}
+    rest = {argument: given for argument, given in value.items() if argument not in CLASS_KEYS}
     if "class_path" in value and "class" in value:
         raise ScionError(f"{key}: both class_path and class; write one of them")
     if "init_args" in value and "class" in value:

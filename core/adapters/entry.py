@@ -148,7 +148,7 @@ class SavedValues:
 
     def _of_base(self, anatomy: Anatomy) -> list[str]:
         """Names in the file of tensors of the base itself."""
-        names = self._content(anatomy, self.spec, {}).names
+        names = self._content(anatomy, {}).names
         heads = {names.in_file(name) for name in anatomy.head_names()}
         return [name for name in self.tensors if not name.startswith(("peft.", OUTSIDE)) and name not in heads]
 
@@ -166,7 +166,7 @@ class SavedValues:
 
     def owned(self, anatomy: Anatomy) -> set[str]:
         """Names in the root of the base's tensors whose values the file holds."""
-        names = self._content(anatomy, self.spec, {}).names
+        names = self._content(anatomy, {}).names
         return {own for own in map(names.in_root, self._of_base(anatomy)) if own is not None}
 
     # ------------------------------------------------------------------------------- when it is attached
@@ -180,12 +180,12 @@ class SavedValues:
         """
         root = method.need_root()
         anatomy = dissect(root)
-        method.restructure(self._content(anatomy, self.spec, {}).specs[0].get("structure", {}))
+        method.restructure(self._content(anatomy, {}).specs[0].get("structure", {}))
         waiting = [one for one in self.together if one.root is root and _waits(one)]
         tensors: dict[str, Tensor] = {}
         for one in waiting:
             tensors |= self._tensors_of(one, anatomy)
-        content = self._content(anatomy, self.spec, tensors)
+        content = self._content(anatomy, tensors)
         renamed = {self._under_name(name, method) for name in content.apart}
         content = replace(content, apart=content.apart | renamed)
         try:
@@ -209,14 +209,15 @@ class SavedValues:
         """One method's tensors in the file, by the names that a file of this model would give them."""
         assert isinstance(method.values, SavedValues)
         found = {f"{method.prefix}{name}": tensor for name, tensor in method.values.own().items()}
-        names = FileNames(self._content(anatomy, self.spec, {}).names, [method])
+        names = FileNames(self._content(anatomy, {}).names, [method])
         for name in map(names.of, live_tensors(method)):
             if name in self.tensors and not name.startswith("peft."):
                 found[name] = self.tensors[name]
         return found
 
-    def _content(self, anatomy: Anatomy, spec: Spec, tensors: dict[str, Tensor]) -> Content:
-        content = Content.of({**self.record, "methods": [spec]}, tensors, anatomy)
+    def _content(self, anatomy: Anatomy, tensors: dict[str, Tensor]) -> Content:
+        """The file's content as if it held this method alone, with ``tensors``."""
+        content = Content.of({**self.record, "methods": [self.spec]}, tensors, anatomy)
         return replace(content, unfrozen=())
 
 

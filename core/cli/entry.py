@@ -143,30 +143,22 @@ OWN = {"--run_dir": True, "--overwrite": False, "--json": False, "--trust": Fals
 (``--run_dir``), and whether a value follows."""
 
 
-def _apart(words: list[str]) -> tuple[list[str], list[str]]:
-    """The command's own words, and those that set keys of the configuration, each with its value."""
+def _apart(words: list[str], prefix: str = "--") -> tuple[list[str], list[str]]:
+    """The command's own words, and those that set keys of the configuration, or of what ``prefix`` begins with, each
+    with its value."""
     own: list[str] = []
     keys: list[str] = []
     rest = list(words)
     while rest:
         word = rest.pop(0)
         name, equals, _ = word.partition("=")
-        is_key = word.startswith("--") and name not in OWN and word != "--"
+        is_key = word.startswith(prefix) and name not in OWN and word != "--"
         into = keys if is_key else own
         into.append(word)
         follows = not equals and (is_key or OWN.get(name, False))
         if follows and rest and rest[0].partition("=")[0] not in OWN:
             into.append(rest.pop(0))
     return own, keys
-
-
-def _apart_generation(words: list[str]) -> tuple[list[str], list[str]]:
-    """The words of ``predict``, and those that say how texts are written."""
-    if not any(word.startswith("--generate.") for word in words):
-        return words, []
-    from core.cli.generation import part  # seldom needed
-
-    return part(words)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -182,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         main_parser.epilog = _domains_help(names)
     own, keys = _apart(words) if words[:1] in (["run"], ["describe"], ["test"]) else (words, [])
     if words[:1] == ["predict"]:
-        own, keys = _apart_generation(words)
+        own, keys = _apart(words, "--generate.")
     asks = [word for word in own if word in ("--help", "-h")]
     if words[:1] == ["run"] and asks and len(own) > 1 + len(asks):
         return _fields_of([word for word in own if word not in asks], keys)

@@ -26,22 +26,6 @@ OF_FILES = ("set", "restart")
 """Keys that say where the texts go, and nothing of the texts."""
 
 
-def part(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The words of ``predict`` itself, and those that set how texts are written, each with its value."""
-    own: list[str] = []
-    keys: list[str] = []
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith(f"--{PREFIX}"):
-            own.append(word)
-            continue
-        keys.append(word)
-        if "=" not in word and rest:
-            keys.append(rest.pop(0))
-    return own, keys
-
-
 @says_what_failed
 def generate_texts(run: str, files: list[str], keys: Sequence[str], as_json: bool, features: bool = False,
                    out: str | None = None) -> int:

@@ -254,7 +254,8 @@ def attend_with(grafts: list[Graft], x: Tensor, keys_of: KeysOf, attend: Callabl
     """torch's attention call, or one like it, with ``grafts`` around it; ``x`` is the attention module's input."""
     if is_causal and attn_mask is None:
         # A graft may add keys: causality must be in the mask, where it can be extended.
-        attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+        queries, keys = query.shape[-2], key.shape[-2]
+        attn_mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril()
 
     def base(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         return attend(q, k, v, mask, dropout_p, False, scale=scale, enable_gqa=enable_gqa)
@@ -271,9 +272,11 @@ def attend_with(grafts: list[Graft], x: Tensor, keys_of: KeysOf, attend: Callabl
         rows = next(rows_of_samples(graft.batch, query.shape[0], graft.route)
                     for graft in routed if graft.variant == variant)
         own_grafts = [graft for graft in grafts if graft.batch is None or graft.variant == variant]
-        has_own_masks = attn_mask is not None and attn_mask.dim() == 4 and attn_mask.shape[0] == query.shape[0]
-        mask = attn_mask[rows] if has_own_masks else attn_mask  # type: ignore[index]
-        part = chain(own_grafts, x[rows])(query[rows], key[rows], value[rows], mask)
+        mask = attn_mask
+        if mask is not None and mask.dim() == 4 and len(mask) == len(query):  # each sample has its own
+            mask = mask[rows]
+        own_attention = chain(own_grafts, x[rows])
+        part = own_attention(query[rows], key[rows], value[rows], mask)
         output = output.index_copy(0, rows, part)
     return output
 
@@ -296,7 +299,11 @@ def variants_present(routed: list[Graft]) -> list[int]:
     """
     if len({id(graft.route) for graft in routed}) > 1:
         raise ScionError("routing: two routes at one site cannot both choose a weight or an attention for a row")
-    return list(dict.fromkeys(graft.variant for graft in routed if graft.batch is not None and len(graft.batch)))
+    found: dict[int, None] = {}  # in their order, each once
+    for graft in routed:
+        if graft.batch is not None and len(graft.batch):
+            found[graft.variant] = None
+    return list(found)
 
 
 class _CatchKeys(TorchFunctionMode):
@@ -330,7 +337,9 @@ def keys_of_tokens(module: nn.Module, args: tuple, kwargs: dict[str, Any], token
 def _without_position(value: Any) -> Any:
     """An argument of an attention for tokens without a position: rotated by nothing, position 0, no mask, no cache."""
     if isinstance(value, tuple) and len(value) == 2 and all(isinstance(part, Tensor) for part in value):
-        return torch.ones_like(value[0][:1, :1]), torch.zeros_like(value[1][:1, :1])  # cosines and sines
+        cosines, sines = value
+        return torch.ones_like(cosines[:1, :1]), torch.zeros_like(sines[:1, :1])
     if isinstance(value, Tensor) and value.dtype in (torch.int32, torch.int64):
-        return torch.zeros_like(value[..., :1] if value.dim() == 1 else value[:1, ..., :1])
-    return value if value is None or isinstance(value, (bool, int, float, str)) else None
+        first = value[:1] if value.dim() == 1 else value[:1, ..., :1]
+        return torch.zeros_like(first)
+    return value if isinstance(value, (bool, int, float, str)) else None

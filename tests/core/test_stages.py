@@ -22,7 +22,7 @@ from core.training.assemble import make_methods
 from core.training.run import execute
 from core.training.stage_checks import check_stages
 from core.training.stages import stages_of
-from tests.core.tiny_run import CONFIG, PARTS, PointOf, child, finish, results, weights
+from tests.core.tiny_run import PointOf, child, finish, results, tiny_domain, weights
 
 MORE = '''
 
@@ -53,15 +53,9 @@ __all__ = ["Halves", "OtherViT", "SameViT", "SmallViT", "Squares"]
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    home = tmp_path_factory.mktemp("path")
-    (home / "domains" / "stages_of_squares").mkdir(parents=True)
-    (home / "domains" / "stages_of_squares" / "__init__.py").write_text(PARTS + MORE)
-    file = home / "stages.yaml"
-    text = CONFIG.replace("killed_parts.", "").replace("max_epochs: 3", "max_epochs: 1")
-    file.write_text(text + "domain: stages_of_squares\n")
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(home)
-        patch.setattr("core.report.plots.save_figure", lambda *figure_and_path, **options: None)
+        file = tiny_domain(patch, tmp_path_factory.mktemp("path"), "stages_of_squares", MORE)
+        file.write_text(file.read_text().replace("max_epochs: 3", "max_epochs: 1"))
         yield file
 
 

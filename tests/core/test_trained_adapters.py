@@ -27,7 +27,7 @@ from core.record import signature
 from core.training.assemble import assemble
 from core.training.measure import measure
 from core.training.run import execute
-from tests.core.tiny_run import CONFIG, PARTS, PointOf, child, is_finished, weights
+from tests.core.tiny_run import PointOf, child, is_finished, tiny_domain, weights
 from tests.models import batch, make
 from tests.toolkit import differences, distance, outputs, trace
 
@@ -38,15 +38,9 @@ SHORT = ("--trainer.max_epochs", "1")
 @pytest.fixture(scope="module")
 def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The tiny run's parts as a domain, whose runs can be loaded again."""
-    home = tmp_path_factory.mktemp("path")
-    (home / "domains" / "squares").mkdir(parents=True)
     names = '\n\n__all__ = ["SmallViT", "Squares"]\n'
-    (home / "domains" / "squares" / "__init__.py").write_text(PARTS + names)
-    file = home / "squares.yaml"
-    file.write_text(CONFIG.replace("killed_parts.", "") + "domain: squares\n")
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(home)
-        patch.setattr("core.report.plots.save_figure", lambda *figure_and_path, **options: None)
+        file = tiny_domain(patch, tmp_path_factory.mktemp("path"), "squares", names)
         yield file
 
 

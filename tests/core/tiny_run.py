@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from core.config import Point
 
 PointOf = Callable[..., Point]
@@ -64,6 +66,30 @@ peft: LoRA
 optimizer: {lr: 1.0e-2}
 trainer: {max_epochs: 3, checkpoint_every_n_steps: 2, enable_progress_bar: false, accelerator: cpu}
 """
+
+
+def put_domain(patch: pytest.MonkeyPatch, home: Path, name: str, code: str) -> None:
+    """Put a domain with this code on the import path, as long as ``patch`` holds."""
+    folder = home / "domains" / name
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text(code)
+    patch.syspath_prepend(home)
+
+
+def forget_domain(name: str) -> None:
+    """Let the next import of a domain read its code again."""
+    for module in [module for module in sys.modules if module.startswith(f"domains.{name}")]:
+        del sys.modules[module]
+
+
+def tiny_domain(patch: pytest.MonkeyPatch, home: Path, name: str, more: str) -> Path:
+    """The configuration of the tiny run with its parts, and ``more`` behind them, as a domain, whose runs can be loaded
+    again; no picture is drawn."""
+    put_domain(patch, home, name, PARTS + more)
+    patch.setattr("core.report.plots.save_figure", lambda *figure_and_path, **options: None)
+    file = home / f"{name}.yaml"
+    file.write_text(CONFIG.replace("killed_parts.", "") + f"domain: {name}\n")
+    return file
 
 
 def fork(work: Callable[[], int], output: Path | None = None) -> int:

@@ -28,7 +28,8 @@ class ConformerGraft(Graft):
         assert site.around is not None
         self.tap = Tap(site.around.into(site.role)) if parallel is True else None
         self.norm = nn.LayerNorm(site.width) if layer_norm else nn.Identity()
-        self.down, self.up = nn.Linear(site.width, 2 * bottleneck), nn.Linear(bottleneck, site.width)
+        self.down = nn.Linear(site.width, 2 * bottleneck)
+        self.up = nn.Linear(bottleneck, site.width)
         self.conv = nn.Conv1d(bottleneck, bottleneck, kernel, groups=bottleneck)
         self.batch_norm = nn.BatchNorm1d(bottleneck)
         self.batch_norm.num_batches_tracked = None  # of no use where the momentum is fixed
@@ -38,11 +39,13 @@ class ConformerGraft(Graft):
         self.margins = (kernel - 1, 0) if site.around.causal else (kernel // 2, kernel // 2)
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        return y + self.branch(y if self.tap is None else self.read()).to(y.dtype)
+        entered = y if self.tap is None else self.read()
+        return y + self.branch(entered).to(y.dtype)
 
     def branch(self, x: Tensor) -> Tensor:
         """A(x)"""
-        hidden = F.glu(self.down(self.norm(x.to(self.down.weight.dtype))), -1)
+        normed = self.norm(x.to(self.down.weight.dtype))
+        hidden = F.glu(self.down(normed), -1)
         series = F.pad(hidden.flatten(1, -2).transpose(1, 2), self.margins)  # [batch, bottleneck, tokens]
         series = F.silu(self.batch_norm(self.conv(series)))
         return self.up(series.transpose(1, 2).view_as(hidden))
@@ -126,7 +129,9 @@ class ConformerAdapter(PEFTMethod):
                                  "one row, so that a convolution would run from one sample into the next")
         if self.parallel == "before":  # what enters a sublayer may be wider than a fused part: the whole module's input
             found = [self._entry(anatomy, site) for site in found]
-        return [*found, anatomy.inputs] if any(site.around and site.around.causal for site in found) else found
+        if any(site.around and site.around.causal for site in found):
+            found = [*found, anatomy.inputs]
+        return found
 
     def _entry(self, anatomy: Anatomy, sublayer: Site) -> Site:
         """Where a sublayer reads."""

@@ -217,17 +217,23 @@ class LadderSideTuning(Prepared, PEFTMethod):
 
     def kept(self, anatomy: Anatomy) -> set[int]:
         """Indices of the blocks that have a side block."""
-        dropped = {stack.blocks[i].index for stack in anatomy.stacks
-                   for i in check_layers(self.drop, len(stack.blocks), anatomy.family, self.name)}
-        return anatomy.layer_indices(self.layers, self.name) - dropped
+        kept = anatomy.layer_indices(self.layers, self.name)
+        for stack in anatomy.stacks:
+            dropped = check_layers(self.drop, len(stack.blocks), anatomy.family, self.name)
+            kept = kept - {stack.blocks[place].index for place in dropped}
+        return kept
 
     def sites(self, anatomy: Anatomy) -> list[Site]:
         kept, found = self.kept(anatomy), []
         for stack in anatomy.stacks:
-            ends = (stack.blocks[0], stack.blocks[-1] if stack.final is None else None)
-            found += [block.sites["block"] for block in stack.blocks
-                      if block.index in kept or block in ends or block.entry is not None]
-            found += [stack.final] if stack.final is not None else []
+            ends = [stack.blocks[0]]
+            if stack.final is None:
+                ends.append(stack.blocks[-1])
+            for block in stack.blocks:
+                if block.index in kept or block in ends or block.entry is not None:
+                    found.append(block.sites["block"])
+            if stack.final is not None:
+                found.append(stack.final)
         return found
 
     def check(self, anatomy: Anatomy) -> None:
@@ -427,8 +433,10 @@ def prune(block: Block, hidden: Tensor, importance: Importance, ratio: int) -> t
         assert heads is not None
         q, k, v = (score(prefix + role, hidden) for role in "qkv")
         shape = (heads.key, 1, heads.width, len(hidden))  # grouped queries share keys and values
-        joint = (q.view(heads.key, -1, *shape[2:]) * k.view(shape) * v.view(shape)).sum(-1)
-        queries, keys = top(joint.flatten(), ratio), top(joint.sum(1).flatten(), ratio)
+        product = q.view(heads.key, -1, *shape[2:]) * k.view(shape) * v.view(shape)
+        joint = product.sum(-1)
+        queries = top(joint.flatten(), ratio)
+        keys = top(joint.sum(1).flatten(), ratio)
         out = top(score(f"{prefix}o", queries).sum(1), ratio)
         for role, rows in (("q", queries), ("k", keys), ("v", keys)):
             keep[prefix + role] = rows, hidden

@@ -55,7 +55,11 @@ class PromptGraft(Graft):
 
     def values(self) -> Tensor:
         """The prompts [tokens, dim]."""
-        return self.made[0]() if self.made[0] is not None else self.prompt  # type: ignore[return-value]
+        make = self.made[0]
+        if make is not None:
+            return make()
+        assert self.prompt is not None
+        return self.prompt
 
     def rows(self, like: Tensor) -> Tensor:
         """The prompts for each sample of ``like`` [batch, ...], in its type."""
@@ -87,7 +91,8 @@ class TextPrompt(PromptGraft):
             embed: Any = self.site.module.get_input_embeddings()  # type: ignore[operator]
             embedded = arguments.get("inputs_embeds")
             embedded = embed(arguments["input_ids"]) if embedded is None else embedded
-            changed["input_ids"], changed["inputs_embeds"] = None, torch.cat([self.rows(embedded), embedded], 1)
+            changed["input_ids"] = None
+            changed["inputs_embeds"] = torch.cat([self.rows(embedded), embedded], 1)
             types = arguments.get("token_type_ids")
             if types is not None:
                 changed["token_type_ids"] = torch.cat([types.new_zeros(len(types), self.tokens), types], 1)
@@ -147,18 +152,29 @@ class StatePrompt(PromptGraft):
         for name, value in arguments.items():
             if isinstance(value, Tensor) and name in ("attention_mask", "attn_mask"):
                 changed[name] = widened(value, self.tokens, self.causal)
-            elif isinstance(value, Tensor) and name == "rope":  # sines, then cosines, of what follows special tokens
-                still = torch.zeros_like(value[..., :1, :])
-                still[..., value.shape[-1] // 2:] = 1
-                changed[name] = torch.cat([still.expand(*value.shape[:-2], self.tokens, -1), value], -2)
+            elif isinstance(value, Tensor) and name == "rope":
+                changed[name] = behind_still_tokens(value, self.tokens)
         if self.first:
             name = hidden_name(arguments)
             x = arguments[name]
-            changed[name] = torch.cat([x[:, :self.special], self.rows(x), x[:, self.special:]], 1)
+            special, rest = x[:, :self.special], x[:, self.special:]
+            changed[name] = torch.cat([special, self.rows(x), rest], 1)
         return changed
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        return torch.cat([y[:, :self.special], y[:, self.special + self.tokens:]], 1) if self.last else y
+        if not self.last:
+            return y
+        special, rest = y[:, :self.special], y[:, self.special + self.tokens:]
+        return torch.cat([special, rest], 1)
+
+
+def behind_still_tokens(rope: Tensor, tokens: int) -> Tensor:
+    """Sines, then cosines, of rotary positions [..., positions, 2 x frequencies], behind those of ``tokens`` further
+    tokens that are not turned."""
+    still = torch.zeros_like(rope[..., :1, :])
+    still[..., rope.shape[-1] // 2:] = 1  # the cosine of no angle
+    stills = still.expand(*rope.shape[:-2], tokens, -1)
+    return torch.cat([stills, rope], -2)
 
 
 def widened(mask: Tensor, tokens: int, causal: bool) -> Tensor:
@@ -166,16 +182,19 @@ def widened(mask: Tensor, tokens: int, causal: bool) -> Tensor:
     see; they see each other and, unless causal, what any token sees."""
     boolean = mask.dtype == torch.bool
     open_, shut = (1, 0) if boolean else (0, torch.finfo(mask.dtype).min)
-    wide = torch.cat([mask.new_full((*mask.shape[:-1], tokens), open_), mask], -1)
-    if mask.shape[-2] == 1:
+    batch, queries = mask.shape[:-2], mask.shape[-2]
+    seen_prompts = mask.new_full((*batch, queries, tokens), open_)
+    wide = torch.cat([seen_prompts, mask], -1)
+    if queries == 1:
         return wide
+    of_prompts = (*batch, tokens, wide.shape[-1])
     if causal:
-        own = mask.new_full((*mask.shape[:-2], tokens, wide.shape[-1]), shut)
+        own = mask.new_full(of_prompts, shut)
         among = torch.ones(tokens, tokens, dtype=torch.bool, device=mask.device).tril()
         own[..., :tokens] = own[..., :tokens].masked_fill(among, open_)
-    else:
-        own = wide.amax(-2, keepdim=True) if not boolean else wide.any(-2, keepdim=True)
-        own = own.expand(*mask.shape[:-2], tokens, wide.shape[-1])
+    else:  # what any token sees
+        seen = wide.any(-2, keepdim=True) if boolean else wide.amax(-2, keepdim=True)
+        own = seen.expand(of_prompts)
     return torch.cat([own, wide], -2)
 
 
@@ -199,7 +218,10 @@ class Prompted(PEFTMethod):
         """
 
     def numbers(self, anatomy: Anatomy) -> dict[str, Any]:
-        return {"roles_of": {site.name: (role, stack, what) for site, role, stack, what in self._places(anatomy)}}
+        found = {}
+        for site, role, stack, what in self._places(anatomy):
+            found[site.name] = role, stack, what
+        return {"roles_of": found}
 
     def sites(self, anatomy: Anatomy) -> list[Site]:
         return [site for site, *_ in self._places(anatomy)]
@@ -243,7 +265,10 @@ class Prompted(PEFTMethod):
             return Leave(site, self.tokens, what)
         if role == "text":
             table: Any = site.module.get_input_embeddings()  # type: ignore[operator]
-            return TextPrompt(site, self.tokens, *self.prompt_for(stack, table.weight.shape[1], table), *what)
-        first = what[0]
-        prompt = self.prompt_for(stack, site.width, None) if first else (None, None)
-        return StatePrompt(site, self.tokens, *prompt, *what)
+            prompt, values = self.prompt_for(stack, table.weight.shape[1], table)
+            return TextPrompt(site, self.tokens, prompt, values, *what)
+        first, last = what
+        prompt, values = None, None
+        if first:  # the others read what it puts in
+            prompt, values = self.prompt_for(stack, site.width, None)
+        return StatePrompt(site, self.tokens, prompt, values, first, last)

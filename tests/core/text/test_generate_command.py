@@ -20,16 +20,16 @@ from core.text.generate_settings import GenerateSettings
 from core.training.load_run import load_run
 from tests.core.text.test_language_tasks import METHODS
 from tests.core.text.writers import PROMPTS, folder, language_model
+from tests.core.tiny_run import forget_domain, put_domain
 
 DOMAIN = '''
 """Questions and answers of a few words."""
 
 import torch
 from torch.utils.data import Dataset
-from core.data import DataInfo, DataModule
 from core.text.backbones import LanguageModel
+from core.text.datamodule import TextDataModule
 from core.text.sequence import PairEncoder, Sample, causal_batch
-from core.text.tokens import Tokenizer
 
 __all__ = ["Pairs", "Writer"]
 PAIRS = [("what is one", "two"), ("the cat", "runs a dog"), ("is the dog the cat", "one two three"), ("a", "five")]
@@ -51,20 +51,10 @@ class Samples(Dataset):
         return {"input_ids": torch.tensor(sample.ids)}, {"labels": torch.tensor(sample.labels)}
 
 
-class Pairs(DataModule):
-    def bind(self, backbone):
-        self.tokenizer = backbone.tokenizer
-
+class Pairs(TextDataModule):
     def load(self):
         self.train_set = self.validation_set = self.test_set = Samples(self.tokenizer)
         self.origin = {"source": "mini", "name": "pairs"}
-
-    @property
-    def info(self):
-        return DataInfo(vocabulary=22)
-
-    def collate(self, train):
-        return self.batch
 
     def batch(self, items):
         samples = [Sample(one["input_ids"].tolist(), other["labels"].tolist()) for one, other in items]
@@ -76,9 +66,6 @@ class Pairs(DataModule):
     def example(self, batch_size=1):
         return {"input_ids": torch.zeros(batch_size, 9, dtype=torch.long),
                 "attention_mask": torch.ones(batch_size, 9, dtype=torch.long)}
-
-    def read(self, file):
-        raise NotImplementedError
 '''
 
 
@@ -86,8 +73,6 @@ class Pairs(DataModule):
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder of a finished run."""
     path = tmp_path_factory.mktemp("command")
-    (path / "path" / "domains" / "writing").mkdir(parents=True)
-    (path / "path" / "domains" / "writing" / "__init__.py").write_text(DOMAIN)
     backbone = {"class_path": "Writer", "init_args": {"name": folder("llama")}}
     config = {"domain": "writing", "model": {"backbone": backbone, "task": "LanguageModelling"},
               "data": {"class": "Pairs", "batch_size": 2}, "peft": {"class": "LoRA", "rank": 2},
@@ -95,11 +80,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
               "trainer": {"max_epochs": 3, "enable_progress_bar": False, "accelerator": "cpu"}}
     (path / "writing.yaml").write_text(json.dumps(config))
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(path / "path")
+        put_domain(patch, path / "path", "writing", DOMAIN)
         assert main(["run", str(path / "writing.yaml"), "--run_dir", str(path / "run")]) == 0
         yield path / "run"
-    for name in [name for name in sys.modules if name.startswith("domains.writing")]:
-        del sys.modules[name]
+    forget_domain("writing")
 
 
 def test_predict_writes_texts(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

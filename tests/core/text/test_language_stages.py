@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,9 +18,9 @@ from core.peft import LTSFT, LanguageAdapter  # type: ignore[attr-defined]
 from core.text.backbones import TextEncoder
 from core.training.run import execute
 from tests.core.text import tiny
+from tests.core.tiny_run import forget_domain, put_domain
 
 DOMAIN = '''
-from core.data.datamodule import DataModule
 from core.text.backbones import TextEncoder
 from core.text.datamodule import TextDataModule
 from core.text.masked import MaskedTexts, masked_batch
@@ -35,11 +34,8 @@ class Encoder(TextEncoder):
     """Any encoder in a folder."""
 
 
-class Lines(DataModule):
+class Lines(TextDataModule):
     """Texts without labels."""
-
-    def bind(self, backbone):
-        self.tokenizer = backbone.tokenizer
 
     def load(self):
         self.origin = {"source": "mini", "name": "lines"}
@@ -49,12 +45,6 @@ class Lines(DataModule):
 
     def collate(self, train):
         return lambda samples: masked_batch(self.tokenizer, samples)
-
-    def example(self, batch_size=1):
-        return self.tokenizer.pad_encoded(self.tokenizer.encode(TEXTS[:batch_size]))
-
-    def read(self, file):
-        raise NotImplementedError
 
 
 class Pets(TextDataModule):
@@ -83,17 +73,13 @@ LANGUAGE = ("{model: {backbone: {class: Encoder, name: FOLDER, head: true}, task
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    home = tmp_path / "path" / "domains" / "tongues"
-    home.mkdir(parents=True)
-    (home / "__init__.py").write_text(DOMAIN)
+    put_domain(monkeypatch, tmp_path / "path", "tongues", DOMAIN)
     folder = tiny.folder(tmp_path / "model", "bert", "BertForMaskedLM")
     file = tmp_path / "tongues.yaml"
     file.write_text(CONFIG.format(folder=folder, cache=tmp_path / "cache"))
-    monkeypatch.syspath_prepend(tmp_path / "path")
     monkeypatch.setattr("core.report.plots.save_figure", lambda *figure_and_path, **options: None)
     yield file
-    for name in [name for name in sys.modules if name.startswith("domains.tongues")]:
-        del sys.modules[name]
+    forget_domain("tongues")
 
 
 def _of_language(folder: Path) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from core.text.datamodule import TextDataModule
 from core.text.sentence_folder import SentenceFolder, write_sentence_folder
 from core.training import examples, load_run, run
 from tests.core.text import tiny
+from tests.core.tiny_run import forget_domain, put_domain
 
 DOMAIN = '''
 from core.text.backbones import TextEncoder
@@ -72,16 +73,12 @@ loggers: []
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A configuration for the domain, which is on the import path, and a tiny encoder in a folder."""
-    home = tmp_path / "path" / "domains" / "pets"
-    home.mkdir(parents=True)
-    (home / "__init__.py").write_text(DOMAIN)
+    put_domain(monkeypatch, tmp_path / "path", "pets", DOMAIN)
     folder = tiny.folder(tmp_path / "model", "bert", "BertModel")
     file = tmp_path / "pets.yaml"
     file.write_text(CONFIG.format(folder=folder, cache=tmp_path / "cache"))
-    monkeypatch.syspath_prepend(tmp_path / "path")
     yield file
-    for name in [name for name in sys.modules if name.startswith("domains.pets")]:
-        del sys.modules[name]
+    forget_domain("pets")
 
 
 def _says(tuner: Any, texts: list[str], pairs: list[str] | None = None) -> list[dict[str, Any]]:
